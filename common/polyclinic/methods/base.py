@@ -1,0 +1,61 @@
+"""The contract of a self-supervised method. A method knows nothing of Flower, files or devices."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of some patients.
+
+    Attributes:
+        images: (images, channels, size, size) float32 in [0, 1], on the device that trains.
+        patients: (images,) int64; equal numbers are the same patient.
+    """
+
+    images: Tensor
+    patients: Tensor
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """What a method's loss looks at.
+
+    Attributes:
+        views: one or more (images, channels, size, size) float32 tensors in [0, 1]: view k of each image.
+        patients: (images,) int64, as in Batch.
+        extra: what a method draws beside views (MAE: the order that masks patches), by name.
+    """
+
+    views: tuple[Tensor, ...]
+    patients: Tensor
+    extra: dict[str, Tensor]
+
+
+class Method(Protocol):
+    """One self-supervised method, made from its stage's settings by `methods.make_method`."""
+
+    separable: bool
+    """Is the loss a sum over patients? Decides what differential privacy may do with it."""
+
+    def build(self, encoder: nn.Module) -> nn.Module:
+        """A module whose attribute `encoder` is `encoder`, with the method's heads beside it."""
+        ...
+
+    def views(self, batch: Batch, generator: torch.Generator) -> ViewBatch:
+        """Random views; every draw comes from `generator`, which lives on the batch's device."""
+        ...
+
+    def loss(self, module: nn.Module, views: ViewBatch) -> Tensor:
+        """(terms,) losses, one a patient (or image, or group); training minimises their mean.
+
+        An empty tensor means that the batch teaches nothing (a contrastive batch of one patient).
+        """
+        ...
+
+    def shared(self, module: nn.Module) -> list[str]:
+        """Names in `module.state_dict()` that leave the site."""
+        ...

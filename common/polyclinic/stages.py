@@ -1,0 +1,114 @@
+"""The stages of a study: what every stage has, and the settings that each method adds with their defaults.
+
+A new method adds its class here, its file under `methods/` and one line in `METHODS`.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """A part of a study: frozen, checked, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Views(Settings):
+    """Random views of an image; every draw is made anew for each sample. Fractions are of the image's side or range."""
+
+    crop: tuple[Fraction, Fraction] = (0.3, 1.0)
+    """Smallest and largest area of the random resized crop, as a fraction of the image's."""
+    flip: bool = True
+    """Mirror left and right, p 0.5. Turn off where laterality is the label."""
+    rotation: float = Field(default=15.0, ge=0.0, le=180.0)
+    """Largest rotation either way, degrees. [A] uses 45."""
+    elastic: float = Field(default=0.0, ge=0.0, le=0.2)
+    """Largest elastic displacement, fraction of the side [R]."""
+    jitter: Fraction = 0.5
+    """Strength of brightness and contrast jitter (and of saturation on colour images)."""
+    hue: float = Field(default=0.0, ge=0.0, le=0.5)
+    """Largest turn of the hue circle; colour images only."""
+    equalise: Fraction = 0.0
+    """Probability of histogram equalisation [R]."""
+    noise: float = Field(default=0.0, ge=0.0, le=0.5)
+    """Largest standard deviation of added Gaussian noise."""
+    blur: Fraction = 0.0
+    """Probability of Gaussian blur; colour images only: it hides the local texture of radiographs [A]."""
+    grey: Fraction = 0.0
+    """Probability of dropping colour; colour images only."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not 0 < self.crop[0] <= self.crop[1]:
+            raise ValueError(f"crop is {list(self.crop)}: give [smallest, largest] with 0 < smallest <= largest")
+        return self
+
+
+RADIOGRAPH = Views(elastic=0.03, equalise=0.2, noise=0.03)
+COLOUR = Views(crop=(0.2, 1.0), rotation=180.0, jitter=0.8, hue=0.2, grey=0.2, blur=0.5)
+
+
+class Stage(Settings):
+    """What every stage has. Learning rates are those of the optimizer, not per 256 images."""
+
+    rounds: int = Field(ge=1, le=10_000)
+    local_epochs: int = Field(default=1, ge=1, le=1_000)
+    batch_size: int = Field(default=64, ge=2, le=65_536)
+    """Images in a batch; a site with fewer takes them all."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0, le=100)
+    weight_decay: float = Field(default=1e-4, ge=0, le=10)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Of the learning rate, over all rounds of the stage."""
+    warmup_rounds: float = Field(default=1.0, ge=0)
+    """Rounds over which the learning rate rises from zero."""
+
+
+class Pretrain(Stage):
+    """Self-supervised pretraining: the method's class adds its own settings."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    views: Views | None = None
+    """Defaults by channels: see RADIOGRAPH and COLOUR."""
+
+
+class SimCLRStage(Pretrain):
+    """Settings of methods/simclr.py."""
+
+    method: Literal["simclr"]
+    temperature: float = Field(default=0.1, gt=0, le=10)
+    projection: int = Field(default=128, ge=1, le=65_536)
+    """Width of the projection that the loss compares."""
+
+
+class MAEStage(Pretrain):
+    """Settings of methods/mae.py."""
+
+    method: Literal["mae"]
+    learning_rate: float = Field(default=1e-3, gt=0, le=100)
+    weight_decay: float = Field(default=0.05, ge=0, le=10)
+    mask: float = Field(default=0.75, gt=0, lt=1)
+    """Fraction of the patches that the encoder does not see."""
+    decoder_depth: int = Field(default=2, ge=1, le=64)
+    decoder_width: int = Field(default=128, ge=32, le=8_192, multiple_of=32)
+    views: Views | None = None
+    """Defaults to crop and flip only: the masking is the augmentation."""
+
+
+MAE_VIEWS = Views(crop=(0.5, 1.0), rotation=0.0, jitter=0.0)
+
+AnyStage = Annotated[SimCLRStage | MAEStage, Field(discriminator="method")]
+METHOD_STAGES: dict[str, type[Pretrain]] = {"simclr": SimCLRStage, "mae": MAEStage}
+TOKEN_METHODS = frozenset({"mae"})
+"""Methods whose encoder must be able to skip tokens: Vision Transformers only."""
+
+
+def with_defaults(stage: dict[str, Any], channels: int) -> dict[str, Any]:
+    """`stage` with the views that its method and the number of channels call for, under the user's own."""
+    base = MAE_VIEWS if stage.get("method") == "mae" else COLOUR if channels == 3 else RADIOGRAPH
+    views = stage.get("views", {})
+    return {**stage, "views": {**base.model_dump(), **views}} if isinstance(views, dict) else stage

@@ -1,0 +1,314 @@
+"""The study file: what the coordinator writes, every site approves by its hash, and every message carries.
+
+`load_study` reads TOML, refuses what it does not know, and writes out every default. The canonical form is the
+resolved study without `[simulation]`, so a rehearsed study and the deployed one have the same SHA-256.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import tomli_w
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from polyclinic.errors import StudyError
+from polyclinic.stages import METHOD_STAGES, TOKEN_METHODS, AnyStage, Settings, with_defaults
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+EncoderName = Literal["resnet18", "resnet50", "vit_tiny", "vit_small", "vit_base"]
+Row = Literal["pixels", "random", "alone", "pooled"]
+Precision = Literal["fp32", "bf16"]
+
+PRECISION: dict[str, Precision] = dict.fromkeys(get_args(EncoderName), "bf16")
+"""Measured on processors and GPUs with bf16 units: faster for every encoder here (simulations/benchmarks)."""
+
+
+class Head(Settings):
+    """`[study]`."""
+
+    name: Name
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
+class Images(Settings):
+    """`[images]`: how every site turns files into tensors."""
+
+    size: int = Field(default=96, ge=16, le=1024)
+    """Side of the square that every image is resized to, pixels."""
+    channels: Literal[1, 3] = 1
+    window: Literal["percentile", "voi"] | tuple[float, float] = "percentile"
+    """How stored values become grey levels: 1st to 99th percentile, the file's own VOI window, or [centre, width] in HU."""
+
+    @model_validator(mode="after")
+    def _positive_width(self) -> Self:
+        if isinstance(self.window, tuple) and self.window[1] <= 0:
+            raise ValueError(f"window is {list(self.window)}: the width, the second number, must be above 0")
+        return self
+
+
+class Encoder(Settings):
+    """`[encoder]`."""
+
+    name: EncoderName = "resnet18"
+    init: Literal["random"] = "random"
+    patch: int = Field(default=8, ge=2, le=64)
+    """Side of a Vision Transformer's patches, pixels; not used by a ResNet."""
+
+
+class Evaluation(Settings):
+    """`[evaluation]`: probes on the frozen encoder, on patients that no stage trains on."""
+
+    labels: dict[str, list[str]] = {}
+    """class = the words that sites use for it; `ignore` collects words to leave out. Empty: the words are the classes."""
+    split: Literal["patient", "column"] = "patient"
+    """`patient`: drawn here, stratified; `column`: the cohort's own `split` column (train, val, test)."""
+    test_fraction: float = Field(default=0.3, gt=0, lt=1)
+    """Of each site's patients, with split = "patient"."""
+    every: int = Field(default=1, ge=0)
+    """Rounds between probes at the sites; 0: only after the last round."""
+    neighbours: int = Field(default=10, ge=1, le=1_000)
+    """k of the kNN probe."""
+    rows: list[Row] = ["pixels", "random", "alone", "pooled"]
+    """Rows beside `federated`; alone and pooled exist in simulation only."""
+
+    @model_validator(mode="after")
+    def _one_class_a_word(self) -> Self:
+        seen: dict[str, str] = {}
+        for name, words in self.labels.items():
+            for word in words:
+                if word in seen:
+                    raise ValueError(f"the label {word!r} stands under both {seen[word]!r} and {name!r}: keep it in one")
+                seen[word] = name
+        return self
+
+
+class Aggregation(Settings):
+    """`[aggregation]`: how the coordinator combines the updates, and what its gate lets through."""
+
+    rule: Literal["fedavg"] = "fedavg"
+    weighting: Literal["patients", "equal", "tempered"] = "patients"
+    """`tempered`: by the square root of the number of patients."""
+    min_sites: int = Field(default=2, ge=1, le=100_000)
+    """Accepted updates below which a round fails."""
+    round_deadline_s: float = Field(default=3600.0, gt=0)
+    """Seconds after which a round closes without the sites that have not replied."""
+    norm_limit: float = Field(default=10.0, gt=1)
+    """An update whose norm is above this many times the median of those accepted so far is refused."""
+    max_patients: int = Field(default=65_536, ge=1, le=65_536)
+    """A site that claims more patients than this is refused."""
+
+
+class Compute(Settings):
+    """`[compute]`: resolved here and never timed, so that all sites and engines compute alike."""
+
+    threads: int = Field(default=1, ge=1, le=256)
+    """torch threads a site; other numbers give other bits."""
+    precision: Precision = "bf16"
+    """`bf16` is used where the processor or GPU has bf16 units; where it has not, a site computes in fp32."""
+    layout: Literal["contiguous", "channels_last"] = "contiguous"
+
+
+class Privacy(Settings):
+    """`[privacy]`."""
+
+    mode: Literal["none"] = "none"
+
+
+class Iid(Settings):
+    """Patients dealt at random, sites of equal size."""
+
+    kind: Literal["iid"] = "iid"
+
+
+class Dirichlet(Settings):
+    """Label skew: each class is dealt to the sites in proportions drawn from Dirichlet(alpha)."""
+
+    kind: Literal["dirichlet"]
+    alpha: float = Field(gt=0, le=1e6)
+
+
+class SimulatedSite(Settings):
+    """`[[simulation.site]]`: a named site with a cohort of its own."""
+
+    name: Name
+    cohort: str
+
+
+class Simulation(Settings):
+    """`[simulation]`: which cohorts play the sites. Not part of the study's hash."""
+
+    sites: int = Field(default=0, ge=0, le=100_000)
+    cohort: str = ""
+    partition: Annotated[Iid | Dirichlet, Field(discriminator="kind")] = Iid()
+    site: list[SimulatedSite] = []
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.site and (self.sites or self.cohort):
+            raise ValueError("give either `sites` and `cohort`, or [[simulation.site]], not both")
+        if bool(self.sites) != bool(self.cohort):
+            raise ValueError("`sites` and `cohort` go together: how many sites, and the cohort they share")
+        names = [site.name for site in self.site]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sites are called {twice[0]!r}: give each its own name")
+        return self
+
+
+class Study(Settings):
+    """A study with every default written out. `hash` is its identity."""
+
+    study: Head
+    images: Images = Images()
+    encoder: Encoder = Encoder()
+    stages: list[AnyStage] = Field(min_length=1, max_length=100)
+    evaluation: Evaluation = Evaluation()
+    aggregation: Aggregation = Aggregation()
+    compute: Compute = Compute()
+    privacy: Privacy = Privacy()
+    simulation: Simulation = Simulation()
+
+    @model_validator(mode="after")
+    def _methods_fit_the_encoder(self) -> Self:
+        vit = self.encoder.name.startswith("vit")
+        for number, stage in enumerate(self.stages):
+            if stage.method in TOKEN_METHODS and not vit:
+                raise ValueError(
+                    f"stage {number} trains {stage.method!r}, which needs an encoder that can skip tokens, and "
+                    f"encoder.name is {self.encoder.name!r}: use vit_tiny, vit_small or vit_base"
+                )
+        if vit and self.images.size % self.encoder.patch:
+            raise ValueError(
+                f"encoder.patch is {self.encoder.patch} and does not divide images.size {self.images.size}: "
+                "choose a divisor"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """Of the study."""
+        return self.study.name
+
+    @property
+    def seed(self) -> int:
+        """From which all repeatable random choices come."""
+        return self.study.seed
+
+    @property
+    def rounds(self) -> int:
+        """Of all stages together."""
+        return sum(stage.rounds for stage in self.stages)
+
+    def stage_of(self, round: int) -> tuple[int, int]:
+        """(stage, round within the stage), both from 0, of a round counted from 0 across stages."""
+        for number, stage in enumerate(self.stages):
+            if round < stage.rounds:
+                return number, round
+            round -= stage.rounds
+        raise IndexError(f"round beyond the study's {self.rounds}")
+
+    def canonical(self) -> str:
+        """The form that is hashed, sent and approved: sorted JSON with every default, without `[simulation]`."""
+        return json.dumps(self.model_dump(mode="json", exclude={"simulation"}), sort_keys=True, separators=(",", ":"))
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the canonical form, hexadecimal."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        """The resolved study as a file that `load_study` reads back to an equal study."""
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+
+def load_study(path: Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        StudyError: it cannot be read, holds an unknown key or a value out of bounds; the error names each.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"cannot read the study file {path}: {error}", "give the path of a TOML file") from error
+    return parse_study(text, str(path))
+
+
+def parse_study(text: str, where: str) -> Study:
+    """A study from TOML text; `where` names it in errors."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{where} is not TOML: {error}", "correct the line it names") from error
+    return resolve(data, where)
+
+
+def resolve(data: dict[str, Any], where: str = "the study") -> Study:
+    """A study from plain values (as TOML or the canonical JSON give them), defaults filled in."""
+    images = data.get("images", {})
+    channels = images.get("channels", 1) if isinstance(images, dict) else 1
+    stages = data.get("stages", [])
+    if isinstance(stages, list):
+        _refuse_unbuilt(stages, where)
+        data = {**data, "stages": [with_defaults(s, channels) if isinstance(s, dict) else s for s in stages]}
+    encoder, compute = data.get("encoder", {}), data.get("compute", {})
+    if isinstance(encoder, dict) and isinstance(compute, dict):
+        precision = PRECISION.get(encoder.get("name", "resnet18"), "bf16")
+        data = {**data, "compute": {"precision": precision, **compute}}
+    try:
+        # Through JSON: strict mode then still takes a list for a tuple.
+        return Study.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        problems = [_explain(dict(item), data) for item in error.errors()]
+        raise StudyError(f"{where}: " + "; ".join(problems), "correct the values named above") from error
+
+
+def _refuse_unbuilt(stages: list[Any], where: str) -> None:
+    for number, stage in enumerate(stages):
+        if isinstance(stage, dict) and stage.get("kind") == "finetune":
+            raise StudyError(
+                f"{where}: stage {number} is a finetune stage, which this version cannot run",
+                "leave it out; the encoder that pretraining exports can be fine-tuned elsewhere",
+            )
+
+
+def _explain(item: dict[str, Any], data: Any) -> str:
+    """One pydantic error in the words of the file: the key, the value, what would do."""
+    loc = [part for part in item["loc"] if part not in METHOD_STAGES and part not in ("iid", "dirichlet")]
+    key = ".".join(str(part) for part in loc) or "the study"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(loc[-1]), _known_keys(loc[:-1], data), n=1, cutoff=0.0)
+        return f"unknown key {key!r}; the nearest known key is {near[0]!r}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    given = item.get("input")
+    shown = f" is {given!r}" if isinstance(given, str | int | float | bool) else ""
+    return f"{key}{shown}: {message}" if loc else message
+
+
+def _known_keys(loc: list[Any], data: Any) -> list[str]:
+    """The keys known at a place in the study."""
+    model: type[BaseModel] = Study
+    for part in loc:
+        data = data[part] if not isinstance(data, dict) or part in data else {}
+        if isinstance(part, int):
+            continue
+        if part == "stages":
+            model = Settings
+        elif part == "partition":
+            model = Dirichlet
+        else:
+            annotation = model.model_fields[part].annotation if part in model.model_fields else None
+            candidates = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
+            model = next((a for a in candidates if issubclass(a, BaseModel)), model)
+        if part == "views":
+            continue
+    if loc and loc[0] == "stages" and len(loc) == 2:
+        model = METHOD_STAGES.get(str(data.get("method")), METHOD_STAGES["simclr"])
+    if loc and loc[-1] == "views":
+        from polyclinic.stages import Views
+
+        model = Views
+    return list(model.model_fields)

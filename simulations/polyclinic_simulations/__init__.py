@@ -1,0 +1,1 @@
+"""Rehearse a consortium on one machine."""
