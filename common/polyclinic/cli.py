@@ -63,7 +63,7 @@ def _usage(error: click.UsageError) -> int:
 
 def build() -> typer.Typer:
     """The root application with the commands of every installed package."""
-    app = typer.Typer(callback=_root, no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+    app = typer.Typer(callback=_root, no_args_is_help=True, rich_markup_mode="rich", add_completion=False)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         try:
             entry.load()(app)
@@ -114,8 +114,8 @@ def show(
 ) -> None:
     """Check a study and print it with every default written out.
 
-    The hash does not cover [simulation]: a rehearsed study and the deployed
-    one have the same.
+    The hash does not cover the simulation table: a rehearsed study and the
+    deployed one have the same.
 
     \b
     Examples:
