@@ -1,0 +1,59 @@
+"""What a site keeps of a study between messages: the newest finished update and the optimizer's moments.
+
+One folder a study, one file a round and kind. A round that is asked for again, from the same global tensors, is
+answered with the update that was stored; from others it is trained again, from the moments of the round before.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from polyclinic.artifacts import load_tensors, save_tensors
+from polyclinic.errors import CheckpointError
+from polyclinic.files import storage
+from torch import Tensor
+
+KEPT = 2
+"""Rounds kept: the newest, and the one that a repeated round starts from."""
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """The state of one study at one site; `folder` is made when first written."""
+
+    folder: Path
+
+    def update(self, round: int, model: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """The stored update of a round that was trained from the global tensors `model`, and its facts; or None."""
+        found = _read(self.folder / f"update-{round:04d}.safetensors")
+        return found if found is not None and found[1].get("model") == model else None
+
+    def moments(self, round: int, stage: int) -> dict[str, Tensor] | None:
+        """The optimizer's moments after `round`, if that round was of `stage`."""
+        found = _read(self.folder / f"moments-{round:04d}.safetensors")
+        return found[0] if found is not None and found[1].get("stage") == str(stage) else None
+
+    def keep(
+        self, round: int, stage: int, update: dict[str, Tensor], facts: dict[str, str], moments: dict[str, Tensor]
+    ) -> None:
+        """Store a finished round, the update last: where it stands, the moments stand too. Older rounds go."""
+        with storage(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(self.folder / f"moments-{round:04d}.safetensors", moments, {"stage": str(stage)})
+        save_tensors(self.folder / f"update-{round:04d}.safetensors", update, facts)
+        for path in self.folder.glob("*-*.safetensors"):
+            if int(path.stem.rpartition("-")[2]) <= round - KEPT:
+                path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """A stored file; one that is missing or damaged (a power cut) is as if the round had not been made."""
+    try:
+        return load_tensors(path)
+    except (FileNotFoundError, CheckpointError):
+        return None
+
+
+def cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they can be stored: detached, contiguous, in main memory."""
+    return {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}

@@ -1,0 +1,56 @@
+"""From a study to the module that a stage trains, and between modules and the tensors that travel."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from polyclinic.encoders import build_encoder
+from polyclinic.methods import make_method
+from polyclinic.methods.base import Method
+from polyclinic.seeding import forked, seed_for
+from polyclinic.study import Study
+from polyclinic.wire import Tensors
+
+
+def build_stage(study: Study, stage: int) -> tuple[Method, nn.Module]:
+    """The method of a stage and its module, initialised from the study's seed: alike wherever it is built."""
+    method = make_method(study.stages[stage], study.images)
+    with forked(seed_for(study.seed, "encoder")):
+        encoder = build_encoder(study.encoder, study.images)
+    with forked(seed_for(study.seed, "heads", stage=stage)):
+        return method, method.build(encoder)
+
+
+def initial_tensors(study: Study, stage: int, previous: Tensors | None) -> Tensors:
+    """The global tensors that a stage starts from: fresh heads on the encoder that the stage before left."""
+    method, module = build_stage(study, stage)
+    if previous is not None:
+        encoder = {k.removeprefix("encoder."): v for k, v in previous.items() if k.startswith("encoder.")}
+        load_tensors(module.get_submodule("encoder"), encoder)
+    return shared_tensors(method, module)
+
+
+def shared_tensors(method: Method, module: nn.Module) -> Tensors:
+    """Copies of the tensors that leave a site, in a fixed order."""
+    state = module.state_dict()
+    return {name: state[name].detach().cpu().numpy().astype(np.float32) for name in sorted(method.shared(module))}
+
+
+def load_tensors(module: nn.Module, tensors: Tensors) -> None:
+    """Copy tensors into a module by name; every name must be there with its shape."""
+    state = module.state_dict()
+    with torch.no_grad():
+        for name, value in tensors.items():
+            target = state[name]
+            if tuple(target.shape) != value.shape:
+                raise ValueError(f"{name} has shape {value.shape}, expected {tuple(target.shape)}")
+            target.copy_(torch.tensor(value))
+
+
+def encoder_of(study: Study, tensors: Tensors | None) -> nn.Module:
+    """The encoder in global tensors (None: as it is initialised), in evaluation mode."""
+    with forked(seed_for(study.seed, "encoder")):
+        encoder = build_encoder(study.encoder, study.images)
+    if tensors is not None:
+        load_tensors(encoder, {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")})
+    return encoder.eval()

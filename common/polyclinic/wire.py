@@ -1,0 +1,194 @@
+"""Orders and updates, and their form as Flower records: the only place in the library that imports flwr.
+
+Tensors travel as raw little-endian float32, read in place on arrival: nothing is unpickled, nothing is parsed but a
+name, a shape and a length. Whatever comes from a network is checked here for form; whether an update is
+acceptable is the gate's decision.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+Tensors = dict[str, NDArray[np.float32]]
+"""Named float32 tensors in the order in which they are sent."""
+
+METRICS = frozenset(
+    {
+        "loss",
+        "images",
+        "patients",
+        "seconds",
+        "knn_auc",
+        "probe_auc",
+        "probe_balanced_accuracy",
+        "effective_rank",
+        "feature_spread",
+    }
+)
+"""Every number that may leave a site beside its update."""
+
+_RAW = "raw-le"
+
+T = TypeVar("T", "Order", "Reply")
+
+
+class Malformed(ValueError):
+    """A message that does not have the form of an order or an update."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the coordinator asks of a site in one message.
+
+    Attributes:
+        study: the study's canonical form.
+        stage: from 0.
+        round: counted from 1 across stages; the round that training would make.
+        site: the name the coordinator knows the site by.
+        model: SHA-256 of the global tensors that come with the order.
+        train: train a round from these tensors.
+        evaluate: measure these tensors as they came.
+    """
+
+    study: str
+    stage: int
+    round: int
+    site: str
+    model: str
+    train: bool
+    evaluate: bool
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a site sends back: an update when it trained, and metrics out of METRICS.
+
+    Attributes:
+        study: SHA-256 of the study's canonical form.
+        patients: whom the update was trained on; 0 when it only evaluated.
+        train: metrics of the training.
+        evaluation: metrics of the global tensors as they came.
+    """
+
+    study: str
+    stage: int
+    round: int
+    site: str
+    patients: int
+    train: dict[str, float]
+    evaluation: dict[str, float]
+
+
+def digest(tensors: Mapping[str, NDArray[np.float32]]) -> str:
+    """SHA-256 over names, shapes and values, hexadecimal."""
+    sha = hashlib.sha256()
+    for name, value in tensors.items():
+        sha.update(json.dumps([name, list(value.shape)]).encode())
+        sha.update(np.ascontiguousarray(value).data)
+    return sha.hexdigest()
+
+
+def pack_tensors(tensors: Mapping[str, NDArray[np.float32]]) -> ArrayRecord:
+    """Tensors as a Flower record; each is copied once."""
+    little = {name: value.astype("<f4", copy=False) for name, value in tensors.items()}
+    return ArrayRecord({n: Array("float32", tuple(v.shape), _RAW, v.tobytes()) for n, v in little.items()})
+
+
+def unpack_array(name: str, array: Array) -> NDArray[np.float32]:
+    """One tensor as a read-only view of the bytes that arrived.
+
+    Raises:
+        Malformed: its length is not that of its shape, or its type is another.
+    """
+    if array.dtype != "float32" or array.stype != _RAW:
+        raise Malformed(f"tensor {name[:80]!r} is not raw float32")
+    if any(side < 0 for side in array.shape) or math.prod(array.shape) * 4 != len(array.data):
+        raise Malformed(f"tensor {name[:80]!r} has {len(array.data)} bytes, which its shape does not")
+    return np.frombuffer(array.data, dtype="<f4").reshape(array.shape)
+
+
+def unpack_tensors(record: ArrayRecord) -> Tensors:
+    """Every tensor of a record, as `unpack_array`."""
+    return {name: unpack_array(name, array) for name, array in record.items()}
+
+
+def drain(record: ArrayRecord) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Tensor by tensor, each leaving the record as it is handed out, so that its memory can go before the next."""
+    for name in list(record):
+        yield name, unpack_array(name, record.pop(name))
+
+
+def pack_order(order: Order, tensors: ArrayRecord) -> RecordDict:
+    """An order with its global tensors; `tensors` may be shared between the messages of a round."""
+    return RecordDict({"order": ConfigRecord(asdict(order)), "tensors": tensors})
+
+
+def unpack_order(content: RecordDict) -> tuple[Order, Tensors]:
+    """The order and the global tensors of a message.
+
+    Raises:
+        Malformed: it is not an order.
+    """
+    record, tensors = content.get("order"), content.get("tensors")
+    if not isinstance(record, ConfigRecord) or not isinstance(tensors, ArrayRecord):
+        raise Malformed("the message is not an order")
+    return _typed(Order, record), unpack_tensors(tensors)
+
+
+def pack_reply(reply: Reply, update: Mapping[str, NDArray[np.float32]] | None) -> RecordDict:
+    """A reply; `update` is the difference from the order's tensors, None when the site only evaluated."""
+    fields = {k: v for k, v in asdict(reply).items() if k not in ("train", "evaluation")}
+    content = RecordDict({"reply": ConfigRecord(fields)})
+    for group, values in (("train", reply.train), ("evaluation", reply.evaluation)):
+        if unknown := set(values) - METRICS:
+            raise ValueError(f"metrics that may not leave a site: {sorted(unknown)}")
+        content[group] = MetricRecord({k: float(v) for k, v in values.items()})
+    if update is not None:
+        content["update"] = pack_tensors(update)
+    return content
+
+
+def unpack_reply(content: RecordDict) -> tuple[Reply, ArrayRecord | None]:
+    """A reply and its update, not yet looked at.
+
+    Raises:
+        Malformed: it is not a reply, or carries metrics that are not in METRICS or not finite.
+    """
+    record, update = content.get("reply"), content.get("update")
+    if not isinstance(record, ConfigRecord) or not isinstance(update, ArrayRecord | None):
+        raise Malformed("the message is not a reply")
+    metrics = {group: _metrics(content.get(group)) for group in ("train", "evaluation")}
+    return _typed(Reply, {**record, **metrics}), update
+
+
+def size(record: ArrayRecord) -> int:
+    """Bytes of all tensors in a record."""
+    return sum(len(array.data) for array in record.values())
+
+
+def _metrics(record: object) -> dict[str, float]:
+    if not isinstance(record, MetricRecord):
+        raise Malformed("the reply carries no metrics")
+    values = dict(record)
+    if set(values) - METRICS or not all(isinstance(v, float) and math.isfinite(v) for v in values.values()):
+        raise Malformed("the reply carries metrics that are unknown or not finite")
+    return {k: v for k, v in values.items() if isinstance(v, float)}
+
+
+def _typed(kind: type[T], values: Mapping[str, object]) -> T:
+    """A dataclass from a record whose keys and types are exactly its own."""
+    expected = {name: field.type for name, field in kind.__dataclass_fields__.items()}
+    if set(values) != set(expected):
+        raise Malformed(f"the {kind.__name__.lower()} has other fields than it should")
+    for name, value in values.items():
+        wanted = expected[name]
+        if wanted in (str, int, bool) and type(value) is not wanted:
+            raise Malformed(f"{name} of the {kind.__name__.lower()} is of another type than it should be")
+    return kind(**values)  # type: ignore[arg-type]

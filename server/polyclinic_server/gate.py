@@ -1,0 +1,110 @@
+"""The gate: what an update must be before it is folded. Whatever is not, is refused by name and reason.
+
+An update arrives from a machine that the coordinator does not control. Each check below answers one way in which a
+faulty or hostile site could spoil a round; a refusal costs that site its turn, never the round.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
+from flwr.app import ArrayRecord
+from numpy.typing import NDArray
+from polyclinic.study import Aggregation
+from polyclinic.wire import Malformed, Order, Reply, Tensors, unpack_array
+
+from polyclinic_server.aggregation.fedavg import CHUNK, LARGEST_VALUE
+
+NORM_FLOOR = 1e-3
+"""Fraction of the global tensors' norm below which no update is called too large."""
+
+
+class RefusedUpdate(ValueError):
+    """Why an update does not pass."""
+
+
+@dataclass
+class Gate:
+    """The checks of one stage.
+
+    Attributes:
+        settings: limits from the study.
+        seats: patients that each site enrolled with; none may claim more.
+        norms: of the updates accepted in earlier rounds of the stage. Those of the round in flight do not count, so
+            that what passes does not depend on who is first.
+    """
+
+    settings: Aggregation
+    seats: Mapping[str, int]
+    norms: list[float] = field(default_factory=list)
+    own: float = 0.0
+
+    def open_round(self, tensors: Tensors) -> None:
+        """Take note of the global tensors' own norm, against which the first updates of a stage are measured."""
+        self.own = math.sqrt(sum(squares for value in tensors.values() for squares, _ in _chunks(value)))
+
+    def check(self, order: Order, study_hash: str, reply: Reply, update: ArrayRecord | None, tensors: Tensors) -> float:
+        """The norm of an update that passes.
+
+        Raises:
+            RefusedUpdate: it does not; the text is the reason.
+        """
+        self._bound_to(order, study_hash, reply)
+        self._weight(reply)
+        if update is None:
+            raise RefusedUpdate("it carries no tensors")
+        self._form(update, tensors)
+        norm = self._values(update)
+        limit = max(self.settings.norm_limit * (median(self.norms) if self.norms else self.own), NORM_FLOOR * self.own)
+        if norm > limit:
+            raise RefusedUpdate(f"its norm {norm:.3g} is above the limit {limit:.3g}")
+        return norm
+
+    def _bound_to(self, order: Order, study_hash: str, reply: Reply) -> None:
+        if reply.study != study_hash:
+            raise RefusedUpdate("it belongs to another study")
+        if (reply.stage, reply.round) != (order.stage, order.round):
+            raise RefusedUpdate(f"it belongs to round {reply.round} and this is round {order.round}: late or replayed")
+        if reply.site != order.site:
+            raise RefusedUpdate("it names another site as its sender")
+
+    def _weight(self, reply: Reply) -> None:
+        allowed = min(self.seats[reply.site], self.settings.max_patients)
+        if not 1 <= reply.patients <= allowed:
+            raise RefusedUpdate(f"it claims {reply.patients} patients; the site may claim 1 to {allowed}")
+
+    def _form(self, update: ArrayRecord, tensors: Tensors) -> None:
+        if set(update) != set(tensors):
+            missing, extra = sorted(set(tensors) - set(update)), sorted(set(update) - set(tensors))
+            raise RefusedUpdate(f"its tensors are not those asked for ({len(missing)} missing, {len(extra)} unknown)")
+        for name, value in tensors.items():
+            array = update[name]
+            if tuple(array.shape) != value.shape or array.dtype != "float32":
+                raise RefusedUpdate(f"its tensor {name} is {array.dtype} {tuple(array.shape)}, not float32 {value.shape}")
+            if len(array.data) != value.nbytes:
+                raise RefusedUpdate(f"its tensor {name} has {len(array.data)} bytes instead of {value.nbytes}")
+
+    def _values(self, update: ArrayRecord) -> float:
+        """The norm, if every value is finite and within the fixed-point range."""
+        total = 0.0
+        for name, array in update.items():
+            try:
+                value = unpack_array(name, array)
+            except Malformed as error:
+                raise RefusedUpdate(str(error)) from error
+            for squares, largest in _chunks(value):
+                if not math.isfinite(largest):
+                    raise RefusedUpdate(f"its tensor {name} holds values that are not finite")
+                if largest >= LARGEST_VALUE:
+                    raise RefusedUpdate(f"its tensor {name} changes a weight by {largest:.3g}, at most {LARGEST_VALUE:g}")
+                total += squares
+        return math.sqrt(total)
+
+
+def _chunks(value: NDArray[np.float32]) -> list[tuple[float, float]]:
+    """(sum of squares, largest magnitude) of each chunk of a tensor."""
+    flat = value.reshape(-1)
+    parts = (flat[at : at + CHUNK] for at in range(0, flat.size, CHUNK))
+    return [(float(np.dot(p := part.astype(np.float64), p)), float(np.abs(part).max())) for part in parts]

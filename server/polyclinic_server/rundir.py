@@ -1,0 +1,61 @@
+"""A run directory as the coordinator writes it: study, events, metrics, checkpoints."""
+
+import csv
+import json
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from polyclinic.files import storage, write_atomic
+from polyclinic.study import Study, load_study
+
+Listener = Callable[[dict[str, Any]], None]
+
+COLUMNS = ["stage", "round", "site", "metric", "value"]
+
+
+class RunDir:
+    """The files of one run. Metrics of a round stand before its checkpoint does, so none goes missing in a crash."""
+
+    def __init__(self, path: Path, listen: Listener | None = None) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._listen = listen
+        self._measured: set[tuple[str, ...]] = set()
+
+    def create(self, study: Study) -> None:
+        """Make the directory with the resolved study in it."""
+        with storage(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "study.toml", study.to_toml())
+
+    @property
+    def study(self) -> Study:
+        """The study as resolved."""
+        return load_study(self.path / "study.toml")
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Append an event, and tell whoever listens."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **facts}
+        with storage(self.path), (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._listen:
+            self._listen(line)
+
+    def rewind(self, round: int) -> None:
+        """Forget the metrics of rounds after `round`: they will be made again. Called once, before any metric."""
+        path = self.path / "metrics.csv"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a kill can tear the last line
+        kept = [row for row in list(csv.reader(whole.splitlines()))[1:] if int(row[1]) <= round]
+        self._measured = {tuple(row[:4]) for row in kept}
+        write_atomic(path, "".join(",".join(row) + "\n" for row in [COLUMNS, *kept]))
+
+    def metrics(self, stage: int, round: int, site: str, values: Mapping[str, float]) -> None:
+        """Append metrics; those that already stand (measured again after a resumption) are left as they are."""
+        rows = [(str(stage), str(round), site, metric, repr(float(value))) for metric, value in values.items()]
+        fresh = [row for row in rows if row[:4] not in self._measured]
+        self._measured.update(row[:4] for row in fresh)
+        with storage(self.path), (self.path / "metrics.csv").open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(fresh)

@@ -1,0 +1,76 @@
+"""The local engine: the ServerApp's round loop and every site's ClientApp in this process, behind Flower's Grid.
+
+A message is carried out when the server looks for replies, one a look: no process starts, one update in memory,
+and a debugger steps from the round loop into a site.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from itertools import count
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+Node = Callable[[Message, Context], Message]
+
+
+class LocalGrid(Grid):
+    """Flower's Grid over ClientApps in this process: `{site name: app}`, each with its own node number."""
+
+    def __init__(self, apps: Mapping[str, Node | ClientApp]) -> None:
+        self._apps = dict(enumerate(apps.values(), start=1))
+        self._contexts = {
+            node: Context(run_id=1, node_id=node, node_config={"site": name}, state=RecordDict(), run_config={})
+            for node, name in enumerate(apps, start=1)
+        }
+        self._waiting: deque[Message] = deque()
+        self._numbers = count(1)
+
+    def set_run(self, run: Run) -> None:
+        """There is one run; nothing to set."""
+
+    @property
+    def run(self) -> Run:
+        """An empty description: nothing here reads it."""
+        return Run.create_empty(run_id=1)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """As Flower's; `Message(...)` does the same."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """One node a site."""
+        return list(self._apps)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """One node a site."""
+        return [NodeInfo(node_id=node) for node in self._apps]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queue messages; the answer is worked out when it is asked for."""
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(next(self._numbers))
+            self._waiting.append(message)
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Carry out the next waiting message, and hand back its reply."""
+        wanted = set(message_ids)
+        while self._waiting:
+            message = self._waiting.popleft()
+            if message.metadata.message_id in wanted:
+                node = message.metadata.dst_node_id
+                return [self._apps[node](message, self._contexts[node])]
+        return []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """All replies, in the order of the messages."""
+        ids = list(self.push_messages(messages))
+        return [reply for _ in ids for reply in self.pull_messages(ids)]
