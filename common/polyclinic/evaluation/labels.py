@@ -1,0 +1,57 @@
+"""From the words that sites use to the classes that a probe tells apart."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.str_]
+
+MIN_TEST_PATIENTS = 2
+"""Of a class that is measured: with one, every resample of patients repeats that one and no interval means anything."""
+
+
+class NotMeasurable(Exception):  # noqa: N818 (it is an answer: a note, never a stopped run)
+    """A probe or a health figure that these images cannot give; the message says why."""
+
+
+def classes_of(labels: Words, mapping: dict[str, list[str]]) -> Words:
+    """(images,) the class of every image; "" where it is unlabelled or ignored.
+
+    `mapping` is `[evaluation] labels`: class = its words, `ignore` = words to leave out. A word that it does not
+    mention is a class of its own, so sites with other vocabularies share the union of classes. A cell of several
+    labels ("a|b", in any order) is one word of its own: it belongs to a class only where the mapping lists it.
+
+    >>> classes_of(np.array(["Pneumonia", "todo", "", "b|a"]), {"positive": ["Pneumonia"], "ignore": ["todo"]}).tolist()
+    ['positive', '', '', 'a|b']
+    """
+    classes = {_word(word): name for name, words in mapping.items() for word in words}
+    classes |= dict.fromkeys((_word(word) for word in mapping.get("ignore", [])), "")
+    words, places = np.unique(labels, return_inverse=True)
+    named = [classes.get(_word(str(word)), _word(str(word))) for word in words]
+    return np.array(named, dtype=np.str_)[places] if named else np.array([], dtype=np.str_)
+
+
+def _word(cell: str) -> str:
+    """A cell with its labels in one order, free of blanks."""
+    return "|".join(sorted({part.strip() for part in cell.split("|")} - {""}))
+
+
+def measurable_classes(train_y: Words, test_y: Words, test_patients: NDArray[np.integer]) -> list[str]:
+    """The classes, sorted, that can be learnt and measured: seen in training, and in enough test patients.
+
+    Images of other classes take no part. Rows that are compared share patients, hence classes.
+
+    Raises:
+        NotMeasurable: fewer than two such classes.
+    """
+    train, test = set(train_y.tolist()) - {""}, set(test_y.tolist()) - {""}
+    if not train or not test:
+        raise NotMeasurable(f"no labelled {'training' if not train else 'test'} patients")
+    tested = {name for name in test if len(np.unique(test_patients[test_y == name])) >= MIN_TEST_PATIENTS}
+    classes = sorted(train & tested)
+    if len(classes) >= 2:
+        return classes
+    if len(train | test) == 1:
+        raise NotMeasurable(f"all labelled patients are of one class, {classes[0] if classes else min(train)!r}")
+    lacking = [f"{name!r} has no training patient" for name in sorted(test - train)]
+    lacking += [f"{name!r} has fewer than {MIN_TEST_PATIENTS} test patients" for name in sorted(train - tested)]
+    raise NotMeasurable("fewer than two classes can be measured: " + ", ".join(lacking[:4]))

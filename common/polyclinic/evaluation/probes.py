@@ -1,0 +1,125 @@
+"""Two questions to a frozen encoder: can a straight line tell the classes apart (linear), do neighbours agree (kNN)."""
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from polyclinic.evaluation.labels import NotMeasurable, Words, measurable_classes
+from polyclinic.evaluation.scores import Floats, Scores, score
+
+STRENGTHS = (0.001, 0.01, 0.1, 1.0)
+"""Inverse L2 penalties C that cross-validation chooses from."""
+FALLBACK = 0.01
+"""C where a class has too few training patients to cross-validate: strong, as features outnumber patients."""
+FOLDS = 3
+TEMPERATURE = 0.07
+"""Of the votes of neighbours."""
+QUERIES = 1_024
+"""Test images compared with all training images at once."""
+
+Features = NDArray[np.floating]
+Patients = NDArray[np.integer]
+
+
+def linear_probe(
+    train_x: Features,
+    train_y: Words,
+    train_patients: Patients,
+    test_x: Features,
+    test_y: Words,
+    test_patients: Patients,
+    *,
+    seed: int,
+) -> Scores:
+    """Logistic regression on standardised features, classes weighted equally, its penalty chosen on training patients.
+
+    `*_x` are (images, dim), the others (images,); images whose class is "" take no part.
+
+    Raises:
+        NotMeasurable: too few classes, or features that are not finite.
+    """
+    classes = measurable_classes(train_y, test_y, test_patients)
+    x, y, patients = _chosen(classes, train_x, train_y, train_patients)
+    queries, truth, clusters = _chosen(classes, test_x, test_y, test_patients)
+    model = _logistic(_choose_strength(x, y, patients, seed)).fit(x, y)
+    return score(model.predict_proba(queries), truth, clusters, seed=seed, n_train=len(y))
+
+
+def knn_probe(
+    train_x: Features, train_y: Words, test_x: Features, test_y: Words, test_patients: Patients, *, neighbours: int
+) -> Scores:
+    """Votes of the nearest training images by cosine, each worth exp(similarity / 0.07) (Wu et al. 2018, 1805.01978).
+
+    Raises:
+        NotMeasurable: too few classes, or features that are not finite.
+    """
+    classes = measurable_classes(train_y, test_y, test_patients)
+    x, y, _ = _chosen(classes, train_x, train_y, np.zeros(len(train_y), np.int64))
+    queries, truth, clusters = _chosen(classes, test_x, test_y, test_patients)
+    votes = _votes(_unit(x), np.eye(len(classes))[y], _unit(queries), min(neighbours, len(y)))
+    return score(votes, truth, clusters, seed=0, n_train=len(y))
+
+
+def _chosen(classes: list[str], x: Features, y: Words, patients: Patients) -> tuple[Floats, NDArray[np.intp], Patients]:
+    """Features, class indices and patients of the images that are of one of `classes`."""
+    keep = np.isin(y, classes)
+    features = np.asarray(x[keep], np.float64)
+    if not np.isfinite(features).all():
+        raise NotMeasurable("the encoder's features are not finite")
+    return features, np.searchsorted(classes, y[keep]), patients[keep]
+
+
+def _logistic(strength: float) -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=10_000))
+
+
+def _choose_strength(x: Floats, y: NDArray[np.intp], patients: Patients, seed: int) -> float:
+    """The C with the smallest log-loss on held-out patients, classes weighted equally; the stronger on a tie."""
+    folds = _folds(y, patients, seed)
+    if folds is None:
+        return FALLBACK
+    losses = [sum(_held_out_loss(x, y, folds == fold, c) for fold in range(FOLDS)) for c in STRENGTHS]
+    return STRENGTHS[int(np.argmin(losses))]
+
+
+def _folds(y: NDArray[np.intp], patients: Patients, seed: int) -> NDArray[np.intp] | None:
+    """(images,) fold of every image: patients are shuffled, then dealt class by class; None if a class has too few.
+
+    A patient with images of several classes is dealt with the class of the first.
+    """
+    _, first, numbers = np.unique(patients, return_index=True, return_inverse=True)
+    own = y[first]
+    if np.bincount(own, minlength=int(y.max()) + 1).min() < FOLDS:
+        return None
+    shuffled = np.random.default_rng(seed).permutation(len(own))
+    dealt = shuffled[np.argsort(own[shuffled], kind="stable")]
+    fold = np.empty(len(own), np.intp)
+    fold[dealt] = np.arange(len(own)) % FOLDS
+    return fold[numbers]
+
+
+def _held_out_loss(x: Floats, y: NDArray[np.intp], held_out: NDArray[np.bool_], strength: float) -> float:
+    model = _logistic(strength).fit(x[~held_out], y[~held_out])
+    likelihood = model.predict_log_proba(x[held_out])[np.arange(held_out.sum()), y[held_out]]
+    present = np.unique(y[held_out])
+    return -float(np.mean([likelihood[y[held_out] == k].mean() for k in present]))
+
+
+def _unit(x: Floats) -> Floats:
+    """Rows scaled to length 1; a row of zeros stays."""
+    unit: Floats = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+def _votes(x: Floats, classes: Floats, queries: Floats, neighbours: int) -> Floats:
+    """(queries, classes) shares of the votes; `classes` is one-hot (images, classes)."""
+    shares = [np.empty((0, classes.shape[1]))]
+    for start in range(0, len(queries), QUERIES):
+        similarity = queries[start : start + QUERIES] @ x.T  # (queries, images)
+        nearest = np.argpartition(-similarity, neighbours - 1, axis=1)[:, :neighbours]
+        weights = np.exp((np.take_along_axis(similarity, nearest, axis=1) - 1) / TEMPERATURE)
+        votes = np.einsum("qn,qnc->qc", weights, classes[nearest])
+        shares.append(votes / votes.sum(axis=1, keepdims=True))
+    return np.concatenate(shares)
