@@ -1,0 +1,162 @@
+"""What a run leaves for others: tensors on disk without pickle, the encoder in one line, the model card."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from polyclinic import __version__
+from polyclinic.encoders import build_encoder
+from polyclinic.errors import CheckpointError
+from polyclinic.files import atomic, write_atomic
+from polyclinic.seeding import forked
+from polyclinic.study import Encoder, Images, Study
+
+ENCODER = "encoder.safetensors"
+MODEL_CARD = "MODEL_CARD.md"
+FORMAT = "polyclinic-encoder-1"
+DIGEST = "sha256"
+DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, all or nothing; the same content gives the same bytes.
+
+    The library's own writer puts metadata in random order and holds a second copy of the tensors; this one sorts and
+    streams. The metadata gains a SHA-256 of header and data, so that a damaged file is refused, not loaded.
+
+    Raises:
+        StorageError: the disk is full or cannot be written.
+    """
+    # Widest first, as the format asks, so that every tensor starts at a multiple of its element size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    digest = hashlib.sha256(_canonical(header))
+    for block in _blocks(tensors, names):
+        digest.update(block)
+    header["__metadata__"][DIGEST] = digest.hexdigest()
+    text = _canonical(header)
+    with atomic(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for block in _blocks(tensors, names):
+            file.write(block)
+
+
+def _canonical(header: dict[str, Any]) -> bytes:
+    """Sorted JSON, padded with blanks to a multiple of 8 bytes."""
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _blocks(tensors: dict[str, Tensor], names: list[str]) -> Iterator[memoryview]:
+    """The bytes of each tensor; a copy is made only of what is not contiguous in main memory."""
+    for name in names:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (on the CPU, in memory of their own) and metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: there is no such file, or it is truncated or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = dict(file.metadata() or {})
+            _verify(path)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path.name}: {error}",
+            "use an earlier checkpoint, or copy the file again from where it was made",
+        ) from error
+    metadata.pop(DIGEST, None)
+    return tensors, metadata
+
+
+def _verify(path: Path) -> None:
+    """Compare the content with the SHA-256 in its header; a file that another program wrote has none."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        expected = header.get("__metadata__", {}).pop(DIGEST, None)
+        digest = hashlib.sha256(_canonical(header))
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if expected is not None and digest.hexdigest() != expected:
+        raise ValueError("its content does not match its SHA-256")
+
+
+def save_encoder(path: Path, encoder: nn.Module, study: Study) -> None:
+    """Write an encoder's weights with what is needed to build it and to feed it: `load_encoder` reads it back."""
+    metadata = {
+        "format": FORMAT,
+        "encoder": study.encoder.model_dump_json(),
+        "images": study.images.model_dump_json(),
+        "study": study.name,
+        "hash": study.hash,
+        "polyclinic": __version__,
+    }
+    save_tensors(path, encoder.state_dict(), metadata)
+
+
+def load_encoder(path: str | Path) -> nn.Module:
+    """The encoder of a run directory or of an `encoder.safetensors`, in evaluation mode.
+
+    It takes (images, channels, size, size) float32 in [0, 1] and returns (images, dim) features; `dim` is an attribute.
+    Size, channels and window, as the images were prepared for training, stand in the file's metadata and the study.
+
+    Raises:
+        CheckpointError: no such file, damaged, or not an encoder that Polyclinic saved.
+    """
+    file = Path(path)
+    file = file / ENCODER if file.is_dir() else file
+    tensors, metadata = load_tensors(file)
+    try:
+        if metadata.get("format") != FORMAT:
+            raise ValueError("its metadata do not say how to build the encoder")
+        images = Images.model_validate_json(metadata.get("images", ""))
+        settings = Encoder.model_validate_json(metadata.get("encoder", ""))
+        if settings.name.startswith("vit") and images.size % settings.patch:
+            raise ValueError(f"its patches of {settings.patch} pixels do not divide its images of {images.size}")
+        with forked(0):
+            encoder = build_encoder(settings, images)
+        encoder.load_state_dict(tensors)
+    except (ValueError, RuntimeError) as error:
+        reason = "; ".join(item["msg"] for item in error.errors()) if isinstance(error, ValidationError) else error
+        raise CheckpointError(
+            f"{file.name} is not an encoder that polyclinic saved: {reason}",
+            "give a run directory or the encoder.safetensors in it; the version that wrote it stands in its metadata",
+        ) from error
+    return encoder.eval()
+
+
+def write_model_card(run: Path) -> Path:
+    """Write MODEL_CARD.md of a run directory from its study.toml and summary.json; returns its path."""
+    from polyclinic.report.model_card import render_model_card
+
+    card = run / MODEL_CARD
+    write_atomic(card, render_model_card(run))
+    return card
