@@ -10,9 +10,9 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+
 from polyclinic import __version__, wire
 from polyclinic.errors import PolyclinicError
-
 from polyclinic_client.site import Site, open_site
 from polyclinic_client.work import Progress, answer
 

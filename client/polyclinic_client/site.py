@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from polyclinic.cohort import Cohort, open_cohort
 from polyclinic.cohort.sampling import split_patients
+
+from polyclinic.cohort import Cohort, open_cohort
 from polyclinic.files import write_atomic
 from polyclinic.seeding import seed_for
 from polyclinic.study import Study

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from polyclinic.artifacts import load_tensors, save_tensors
 from polyclinic.errors import CheckpointError
 from polyclinic.files import storage
-from torch import Tensor
 
 KEPT = 2
 """Rounds kept: the newest, and the one that a repeated round starts from."""

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
+from torch import nn
+
 from polyclinic.cohort import Cohort
 from polyclinic.errors import Refused, SiteFailed
 from polyclinic.evaluation import NotMeasurable, classes_of, features, health, knn_probe, linear_probe
@@ -17,8 +18,6 @@ from polyclinic.seeding import seed_for
 from polyclinic.study import Study, resolve
 from polyclinic.training import pick_device, train
 from polyclinic.wire import Order, Reply, Tensors
-from torch import Tensor, nn
-
 from polyclinic_client.site import Site
 from polyclinic_client.state import SiteState
 
@@ -27,7 +26,9 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 
-def answer(order: Order, tensors: Tensors, site: Site, progress: Progress | None = None) -> tuple[Reply, Tensors | None]:
+def answer(
+    order: Order, tensors: Tensors, site: Site, progress: Progress | None = None
+) -> tuple[Reply, Tensors | None]:
     """Carry out an order at a site.
 
     Returns:
@@ -103,9 +104,7 @@ def evaluate(encoder: nn.Module, training: Cohort, testing: Cohort, study: Study
         linear = linear_probe(
             train_x, train_y, training.patients, test_x, test_y, testing.patients, seed=seed_for(study.seed, "probe")
         )
-        near = knn_probe(
-            train_x, train_y, test_x, test_y, testing.patients, neighbours=study.evaluation.neighbours
-        )
+        near = knn_probe(train_x, train_y, test_x, test_y, testing.patients, neighbours=study.evaluation.neighbours)
     except NotMeasurable as reason:
         log.info("no probe: %s", reason)
         return metrics

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+
 from polyclinic.artifacts import save_encoder
 from polyclinic.model import encoder_of
-
 from polyclinic_server.rounds import run_study
 from polyclinic_server.rundir import RunDir
 

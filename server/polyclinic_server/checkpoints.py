@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
 from polyclinic.artifacts import load_tensors, save_tensors
 from polyclinic.errors import CheckpointError
 from polyclinic.files import write_atomic
@@ -64,7 +65,9 @@ def newest(folder: Path, study: str, warn: Callable[[str], None]) -> tuple[Check
             warn(error.problem)
             continue
         if checkpoint.study != study:
-            raise CheckpointError(f"{path.name} belongs to another study", "resume with the study the run was made with")
+            raise CheckpointError(
+                f"{path.name} belongs to another study", "resume with the study the run was made with"
+            )
         return checkpoint, tensors
     if paths:
         raise CheckpointError("every checkpoint of this run is damaged", "start the study again in a new folder")

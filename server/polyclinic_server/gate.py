@@ -12,9 +12,9 @@ from statistics import median
 import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
+
 from polyclinic.study import Aggregation
 from polyclinic.wire import Malformed, Order, Reply, Tensors, unpack_array
-
 from polyclinic_server.aggregation.fedavg import CHUNK, LARGEST_VALUE
 
 NORM_FLOOR = 1e-3
@@ -82,7 +82,9 @@ class Gate:
         for name, value in tensors.items():
             array = update[name]
             if tuple(array.shape) != value.shape or array.dtype != "float32":
-                raise RefusedUpdate(f"its tensor {name} is {array.dtype} {tuple(array.shape)}, not float32 {value.shape}")
+                raise RefusedUpdate(
+                    f"its tensor {name} is {array.dtype} {tuple(array.shape)}, not float32 {value.shape}"
+                )
             if len(array.data) != value.nbytes:
                 raise RefusedUpdate(f"its tensor {name} has {len(array.data)} bytes instead of {value.nbytes}")
 
@@ -98,7 +100,9 @@ class Gate:
                 if not math.isfinite(largest):
                     raise RefusedUpdate(f"its tensor {name} holds values that are not finite")
                 if largest >= LARGEST_VALUE:
-                    raise RefusedUpdate(f"its tensor {name} changes a weight by {largest:.3g}, at most {LARGEST_VALUE:g}")
+                    raise RefusedUpdate(
+                        f"its tensor {name} changes a weight by {largest:.3g}, at most {LARGEST_VALUE:g}"
+                    )
                 total += squares
         return math.sqrt(total)
 

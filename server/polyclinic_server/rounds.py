@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+
 from polyclinic import wire
 from polyclinic.errors import QuorumLost
 from polyclinic.model import initial_tensors
 from polyclinic.study import Study
 from polyclinic.wire import Order, Reply, Tensors, digest
-
 from polyclinic_server import checkpoints
 from polyclinic_server.aggregation import RULES
 from polyclinic_server.aggregation.fedavg import weight_of
@@ -59,7 +59,9 @@ def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], e
         stage, _ = study.stage_of(number - 1)
         if stage != checkpoint.stage:
             tensors, gate.norms = initial_tensors(study, stage, tensors), []
-        orders = _orders(study, number, stage, tensors, nodes, train=True, evaluate=evaluate and _due(study, number - 1))
+        orders = _orders(
+            study, number, stage, tensors, nodes, train=True, evaluate=evaluate and _due(study, number - 1)
+        )
         tensors, norms = _round(grid, study, run, Round(number, stage, tensors, orders), nodes, gate)
         gate.norms += norms
         checkpoint = Checkpoint(study.hash, number, stage, digest(tensors), list(gate.norms))
@@ -67,7 +69,7 @@ def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], e
     if evaluate:
         stage = len(study.stages) - 1
         orders = _orders(study, study.rounds, stage, tensors, nodes, train=False, evaluate=True)
-        _measure(grid, study, run, Round(study.rounds, stage, tensors, orders), nodes)
+        _measure(grid, study, run, Round(study.rounds, stage, tensors, orders), nodes, seats)
     return tensors
 
 
@@ -139,6 +141,7 @@ def _round(
     gate.open_round(round.tensors)
     fold = RULES[study.aggregation.rule](round.tensors)
     norms: dict[str, float] = {}
+    accepted: dict[str, Reply] = {}
     for site, message in _replies(grid, study, run, round, nodes):
         try:
             reply, update = _read(message)
@@ -149,25 +152,47 @@ def _round(
         assert update is not None  # the gate has seen to it
         _record(study, run, round, site, reply, wire.size(update))
         fold.add(wire.drain(update), weight_of(reply.patients, study.aggregation.weighting))
-        norms[site] = norm
+        norms[site], accepted[site] = norm, reply
         run.event("update_accepted", round=round.number, site=site, norm=norm, patients=reply.patients)
     _require(study, len(norms), f"sent an update that passed in round {round.number}")
     new = fold.close(round.tensors)
     seconds = time.monotonic() - started
-    run.metrics(round.stage, round.number, "", {"seconds": seconds, "accepted": len(norms)})
-    run.event("round_closed", round=round.number, seconds=seconds, accepted=len(norms))
+    means = _means({site: reply.train for site, reply in accepted.items()}, gate.seats)
+    run.metrics(round.stage, round.number, "", {"loss": means["loss"], "accepted": len(norms), "seconds": seconds})
+    before = _means({site: reply.evaluation for site, reply in accepted.items()}, gate.seats)
+    run.metrics(_stage_before(study, round), round.number - 1, "", before)
+    run.event("round_closed", round=round.number, seconds=seconds, accepted=len(norms), loss=means["loss"], **before)
     return new, [norms[site] for site in sorted(norms)]
 
 
-def _measure(grid: Grid, study: Study, run: RunDir, round: Round, nodes: Mapping[str, int]) -> None:
+def _measure(
+    grid: Grid, study: Study, run: RunDir, round: Round, nodes: Mapping[str, int], seats: Mapping[str, int]
+) -> None:
     """The last message: the sites measure the encoder that the study has made."""
+    measured: dict[str, dict[str, float]] = {}
     for site, message in _replies(grid, study, run, round, nodes):
         try:
             reply, _ = _read(message)
         except (RefusedUpdate, wire.Malformed) as reason:
             run.event("update_refused", round=round.number, site=site, reason=str(reason))
             continue
+        measured[site] = reply.evaluation
         run.metrics(round.stage, round.number, site, reply.evaluation)
+    run.metrics(round.stage, round.number, "", _means(measured, seats))
+
+
+def _means(values: Mapping[str, Mapping[str, float]], seats: Mapping[str, int]) -> dict[str, float]:
+    """Patient-weighted mean of each metric, in order of site name, over the sites that could measure it."""
+    means = {}
+    for metric in sorted({metric for measured in values.values() for metric in measured}):
+        pairs = [(measured[metric], seats[site]) for site, measured in sorted(values.items()) if metric in measured]
+        means[metric] = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
+    return means
+
+
+def _stage_before(study: Study, round: Round) -> int:
+    """The stage that made the tensors which a round starts from."""
+    return study.stage_of(max(round.number - 2, 0))[0]
 
 
 def _replies(
@@ -211,7 +236,7 @@ def _record(study: Study, run: RunDir, round: Round, site: str, reply: Reply, by
     """Metrics of a site: of its training in this round, and of the tensors that came, under the round before."""
     down = sum(value.nbytes for value in round.tensors.values())
     run.metrics(round.stage, round.number, site, {**reply.train, "bytes_down": down, "bytes_up": bytes_up})
-    run.metrics(study.stage_of(max(round.number - 2, 0))[0], round.number - 1, site, reply.evaluation)
+    run.metrics(_stage_before(study, round), round.number - 1, site, reply.evaluation)
 
 
 def _require(study: Study, sites: int, did: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
+
 from polyclinic.wire import Tensors
 
 STEP = 2.0**-28

@@ -10,9 +10,13 @@ from itertools import count
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+FIRST_NODE = SUPERLINK_NODE_ID + 1
 
 Node = Callable[[Message, Context], Message]
 
@@ -21,10 +25,12 @@ class LocalGrid(Grid):
     """Flower's Grid over ClientApps in this process: `{site name: app}`, each with its own node number."""
 
     def __init__(self, apps: Mapping[str, Node | ClientApp]) -> None:
-        self._apps = dict(enumerate(apps.values(), start=1))
+        # Flower's messages take their sender from this, which its own runtimes set as they start.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
+        self._apps = dict(enumerate(apps.values(), start=FIRST_NODE))
         self._contexts = {
             node: Context(run_id=1, node_id=node, node_config={"site": name}, state=RecordDict(), run_config={})
-            for node, name in enumerate(apps, start=1)
+            for node, name in enumerate(apps, start=FIRST_NODE)
         }
         self._waiting: deque[Message] = deque()
         self._numbers = count(1)

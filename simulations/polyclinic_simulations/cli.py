@@ -1,0 +1,197 @@
+"""`polyclinic demo`, `simulate`, `compare`, `evaluate`, `export`. Modules that import torch load inside the commands."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from polyclinic.study import Study
+
+
+class Engine(StrEnum):
+    """Where the sites run."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+Out = Annotated[Path | None, typer.Option(help="Run directory. Default: runs/<study>-<n>.")]
+State = Annotated[Path, typer.Option(help="Where built cohorts are kept between runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of a table.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this package's commands."""
+    from polyclinic_simulations.phantom.cli import register as register_phantom
+
+    for command in (demo, simulate, compare, evaluate, export):
+        app.command()(command)
+    register_phantom(app)
+
+
+def simulate(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    engine: Annotated[
+        Engine, typer.Option(help="local: in this process; ray: on Flower's simulation runtime.")
+    ] = Engine.LOCAL,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Where relative cohort paths start. Default: the study's folder.")
+    ] = None,
+    state: State = Path(".polyclinic"),
+    as_json: Json = False,
+) -> None:
+    """Rehearse a whole consortium on this machine.
+
+    Builds the cohorts, trains federated, trains the comparison rows, and leaves a run directory with the encoder,
+    its model card and report.html. Killed at any moment, --resume goes on from the last finished round.
+
+    Examples:
+
+      polyclinic simulate study.toml
+
+      polyclinic simulate study.toml --data ../images --out runs/first
+
+      polyclinic simulate study.toml --out runs/first --resume
+    """
+    from polyclinic.errors import Refused
+    from polyclinic.study import load_study
+
+    if resume and out is None:
+        raise Refused("--resume needs the run to go on with", "give its folder: --out runs/<study>-<n> --resume")
+    read = load_study(study)
+    _run(read, out or _free(read.name), data or study.parent, state, engine, resume, as_json)
+
+
+def demo(
+    out: Out = None,
+    seed: Annotated[int, typer.Option(help="Of patients and training.", min=0)] = 0,
+    state: State = Path(".polyclinic"),
+    as_json: Json = False,
+) -> None:
+    """Show it all in a few minutes: invented patients as DICOM files at several hospitals, one encoder, one report.
+
+    Example:
+
+      polyclinic demo --seed 1
+    """
+    from polyclinic_simulations.demo import demo_patients, demo_study
+
+    study = demo_study(seed)
+    data = demo_patients(study, state)
+    _run(study, out or _free(study.name), data, state, Engine.LOCAL, False, as_json)
+
+
+def compare(runs: Annotated[list[Path], typer.Argument(help="Run directories.")], as_json: Json = False) -> None:
+    """Put the federated rows of several runs side by side.
+
+    Example:
+
+      polyclinic compare runs/cxr-1 runs/cxr-2
+    """
+    from polyclinic_simulations.display import comparison_table
+
+    rows = {f"{run.name} {name}": row for run in runs for name, row in _summary(run)["comparison"].items()}
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        Console().print(comparison_table(rows))
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    cohort: Annotated[
+        Path, typer.Option(help="Images the run has not seen: a folder, a CSV or a tree of DICOM files.")
+    ],
+    state: State = Path(".polyclinic"),
+    as_json: Json = False,
+) -> None:
+    """Probe a run's encoder on another cohort, beside an untrained encoder and plain pixels.
+
+    Example:
+
+      polyclinic evaluate runs/cxr-1 --cohort ../images/other-hospital
+    """
+    from polyclinic_simulations.display import comparison_table
+    from polyclinic_simulations.outside import evaluate_outside
+
+    rows = evaluate_outside(run, cohort, state)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        Console().print(comparison_table(rows))
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    to: Annotated[Path, typer.Option(help="A new folder for the encoder, its model card and the report.")],
+) -> None:
+    """Copy what others need from a run: encoder.safetensors, MODEL_CARD.md, report.html, study.toml.
+
+    Example:
+
+      polyclinic export runs/cxr-1 --to cxr-encoder
+    """
+    import shutil
+
+    from polyclinic.errors import Refused
+
+    _summary(run)
+    if to.exists():
+        raise Refused(f"{to} exists already", "give a folder that does not")
+    to.mkdir(parents=True)
+    for name in ("encoder.safetensors", "MODEL_CARD.md", "report.html", "study.toml"):
+        shutil.copyfile(run / name, to / name)
+    print(to)
+
+
+def _run(study: "Study", out: Path, data: Path, state: Path, engine: Engine, resume: bool, as_json: bool) -> None:
+    from polyclinic_simulations.display import Display, comparison_table
+    from polyclinic_simulations.simulate import simulate as run_it
+
+    try:
+        with Display() as display:
+            summary = run_it(
+                study,
+                out,
+                data,
+                state,
+                engine=engine.value,
+                resume=resume,
+                listen=display.event,
+                reading=display.reading,
+                progress=display.steps,
+            )
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"\nstopped; go on with the same command and --out {out} --resume", highlight=False)
+        raise
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    console = Console()
+    console.print(comparison_table(summary["comparison"]))
+    for note in summary["notes"]:
+        console.print(note)
+    console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    from polyclinic.errors import Refused
+
+    try:
+        return dict(json.loads((run / "summary.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise Refused(f"{run} is not a finished run", "give a run directory that holds summary.json") from error
+
+
+def _free(name: str) -> Path:
+    """The first runs/<name>-<n> that does not exist."""
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path

@@ -1,0 +1,92 @@
+"""The sites of a simulated study: cohorts built, patients dealt, one state folder a site."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from polyclinic.cohort import Cohort, build_cohort, union
+from polyclinic.errors import CohortError, StudyError
+from polyclinic.seeding import seed_for
+from polyclinic.study import Study
+from polyclinic_client.site import Site, open_site, write_site
+from polyclinic_simulations.partition import partition
+
+Progress = Callable[[str, int, int], None]
+"""(what is being read, files done, files in all)."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A site before it has a folder: its cohort, and which of the cohort's patients are its own (None: all)."""
+
+    name: str
+    cohort: Cohort
+    patients: list[int] | None
+
+
+def gather(study: Study, data: Path, state: Path, progress: Progress) -> list[Member]:
+    """Build the cohorts that `[simulation]` names and deal their patients to sites.
+
+    Args:
+        data: the folder that relative cohort paths start from.
+        state: where built cohorts are kept between runs.
+
+    Raises:
+        StudyError: the study names no cohort. CohortError: a cohort is missing or cannot be used.
+    """
+    wanted = study.simulation
+    if wanted.site:
+        built = [(site.name, _build(site.name, site.cohort, study, data, state, progress)) for site in wanted.site]
+        return [Member(name, cohort, None) for name, cohort in built]
+    if not wanted.cohort:
+        raise StudyError(
+            "the study has no [simulation]: there is no cohort to play the sites",
+            'add [simulation] with sites = 3 and cohort = "DIR", or one [[simulation.site]] a hospital',
+        )
+    cohort = _build("cohort", wanted.cohort, study, data, state, progress)
+    parts = partition(cohort, wanted.sites, wanted.partition, seed_for(study.seed, "partition"))
+    return [Member(f"site-{number}", cohort, part.tolist()) for number, part in enumerate(parts, start=1)]
+
+
+def _build(name: str, source: str, study: Study, data: Path, state: Path, progress: Progress) -> Cohort:
+    path = data / source
+    if not path.exists():
+        raise CohortError(f"the cohort of {name!r} is not there: {path}", "correct its path, or give --data DIR")
+    return build_cohort(path, study.images, state, progress=lambda done, total: progress(name, done, total))
+
+
+def settle(members: list[Member], study: Study, run: Path) -> dict[str, Site]:
+    """Give every member its state folder under the run, and check that each can train and hold patients out."""
+    sites = {}
+    for member in members:
+        folder = run / "sites" / member.name
+        write_site(folder, member.name, member.cohort.folder, member.patients)
+        site = open_site(folder)
+        try:
+            site.split(study)
+        except CohortError as error:
+            raise CohortError(f"site {member.name!r}: {error.problem}", error.fix) from error
+        sites[member.name] = site
+    if len(sites) < study.aggregation.min_sites:
+        raise StudyError(
+            f"{len(sites)} sites can never be aggregation.min_sites = {study.aggregation.min_sites}",
+            "lower min_sites, or simulate more sites",
+        )
+    return sites
+
+
+@dataclass(frozen=True)
+class Pooled(Site):
+    """All sites' patients in one place: what no consortium can have, and every result is read against."""
+
+    members: Mapping[str, Site]
+
+    def split(self, study: Study) -> tuple[Cohort, Cohort]:
+        """The sites' own training patients together, and their own test patients together."""
+        splits = [site.split(study) for site in self.members.values()]
+        return union([train for train, _ in splits]), union([test for _, test in splits])
+
+
+def pool(sites: Mapping[str, Site], state: Path) -> Pooled:
+    """The sites as one."""
+    return Pooled("pooled", union([site.cohort for site in sites.values()]), state, sites)

@@ -1,0 +1,77 @@
+"""What a person sees while a study runs: bars on a terminal, a line a round elsewhere."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+class Display:
+    """A context in which `reading`, `event` and `steps` draw progress on stderr."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal, expand=True)
+        self._tasks: dict[str, TaskID] = {}
+        self._stage = ""
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def reading(self, what: str, done: int, total: int) -> None:
+        """Files of a cohort read so far."""
+        self._show("reading", f"reading {what}", done, total)
+
+    def steps(self, done: int, total: int) -> None:
+        """Batches of the site that is training."""
+        self._show("steps", "  batches at one site", done, total)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """An event of the run, as it stands in events.jsonl; those of a row's own training carry `row`."""
+        name, row = event["event"], event.get("row")
+        if name in ("run_started", "run_resumed"):
+            self._stage = f"training {row}" if row else "federation"
+            self._show(self._stage, self._stage, event.get("round", 0), event["rounds"])
+        elif name == "round_closed":
+            self._show(self._stage, f"{self._stage}, loss {event['loss']:.3f}", event["round"], None)
+            if not row:
+                self._say(_round_line(event), bars=False)
+        elif name in ("update_refused", "site_missing"):
+            why = event.get("reason", "no answer")
+            self._say(f"[yellow]round {event['round']}: {event['site']} left out: {why}[/yellow]")
+        elif name == "warning":
+            self._say(f"[yellow]{event['text']}[/yellow]")
+
+    def _show(self, key: str, text: str, done: int, total: int | None) -> None:
+        if key not in self._tasks:
+            self._tasks[key] = self._bars.add_task(text, total=total)
+        self._bars.update(self._tasks[key], description=text, completed=done, **({"total": total} if total else {}))
+
+    def _say(self, text: str, bars: bool = True) -> None:
+        if bars or not self.console.is_terminal:
+            self.console.print(text, highlight=False)
+
+
+def _round_line(event: Mapping[str, Any]) -> str:
+    auc = f", probe AUC before it {event['probe_auc']:.3f}" if "probe_auc" in event else ""
+    return f"round {event['round']}: loss {event['loss']:.3f}, {event['accepted']} sites, {event['seconds']:.1f} s{auc}"
+
+
+def comparison_table(comparison: Mapping[str, Mapping[str, float]]) -> Table:
+    """The rows of a run, AUC with its 95 % interval over patients."""
+    table = Table(title="Linear probe on the frozen encoder", title_justify="left")
+    for column, side in (("row", "left"), ("AUC", "right"), ("95 % interval", "right"), ("balanced accuracy", "right")):
+        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    for name, scores in comparison.items():
+        interval = f"{scores['auc_low']:.3f} – {scores['auc_high']:.3f}"
+        cells = (name, f"{scores['auc']:.3f}", interval, f"{scores['balanced_accuracy']:.3f}")
+        table.add_row(*cells, style="bold" if name == "federated" else "")
+    return table

@@ -1,0 +1,36 @@
+"""A run's encoder on a cohort that it has not seen."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from polyclinic.artifacts import load_encoder
+from polyclinic.cohort import build_cohort
+from polyclinic.errors import CohortError
+from polyclinic.evaluation import NotMeasurable, features, pixel_features
+from polyclinic.study import load_study
+from polyclinic.training import pick_device
+from polyclinic_client.site import Site
+from polyclinic_simulations.compare import Features, encoder_features, probe
+
+
+def evaluate_outside(run: Path, cohort: Path, state: Path) -> dict[str, dict[str, float]]:
+    """Rows pixels, random and federated, learnt and scored on the cohort's own patients.
+
+    Raises:
+        CohortError: the cohort is not there, or its labels do not allow a probe.
+    """
+    study = load_study(run / "study.toml")
+    if not cohort.exists():
+        raise CohortError(f"the cohort is not there: {cohort}", "correct --cohort")
+    sites = {"outside": Site("outside", build_cohort(cohort, study.images, state), state)}
+    device = pick_device()
+    encoder = load_encoder(run / "encoder.safetensors").to(device)
+    rows: dict[str, Features] = {
+        "pixels": pixel_features,
+        "random": encoder_features(study, None),
+        "federated": lambda images: features(encoder, images, study.compute, device),
+    }
+    try:
+        return {name: asdict(probe(encode, study, sites)) for name, encode in rows.items()}
+    except NotMeasurable as reason:
+        raise CohortError(f"no probe on {cohort.name}: {reason}", "map its words in [evaluation] labels") from reason

@@ -1,0 +1,160 @@
+"""A whole study on this machine: cohorts, rounds, rows, report."""
+
+import json
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from polyclinic.cohort.card import make_card
+
+from polyclinic.artifacts import write_model_card
+from polyclinic.errors import Refused, StudyError
+from polyclinic.evaluation import NotMeasurable, classes_of
+from polyclinic.files import write_atomic
+from polyclinic.report import embedding_table, render_report
+from polyclinic.seeding import seed_for
+from polyclinic.study import Study
+from polyclinic_client.app import make_app
+from polyclinic_client.site import Site
+from polyclinic_client.work import Progress
+from polyclinic_server import checkpoints
+from polyclinic_server.app import lead
+from polyclinic_server.rundir import Listener, RunDir
+from polyclinic_simulations.compare import encoder_features, row, row_names
+from polyclinic_simulations.consortium import Member, gather, settle
+from polyclinic_simulations.consortium import Progress as Reading
+from polyclinic_simulations.engines.local import LocalGrid
+
+PACKAGES = ("polyclinic", "torch", "torchvision", "timm", "flwr", "scikit-learn", "pydicom")
+
+
+def simulate(
+    study: Study,
+    out: Path,
+    data: Path,
+    state: Path,
+    *,
+    engine: str = "local",
+    resume: bool = False,
+    listen: Listener | None = None,
+    reading: Reading = lambda what, done, total: None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run a study into the run directory `out`, or go on with it there. Returns the summary.
+
+    Raises:
+        Refused: `out` holds something already, or, with `resume`, another study.
+    """
+    started = time.monotonic()
+    run = RunDir(out, listen)
+    _claim(run, study, resume)
+    members = gather(study, data, state, reading)
+    sites = settle(members, study, out)
+    run.create(study)
+    _keep_cards(run, members)
+    seats = {name: site.cohort.n_patients for name, site in sites.items()}
+    write_atomic(out / "seats.json", json.dumps(seats))
+    if engine == "ray":
+        from polyclinic_simulations.engines.ray import run_ray
+
+        run_ray(run, [site.state for site in sites.values()], study.compute.threads)
+    else:
+        lead(LocalGrid({name: make_app(lambda _, site=site: site, progress) for name, site in sites.items()}), run)
+    summary = _conclude(study, run, sites, engine, listen, progress, started)
+    run.event("report_written")
+    return summary
+
+
+def _claim(run: RunDir, study: Study, resume: bool) -> None:
+    """Take the run directory: empty for a new run, of the same study for one that is resumed."""
+    stands = run.path.exists() and any(run.path.iterdir())
+    if not resume:
+        if stands:
+            raise Refused(f"{run.path} is not empty", "give another --out, or --resume to go on with the run in it")
+        return
+    if not (run.path / "study.toml").exists():
+        raise Refused(
+            f"there is no run to resume in {run.path}", "give the folder of a run as --out, or leave --resume out"
+        )
+    if run.study != study:
+        raise StudyError(f"{run.path} holds a run of another study", "resume with the study file it was started with")
+
+
+def _keep_cards(run: RunDir, members: list[Member]) -> None:
+    """The data-fitness card of every cohort, under the site's name, or once for a cohort that several sites share."""
+    shared = any(member.patients is not None for member in members)
+    cards = {
+        "shared cohort" if shared else m.name: make_card(m.cohort.folder) for m in (members[:1] if shared else members)
+    }
+    (run.path / "report").mkdir(exist_ok=True)
+    write_atomic(run.path / "report" / "cards.json", json.dumps(cards))
+
+
+def _conclude(
+    study: Study,
+    run: RunDir,
+    sites: Mapping[str, Site],
+    engine: str,
+    listen: Listener | None,
+    progress: Progress | None,
+    started: float,
+) -> dict[str, Any]:
+    """Rows, pictures, summary, model card and report of a run whose rounds are made."""
+    newest = checkpoints.newest(run.checkpoints, study.hash, lambda text: run.event("warning", text=text))
+    assert newest is not None  # the rounds are made
+    federated = newest[1]
+    comparison, notes = {}, []
+    for name in row_names(study, sites):
+        run.event("row_started", row=name)
+        try:
+            scores = row(name, study, sites, run.path, federated, None, progress)
+        except NotMeasurable as reason:
+            notes.append(f"no comparison: {reason}")
+            break
+        comparison[name] = {key: getattr(scores, key) for key in ("auc", "auc_low", "auc_high", "balanced_accuracy")}
+        run.event("row_finished", row=name, **comparison[name])
+    _pictures(study, run.path, sites, federated)
+    summary = {
+        "study": study.name,
+        "hash": study.hash,
+        "engine": engine,
+        "sites": {n: {"patients": s.cohort.n_patients, "images": len(s.cohort)} for n, s in sites.items()},
+        "rounds": study.rounds,
+        "comparison": comparison,
+        "notes": notes,
+        "warnings": [],
+        "wall_s": round(time.monotonic() - started, 1),
+        "bytes_sent": _bytes_sent(run.path),
+        "epsilon": {},
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    write_atomic(run.path / "summary.json", json.dumps(summary, indent=2))
+    write_model_card(run.path)
+    render_report(run.path)
+    return summary
+
+
+def _pictures(study: Study, run: Path, sites: Mapping[str, Site], federated: Any) -> None:
+    """The embedding map's table and the example views: simulation only, since both come from images."""
+    encode = encoder_features(study, federated)
+    names = [name for name, site in sites.items() for _ in range(len(site.cohort))]
+    labels = [word for site in sites.values() for word in classes_of(site.cohort.labels, study.evaluation.labels)]
+    frame = pd.DataFrame({"site": names, "label": labels})
+    import numpy as np
+
+    table = embedding_table(
+        np.concatenate([encode(site.cohort) for site in sites.values()]),
+        frame["site"].to_numpy(str),
+        frame["label"].to_numpy(str),
+        seed_for(study.seed, "embedding") % 2**31,
+    )
+    write_atomic(run / "report" / "embedding.csv", table.to_csv(index=False))
+
+
+def _bytes_sent(run: Path) -> int:
+    """Bytes of tensors that the sites sent, over all rounds."""
+    table = pd.read_csv(run / "metrics.csv")
+    return int(table.loc[table["metric"] == "bytes_up", "value"].sum())
