@@ -1,0 +1,158 @@
+"""What is wrong with a patient: air that the lungs have lost, in one of three shapes.
+
+Each label's class knows where it lies in the patient, so that all of the patient's images, both views, show the same.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from polyclinic_simulations.phantom.anatomy import Lung
+from polyclinic_simulations.phantom.shapes import Map, Texture, chord, edge
+
+SHARES = {"normal": 0.4, "nodule": 0.2, "consolidation": 0.2, "effusion": 0.2}
+"""Of a site's patients; patients carry one label."""
+
+# How hard the phantom is. Larger is easier.
+NODULES = (2, 6)
+"""Number of nodules, both ends included."""
+NODULE_DIAMETER = (28.0, 50.0)
+"""mm; the image is about 360 mm wide."""
+NODULE_DENSITY = 1.0
+PATCH_REACH = (48.0, 78.0)
+"""Radius of a consolidation, mm."""
+PATCH_DENSITY = 0.95
+"""Of the air that it takes where it is densest."""
+PATCH_GRAIN = 15.0
+"""Size of the patches, mm."""
+FLUID_HEIGHT = (0.18, 0.42)
+"""Of an effusion, as a fraction of the lung's height."""
+MENISCUS = 0.20
+"""How far the fluid climbs at the chest wall, as a fraction of the lung's height."""
+
+Point = tuple[float, float, float]
+"""Within a lung: across from inner (-1) to outer border (1), down from apex (0) to base (1), back (-1) to front (1)."""
+
+
+class Finding(Protocol):
+    """Takes air from a lung."""
+
+    def fill(self, lung: Lung, view: str, h: Map, y: Map) -> Map:
+        """`lung.path` less what the finding fills, mm; `h` is x or z, mm across the patient."""
+        ...
+
+
+def place(lung: Lung, point: Point, view: str, y: Map) -> tuple[Map, float]:
+    """mm across (at each row) and down of a point of the lung as `view` projects it."""
+    across = point[0] if view == "PA" else point[2]
+    low, high = lung.borders
+    return low + (across + 1) / 2 * (high - low), lung.ends[0] + point[1] * (lung.ends[1] - lung.ends[0])
+
+
+@dataclass(frozen=True)
+class Nodules:
+    """Round lesions with a sharp border."""
+
+    balls: tuple[tuple[int, Point, float], ...]
+    """Side, place and diameter in mm."""
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "Nodules":
+        """Several, in both lungs."""
+        count = rng.integers(NODULES[0], NODULES[1], endpoint=True)
+        return cls(
+            tuple(
+                (
+                    int(rng.choice([-1, 1])),
+                    (rng.uniform(-0.45, 0.6), rng.uniform(0.2, 0.8), rng.uniform(-0.7, 0.7)),
+                    rng.uniform(*NODULE_DIAMETER),
+                )
+                for _ in range(count)
+            )
+        )
+
+    def fill(self, lung: Lung, view: str, h: Map, y: Map) -> Map:
+        """See Finding."""
+        path = lung.path
+        for side, point, diameter in self.balls:
+            if side == lung.side:
+                centre, down = place(lung, point, view, y)
+                distance = np.hypot(h - centre, y - down) * (2 / diameter)
+                path = path - NODULE_DENSITY * diameter * chord(distance)
+        return np.maximum(path, 0)
+
+
+@dataclass(frozen=True)
+class Consolidation:
+    """Fluffy patches over much of a lobe, with the bronchi left as dark branches."""
+
+    side: int
+    centre: Point
+    reach: tuple[float, float]
+    patches: Texture
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "Consolidation":
+        """In one lung."""
+        centre = (rng.uniform(-0.3, 0.3), rng.uniform(0.3, 0.75), rng.uniform(-0.5, 0.5))
+        return cls(
+            int(rng.choice([-1, 1])), centre, (rng.uniform(*PATCH_REACH), rng.uniform(*PATCH_REACH)), Texture.draw(rng)
+        )
+
+    def fill(self, lung: Lung, view: str, h: Map, y: Map) -> Map:
+        """See Finding."""
+        if self.side != lung.side:
+            return lung.path
+        middle, down = place(lung, self.centre, view, y)
+        dx, dy = (h - middle) / self.reach[0], (y - down) / self.reach[1]
+        u, v = h / PATCH_GRAIN + (40 if view == "PA" else 0), y / PATCH_GRAIN
+        fluff = self.patches(u, v) + 0.6 * self.patches(2.1 * u, 2.1 * v)
+        inside = edge(1 - np.hypot(dx, dy) + 0.25 * fluff, 0.25)
+        dense = edge(fluff + 0.35, 0.45)
+        angle = np.arctan2(dy, dx + 1.2 * np.sign(middle))
+        bronchi = np.exp(-((np.sin(angle * 9 + 0.8 * np.sin(4 * dy)) / 0.28) ** 2))
+        return lung.path * (1 - PATCH_DENSITY * inside * dense * (1 - 0.7 * bronchi))
+
+
+@dataclass(frozen=True)
+class Effusion:
+    """Fluid at the base: a concave line that climbs the chest wall and hides the diaphragm."""
+
+    side: int
+    height: float
+    """Of the fluid in the middle of the lung, as a fraction of the lung's height."""
+    climb: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "Effusion":
+        """In one lung."""
+        return cls(int(rng.choice([-1, 1])), rng.uniform(*FLUID_HEIGHT), MENISCUS * rng.uniform(0.7, 1.3))
+
+    def fill(self, lung: Lung, view: str, h: Map, y: Map) -> Map:
+        """See Finding."""
+        if self.side != lung.side:
+            return lung.path
+        top, bottom = lung.ends
+        wall = np.clip(lung.across + 0.35 if view == "PA" else np.abs(lung.across + 0.1), 0, 1.3)
+        surface = bottom - (bottom - top) * (self.height + self.climb * wall**2.5)
+        return lung.path * edge(surface - y, 5)
+
+
+FINDINGS: dict[str, type[Nodules] | type[Consolidation] | type[Effusion]] = {
+    "nodule": Nodules,
+    "consolidation": Consolidation,
+    "effusion": Effusion,
+}
+
+
+def draw_finding(label: str, rng: np.random.Generator) -> Finding | None:
+    """The finding that `label` names; None when the patient is normal."""
+    return FINDINGS[label].draw(rng) if label in FINDINGS else None
+
+
+def draw_labels(patients: int, rng: np.random.Generator) -> list[str]:
+    """A label for each patient in random order, in the numbers that SHARES asks for."""
+    bounds = np.round(np.cumsum(list(SHARES.values())) * patients).astype(int)
+    labels = np.repeat(list(SHARES), np.diff(bounds, prepend=0))
+    return [str(label) for label in rng.permutation(labels)]

@@ -1,0 +1,149 @@
+"""Write synthetic patients as the DICOM archive of a hospital, with the labels beside it.
+
+    site/labels.csv                                image,label,view
+    site/Quorzybvex_Wugnyx_PID123456789/….dcm      1 to 4 images of one patient
+
+The labels hold no patient: whoever reads the archive takes that from the header, as at a real hospital.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+from polyclinic.errors import Refused
+from polyclinic.files import storage, write_atomic
+from polyclinic.seeding import numpy_generator, seed_for
+from polyclinic_simulations.phantom.anatomy import Anatomy, Pose
+from polyclinic_simulations.phantom.findings import draw_finding, draw_labels
+from polyclinic_simulations.phantom.headers import Person, Place, uid
+from polyclinic_simulations.phantom.render import FIELD, render
+from polyclinic_simulations.phantom.scanner import Scanner
+
+SITES = ("north", "east", "south", "west", "harbour", "hillside", "lakeside", "riverside")
+"""Names of the first sites of a consortium; further ones are numbered."""
+LATERAL = 0.35
+"""Of the images after a patient's first, which is always PA."""
+
+Progress = Callable[[int, int], None]
+"""Called with the patients written and the patients in all."""
+
+
+def site_names(sites: int) -> list[str]:
+    """The names of a consortium's sites."""
+    return [SITES[k] if k < len(SITES) else f"site-{k + 1}" for k in range(sites)]
+
+
+def write_consortium(
+    folder: Path, sites: int, patients: int, seed: int, progress: Progress | None = None
+) -> dict[str, int]:
+    """Write `sites` hospitals of `patients` each, a folder each under `folder`; returns the images of each site.
+
+    Raises Refused when `folder` holds anything, StorageError when the disk is full.
+    """
+    counts = {}
+    names = site_names(sites)
+    _empty(folder)
+    for number, site in enumerate(names):
+
+        def count(done: int, _: int, before: int = number * patients) -> None:
+            if progress:
+                progress(before + done, sites * patients)
+
+        counts[site] = write_site(folder / site, site, patients, seed, number=number, progress=count)
+    return counts
+
+
+def write_site(
+    folder: Path, site: str, patients: int, seed: int, *, number: int = 0, progress: Progress | None = None
+) -> int:
+    """Write one hospital into `folder` and return how many images it has.
+
+    The same arguments give the same bytes. `number` sets the kind of files that the site's machine writes.
+    Raises Refused when `folder` holds anything, StorageError when the disk is full.
+    """
+    _empty(folder)
+    scanner = Scanner.of(site, number, seed)
+    place = Place.draw(numpy_generator(seed_for(seed, "phantom place", site=site)))
+    labels = draw_labels(patients, numpy_generator(seed_for(seed, "phantom labels", site=site)))
+    lines = ["image,label,view"]
+    for k, label in enumerate(labels):
+        rng = numpy_generator(seed_for(seed, f"phantom patient {k}", site=site))
+        for path, view in _write_patient(folder, label, scanner, place, rng):
+            lines.append(f"{path.relative_to(folder).as_posix()},{label},{view}")
+        if progress:
+            progress(k + 1, patients)
+    write_atomic(folder / "labels.csv", "\n".join(lines) + "\n")
+    return len(lines) - 1
+
+
+def _empty(folder: Path) -> None:
+    """Make `folder`, or refuse it when there is something in it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Refused(f"{folder} is not an empty folder", "name a new or empty folder; nothing was written")
+    with storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write_patient(
+    folder: Path, label: str, scanner: Scanner, place: Place, rng: np.random.Generator
+) -> list[tuple[Path, str]]:
+    """Write all images of another patient; returns each one's path and view."""
+    person, anatomy, finding = Person.draw(rng), Anatomy.draw(rng), draw_finding(label, rng)
+    home = folder / f"{person.file_stem}_{person.id}"
+    written = []
+    for k in range(int(rng.integers(1, 4, endpoint=True))):
+        pose = Pose.draw(rng, "LATERAL" if k and rng.random() < LATERAL else "PA")
+        water = render(anatomy, finding, pose, scanner.rows, scanner.columns)
+        stored = scanner.expose(water, int(rng.choice([-1, 1])), rng)
+        path = home / f"{person.file_stem}_{k + 1}.dcm"
+        with storage(path):
+            home.mkdir(exist_ok=True)
+            _dataset(stored, scanner, place, person, pose.view, k + 1, rng).save_as(path, enforce_file_format=True)
+        written.append((path, pose.view))
+    return written
+
+
+def _dataset(
+    stored: NDArray[np.unsignedinteger], scanner: Scanner, place: Place, person: Person, view: str, number: int,
+    rng: np.random.Generator,
+) -> Dataset:  # fmt: skip
+    """A whole DICOM file: PS3.3 A.26 (DX) or A.2 (CR), as far as archives fill it."""
+    ds = Dataset()
+    ds.SpecificCharacterSet = "ISO_IR 192"
+    ds.ImageType = ["ORIGINAL", "PRIMARY"]
+    ds.SOPClassUID, ds.SOPInstanceUID = scanner.sop_class, uid(rng)
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = person.study_uid, uid(rng)
+    ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = person.study_date
+    ds.StudyTime = ds.ContentTime = f"{rng.integers(7, 20):02d}{rng.integers(60):02d}{rng.integers(60):02d}"
+    ds.AccessionNumber, ds.StudyID = person.accession, person.study_id
+    ds.SeriesNumber, ds.InstanceNumber = number, 1
+    ds.Modality, ds.Manufacturer = scanner.modality, "Phantom"
+    ds.InstitutionName, ds.InstitutionAddress = place.institution, place.address
+    ds.StationName, ds.DeviceSerialNumber = place.station, place.serial
+    ds.ReferringPhysicianName, ds.OperatorsName = person.physician, person.operator
+    ds.PatientName, ds.PatientID = person.name, person.id
+    ds.PatientBirthDate, ds.PatientSex = person.birth_date, person.sex
+    ds.BodyPartExamined, ds.ViewPosition, ds.PatientOrientation = "CHEST", view, ""
+    ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"
+    _pixels(ds, stored, scanner)
+    return ds
+
+
+def _pixels(ds: Dataset, stored: NDArray[np.unsignedinteger], scanner: Scanner) -> None:
+    """The pixels and all that is said of them (PS3.3 C.7.6.3)."""
+    top = 2**scanner.bits - 1
+    spacing = round(FIELD / scanner.columns, 4)
+    ds.PixelSpacing = ds.ImagerPixelSpacing = [spacing, spacing]
+    ds.WindowCenter, ds.WindowWidth = (top + 1) / 2, top + 1
+    ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = 0, 1, "US"
+    ds.PresentationLUTShape = "INVERSE" if scanner.inverted else "IDENTITY"
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = scanner.syntax if not scanner.syntax.is_compressed else ExplicitVRLittleEndian
+    photometric = "MONOCHROME1" if scanner.inverted else "MONOCHROME2"
+    ds.set_pixel_data(stored, photometric, scanner.bits, generate_instance_uid=False)
+    if scanner.syntax.is_compressed:
+        ds.compress(scanner.syntax, generate_instance_uid=False)
