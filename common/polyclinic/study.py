@@ -4,27 +4,56 @@
 resolved study without `[simulation]`, so a rehearsed study and the deployed one have the same SHA-256.
 """
 
-import difflib
 import hashlib
 import json
+import re
 import tomllib
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from polyclinic.errors import StudyError
-from polyclinic.stages import METHOD_STAGES, TOKEN_METHODS, AnyStage, Settings, with_defaults
+from polyclinic.explain import explain
+from polyclinic.stages import TOKEN_METHODS, AnyStage, Settings, with_defaults
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+def _is_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+        raise ValueError("give 1 to 64 letters, digits, dots, hyphens and underscores, a letter or digit first")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_is_name)]
+"""Of a study or a site: fit for a file name."""
 EncoderName = Literal["resnet18", "resnet50", "vit_tiny", "vit_small", "vit_base"]
 Row = Literal["pixels", "random", "alone", "pooled"]
 Precision = Literal["fp32", "bf16"]
 
-PRECISION: dict[str, Precision] = dict.fromkeys(get_args(EncoderName), "bf16")
-"""Measured on processors and GPUs with bf16 units: faster for every encoder here (simulations/benchmarks)."""
+MAX_CHARACTERS = 256_000
+"""Of a study; a site reads what a coordinator sends."""
+MAX_LINE = 4_000
+"""Characters; the time to read TOML grows with the square of the number of parts in a dotted key."""
+
+
+def _window(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """One error for `Images.window` instead of one for each type that it may have."""
+    try:
+        window = check(value)
+    except ValidationError:
+        window = None
+    if window is None or (isinstance(window, tuple) and window[1] <= 0):
+        raise ValueError("give 'percentile', 'voi' or [centre, width] in HU with a width above 0")
+    return window
 
 
 class Head(Settings):
@@ -40,14 +69,8 @@ class Images(Settings):
     size: int = Field(default=96, ge=16, le=1024)
     """Side of the square that every image is resized to, pixels."""
     channels: Literal[1, 3] = 1
-    window: Literal["percentile", "voi"] | tuple[float, float] = "percentile"
-    """How stored values become grey levels: 1st to 99th percentile, the file's own VOI window, or [centre, width] in HU."""
-
-    @model_validator(mode="after")
-    def _positive_width(self) -> Self:
-        if isinstance(self.window, tuple) and self.window[1] <= 0:
-            raise ValueError(f"window is {list(self.window)}: the width, the second number, must be above 0")
-        return self
+    window: Annotated[Literal["percentile", "voi"] | tuple[float, float], WrapValidator(_window)] = "percentile"
+    """How stored values become grey: 1st to 99th percentile, the file's own VOI window, or [centre, width] in HU."""
 
 
 class Encoder(Settings):
@@ -62,8 +85,8 @@ class Encoder(Settings):
 class Evaluation(Settings):
     """`[evaluation]`: probes on the frozen encoder, on patients that no stage trains on."""
 
-    labels: dict[str, list[str]] = {}
-    """class = the words that sites use for it; `ignore` collects words to leave out. Empty: the words are the classes."""
+    labels: dict[str, list[str]] = Field(default_factory=dict)
+    """class = the words that sites use for it; `ignore` collects words to leave out. Empty: each word is a class."""
     split: Literal["patient", "column"] = "patient"
     """`patient`: drawn here, stratified; `column`: the cohort's own `split` column (train, val, test)."""
     test_fraction: float = Field(default=0.3, gt=0, lt=1)
@@ -72,7 +95,7 @@ class Evaluation(Settings):
     """Rounds between probes at the sites; 0: only after the last round."""
     neighbours: int = Field(default=10, ge=1, le=1_000)
     """k of the kNN probe."""
-    rows: list[Row] = ["pixels", "random", "alone", "pooled"]
+    rows: list[Row] = Field(default_factory=lambda: list(get_args(Row)))
     """Rows beside `federated`; alone and pooled exist in simulation only."""
 
     @model_validator(mode="after")
@@ -81,7 +104,9 @@ class Evaluation(Settings):
         for name, words in self.labels.items():
             for word in words:
                 if word in seen:
-                    raise ValueError(f"the label {word!r} stands under both {seen[word]!r} and {name!r}: keep it in one")
+                    raise ValueError(
+                        f"the label {word!r} stands under both {seen[word]!r} and {name!r}: keep it in one"
+                    )
                 seen[word] = name
         return self
 
@@ -144,14 +169,16 @@ class Simulation(Settings):
     sites: int = Field(default=0, ge=0, le=100_000)
     cohort: str = ""
     partition: Annotated[Iid | Dirichlet, Field(discriminator="kind")] = Iid()
-    site: list[SimulatedSite] = []
+    site: list[SimulatedSite] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.site and (self.sites or self.cohort):
-            raise ValueError("give either `sites` and `cohort`, or [[simulation.site]], not both")
+            raise ValueError(
+                "sites are split from one cohort and named as well: keep `sites` and `cohort`, or [[simulation.site]]"
+            )
         if bool(self.sites) != bool(self.cohort):
-            raise ValueError("`sites` and `cohort` go together: how many sites, and the cohort they share")
+            raise ValueError(f"sites is {self.sites} and cohort is {self.cohort!r}: give both, or neither")
         names = [site.name for site in self.site]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two sites are called {twice[0]!r}: give each its own name")
@@ -177,7 +204,7 @@ class Study(Settings):
         for number, stage in enumerate(self.stages):
             if stage.method in TOKEN_METHODS and not vit:
                 raise ValueError(
-                    f"stage {number} trains {stage.method!r}, which needs an encoder that can skip tokens, and "
+                    f"stages.{number} trains {stage.method!r}, which needs an encoder that can skip tokens, and "
                     f"encoder.name is {self.encoder.name!r}: use vit_tiny, vit_small or vit_base"
                 )
         if vit and self.images.size % self.encoder.patch:
@@ -231,7 +258,8 @@ def load_study(path: Path) -> Study:
         StudyError: it cannot be read, holds an unknown key or a value out of bounds; the error names each.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(MAX_CHARACTERS * 4 + 1).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"cannot read the study file {path}: {error}", "give the path of a TOML file") from error
     return parse_study(text, str(path))
@@ -239,76 +267,59 @@ def load_study(path: Path) -> Study:
 
 def parse_study(text: str, where: str) -> Study:
     """A study from TOML text; `where` names it in errors."""
+    _refuse_long(text, where)
+    longest = max(map(len, text.splitlines()), default=0)
+    if longest > MAX_LINE:
+        raise StudyError(f"{where} has a line of {longest} characters", f"break it into lines of at most {MAX_LINE}")
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise StudyError(f"{where} is not TOML: {error}", "correct the line it names") from error
     return resolve(data, where)
 
 
-def resolve(data: dict[str, Any], where: str = "the study") -> Study:
+def parse_canonical(text: str, where: str) -> Study:
+    """A study from its canonical form, as a message carries it; `where` names it in errors."""
+    _refuse_long(text, where)
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StudyError(f"{where} is not JSON: {error}", "send the study's canonical form") from error
+    return resolve(data, where)
+
+
+def resolve(data: Any, where: str = "the study") -> Study:
     """A study from plain values (as TOML or the canonical JSON give them), defaults filled in."""
-    images = data.get("images", {})
-    channels = images.get("channels", 1) if isinstance(images, dict) else 1
-    stages = data.get("stages", [])
-    if isinstance(stages, list):
-        _refuse_unbuilt(stages, where)
-        data = {**data, "stages": [with_defaults(s, channels) if isinstance(s, dict) else s for s in stages]}
-    encoder, compute = data.get("encoder", {}), data.get("compute", {})
-    if isinstance(encoder, dict) and isinstance(compute, dict):
-        precision = PRECISION.get(encoder.get("name", "resnet18"), "bf16")
-        data = {**data, "compute": {"precision": precision, **compute}}
     try:
         # Through JSON: strict mode then still takes a list for a tuple.
-        return Study.model_validate_json(json.dumps(data, default=str))
+        return Study.model_validate_json(json.dumps(_with_stage_defaults(data, where), default=_refuse_date))
+    except RecursionError as error:
+        raise StudyError(f"{where} nests tables or lists too deeply", "use only the tables of a study") from error
     except ValidationError as error:
-        problems = [_explain(dict(item), data) for item in error.errors()]
-        raise StudyError(f"{where}: " + "; ".join(problems), "correct the values named above") from error
+        problem, fix = explain(error, Study)
+        raise StudyError(f"{where}: {problem}", fix) from error
 
 
-def _refuse_unbuilt(stages: list[Any], where: str) -> None:
+def _refuse_long(text: str, where: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise StudyError(f"{where} has more than {MAX_CHARACTERS} characters", "give a shorter study")
+
+
+def _refuse_date(value: Any) -> None:
+    raise StudyError(f"the study holds the date or time {value}", "no key takes one; put a text in quotes")
+
+
+def _with_stage_defaults(data: Any, where: str) -> Any:
+    """`data` with the defaults that depend on a stage's method and on the channels; wrong types stay as they are."""
+    stages = data.get("stages") if isinstance(data, dict) else None
+    if not isinstance(stages, list):
+        return data
     for number, stage in enumerate(stages):
         if isinstance(stage, dict) and stage.get("kind") == "finetune":
             raise StudyError(
-                f"{where}: stage {number} is a finetune stage, which this version cannot run",
+                f"{where}: stages.{number} is a finetune stage, which this version cannot run",
                 "leave it out; the encoder that pretraining exports can be fine-tuned elsewhere",
             )
-
-
-def _explain(item: dict[str, Any], data: Any) -> str:
-    """One pydantic error in the words of the file: the key, the value, what would do."""
-    loc = [part for part in item["loc"] if part not in METHOD_STAGES and part not in ("iid", "dirichlet")]
-    key = ".".join(str(part) for part in loc) or "the study"
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(loc[-1]), _known_keys(loc[:-1], data), n=1, cutoff=0.0)
-        return f"unknown key {key!r}; the nearest known key is {near[0]!r}"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    given = item.get("input")
-    shown = f" is {given!r}" if isinstance(given, str | int | float | bool) else ""
-    return f"{key}{shown}: {message}" if loc else message
-
-
-def _known_keys(loc: list[Any], data: Any) -> list[str]:
-    """The keys known at a place in the study."""
-    model: type[BaseModel] = Study
-    for part in loc:
-        data = data[part] if not isinstance(data, dict) or part in data else {}
-        if isinstance(part, int):
-            continue
-        if part == "stages":
-            model = Settings
-        elif part == "partition":
-            model = Dirichlet
-        else:
-            annotation = model.model_fields[part].annotation if part in model.model_fields else None
-            candidates = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
-            model = next((a for a in candidates if issubclass(a, BaseModel)), model)
-        if part == "views":
-            continue
-    if loc and loc[0] == "stages" and len(loc) == 2:
-        model = METHOD_STAGES.get(str(data.get("method")), METHOD_STAGES["simclr"])
-    if loc and loc[-1] == "views":
-        from polyclinic.stages import Views
-
-        model = Views
-    return list(model.model_fields)
+    images = data.get("images")
+    channels = images.get("channels", 1) if isinstance(images, dict) else 1
+    return {**data, "stages": [with_defaults(s, channels) if isinstance(s, dict) else s for s in stages]}
