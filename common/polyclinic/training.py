@@ -1,0 +1,224 @@
+"""The one local training loop: what a site does between receiving global tensors and sending its update.
+
+The same inputs, seed and number of threads give the same bits on one processor. On CUDA cuDNN is held to deterministic
+kernels, which repeats bits in practice on one GPU; torch's stricter switch is not used, since it refuses whole
+operations for the sake of a few that this loop calls in ways that are deterministic anyway.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.cohort import Cohort
+from polyclinic.cohort.sampling import epoch
+from polyclinic.errors import CohortError, PolyclinicError
+from polyclinic.methods.base import Batch, Method
+from polyclinic.seeding import forked, numpy_generator, seed_for, torch_generator
+from polyclinic.stages import Stage
+from polyclinic.study import Compute
+
+BETAS = (0.9, 0.95)
+"""Of AdamW: MAE's; the shorter memory of the second moment suits rounds of few steps."""
+MOMENTUM = 0.9
+"""Of SGD."""
+CLIP = 3.0
+"""Largest norm of a step's gradient: several times the usual one, so that only outliers are cut (DINO's figure)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a round of training says of itself.
+
+    Attributes:
+        loss: mean over all terms of the round.
+        images: read, repetitions counted.
+        steps: of the optimizer.
+    """
+
+    loss: float
+    images: int
+    steps: int
+
+
+def pick_device() -> torch.device:
+    """The accelerator that torch finds here, or the processor."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def use_threads(compute: Compute) -> Iterator[None]:
+    """Compute with the study's number of torch threads, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(compute.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Does the device multiply bf16 numbers in hardware? Where it only imitates that, fp32 is faster."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(unit, False) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def autocast(compute: Compute, device: torch.device) -> AbstractContextManager[object]:
+    """The study's precision: bf16 where it is asked for and the device has it, else fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=compute.precision == "bf16" and has_bf16(device))
+
+
+@contextmanager
+def repeatable(seed: int) -> Iterator[None]:
+    """Seed what takes no generator (dropout, drop path) and hold cuDNN to deterministic kernels."""
+    with forked(seed_for(seed, "dropout")), torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+        yield
+
+
+def learning_rate(stage: Stage, rounds: float) -> float:
+    """The rate after `rounds` of the stage, fractions counted: a linear warm-up, then half a cosine down to zero.
+
+    The warm-up takes at most a quarter of the stage.
+    """
+    warmup = min(stage.warmup_rounds, stage.rounds / 4)
+    if rounds < warmup:
+        return stage.learning_rate * rounds / warmup
+    if stage.schedule == "constant":
+        return stage.learning_rate
+    return stage.learning_rate * (1 + math.cos(math.pi * (rounds - warmup) / (stage.rounds - warmup))) / 2
+
+
+def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum; weight decay spares biases and normalisation layers."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": stage.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=stage.learning_rate, momentum=MOMENTUM)
+    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=BETAS, fused=True)
+
+
+def get_moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as "<parameter>.<slot>": copies on the CPU."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    return {
+        f"{names[parameter]}.{slot}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def set_moments(optimizer: torch.optim.Optimizer, module: nn.Module, moments: dict[str, Tensor]) -> None:
+    """Give a new optimizer copies of the state that `get_moments` took from another of its kind."""
+    parameters = dict(module.named_parameters())
+    for key, value in moments.items():
+        name, slot = key.rsplit(".", 1)
+        optimizer.state[parameters[name]][slot] = value.to(parameters[name].device, copy=True)
+
+
+def batches(cohort: Cohort, stage: Stage, compute: Compute, device: torch.device, seed: int) -> Iterator[Batch]:
+    """The round's batches: `local_epochs` times every image, in an order drawn from `seed`."""
+    generator = numpy_generator(seed_for(seed, "batches"))
+    layout = torch.channels_last if compute.layout == "channels_last" else torch.contiguous_format
+    for _ in range(stage.local_epochs):
+        for index in epoch(cohort, stage.batch_size, generator):
+            pixels = cohort.pixels(index)
+            if device.type == "cuda":
+                pixels = pixels.pin_memory()
+            images = pixels.to(device, non_blocking=True).to(torch.float32, memory_format=layout).div_(255)
+            yield Batch(images, torch.from_numpy(cohort.patients[index].astype("int64")))
+
+
+def train(
+    module: nn.Module,
+    method: Method,
+    cohort: Cohort,
+    stage: Stage,
+    compute: Compute,
+    *,
+    stage_round: int,
+    seed: int,
+    optimizer_state: dict[str, Tensor] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Trained, dict[str, Tensor]]:
+    """Train `module` in place for one round of a stage; it is left on `pick_device()`.
+
+    Args:
+        stage_round: rounds of this stage that lie behind, for the learning rate.
+        seed: of this study, site, stage and round; order, views and dropout are all drawn from it.
+        optimizer_state: what the round before returned; None starts afresh.
+        progress: called with (steps done, steps of the round).
+
+    Returns:
+        A summary, and the optimizer's state as "<parameter>.<slot>".
+
+    Raises:
+        CohortError: no batch holds anything that the method could learn from.
+        PolyclinicError: the loss is no longer a number.
+    """
+    device = pick_device()
+    module.to(device).train()
+    if compute.layout == "channels_last":
+        module.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(module, stage)
+    set_moments(optimizer, module, optimizer_state or {})
+    generator = torch_generator(seed_for(seed, "views"), device)
+    steps = math.ceil(len(cohort) / stage.batch_size) * stage.local_epochs
+    total, terms, images = torch.zeros((), device=device), 0, 0
+    with use_threads(compute), repeatable(seed):
+        for step, batch in enumerate(batches(cohort, stage, compute, device, seed)):
+            rate = learning_rate(stage, stage_round + (step + 0.5) / steps)
+            losses = one_step(module, method, batch, optimizer, rate, compute, generator)
+            total += losses.sum()
+            terms, images = terms + len(losses), images + len(batch.images)
+            if progress is not None:
+                progress(step + 1, steps)
+    return Trained(_mean(total, terms), images, steps), get_moments(optimizer, module)
+
+
+def one_step(
+    module: nn.Module,
+    method: Method,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    compute: Compute,
+    generator: torch.Generator,
+) -> Tensor:
+    """One step of the optimizer down the mean of the batch's losses; returns the losses, detached."""
+    views = method.views(batch, generator)
+    with autocast(compute, batch.images.device):
+        losses = method.loss(module, views)
+    if len(losses) == 0:
+        return losses
+    optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(losses.mean())
+    torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return losses.detach()
+
+
+def _mean(total: Tensor, terms: int) -> float:
+    if terms == 0:
+        raise CohortError(
+            "no batch teaches anything: every batch holds images of one patient only",
+            "add patients, or train with a method that looks at one image at a time, such as mae",
+        )
+    mean = float(total) / terms
+    if not math.isfinite(mean):
+        raise PolyclinicError("the training loss is no longer a number", "lower the stage's learning_rate")
+    return mean
