@@ -1,0 +1,161 @@
+"""Building a cohort: scan, read what is new, write the index. Safe to kill at any moment and to run twice at once."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyclinic.cohort import limits
+from polyclinic.cohort.admission import admit, summary
+from polyclinic.cohort.cohort import Cohort
+from polyclinic.cohort.identity import keyed, load_key
+from polyclinic.cohort.index import open_cohort, write_index
+from polyclinic.cohort.intake import Facts, Intake
+from polyclinic.cohort.pool import Pool
+from polyclinic.cohort.quarantine import Reason, counts, write_quarantine
+from polyclinic.cohort.scan import Scan, Source, locate, scan
+from polyclinic.cohort.store import Record, Store
+from polyclinic.errors import CohortError
+from polyclinic.files import storage
+
+if TYPE_CHECKING:
+    from polyclinic.study import Images
+
+QUARANTINE = "quarantine.csv"
+Progress = Callable[[int, int], None]
+log = logging.getLogger(__name__)
+
+
+def build_cohort(
+    source: Path,
+    images: Images,
+    state: Path,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    allow_burned_in: bool = False,
+    timeout_s: float = limits.TIMEOUT_S,
+) -> Cohort:
+    """The cohort of a directory or a CSV file, built where it is not yet, completed where it is not whole.
+
+    Files are read by worker processes; a second build reads only files that are new or changed, and decodes only
+    contents that it has not met. What cannot be used goes to quarantine.csv in the cohort's folder.
+
+    Args:
+        source: a directory with labels.csv, a CSV file, a directory of classes, or a tree of DICOM files.
+        images: how files become tensors.
+        state: the run's or site's state directory: caches, quarantine lists and the key of the HMACs live there.
+        workers: processes; as many as there are processors by default.
+        progress: called with (files done, files in all).
+        allow_burned_in: let in what may show a patient's name in its pixels: ultrasound, secondary captures, and files
+            that say so. Only the site can know that they do not.
+        timeout_s: seconds for one file.
+
+    Raises:
+        CohortError: there is no such source, or nothing in it can be used; it counts the reasons.
+        StorageError: the disk is full or cannot be written; what was read so far is kept.
+    """
+    path = locate(source)
+    intake = Intake(images.size, images.channels, images.window, allow_burned_in)
+    key = load_key(state)
+    folder = state / "cohorts" / keyed(key, "cohort", json.dumps([os.fspath(path), asdict(intake)]))
+    with storage(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _locked(folder):
+        found = scan(path)
+        with Store(folder, intake.stride) as store:
+            unread = _read(found, store, key, intake, workers or _processors(), timeout_s, progress)
+        _conclude(folder, found, store, unread, key, intake)
+    return open_cohort(folder)
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One build of a cohort at a time; the lock ends with the process, however that ends."""
+    with storage(folder), (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("another process is building this cohort: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(
+    found: Scan, store: Store, key: bytes, intake: Intake, workers: int, timeout_s: float, progress: Progress | None
+) -> dict[int, Reason]:
+    """Bring everything readable into the store; why the other files were not read, by position in the scan."""
+    unread = {position: s.reason for position, s in enumerate(found.sources) if s.reason}
+    new = [p for p, s in enumerate(found.sources) if not s.reason and not _remembered(s, store, key)]
+    total = len(found.sources)
+    setup = {"intake": asdict(intake), "key": key.hex(), "known": list(store.records)}
+    replies = Pool(setup, workers, timeout_s).read([found.root / found.sources[p].relative for p in new])
+    for done, (number, reply, pixels) in enumerate(replies, start=total - len(new) + 1):
+        if reason := _keep(found.sources[new[number]], reply, pixels, found, store, key):
+            unread[new[number]] = reason
+        if progress:
+            progress(done, total)
+    return unread
+
+
+def _remembered(source: Source, store: Store, key: bytes) -> bool:
+    return store.memo.get(keyed(key, "path", source.relative), ((), ""))[0] == source.stat
+
+
+def _keep(source: Source, reply: dict[str, Any], pixels: bytes, found: Scan, store: Store, key: bytes) -> Reason | None:
+    """Store one reply; a reason where the file's content remains unknown and is to be tried again next time."""
+    reason = Reason(reply.pop("reason")) if "reason" in reply else None
+    killed = reply.pop("killed", False)
+    stat, sha = tuple(reply.pop("stat", source.stat)), reply.pop("sha", "")
+    if not sha and (killed or reason not in (Reason.TIMEOUT, Reason.CRASHED)):
+        return reason
+    if not sha:
+        with (found.root / source.relative).open("rb") as file:
+            sha = hashlib.file_digest(file, "sha256").hexdigest()
+    record = Record(Facts(**reply), reason=reason) if reason or reply else None
+    store.add(keyed(key, "path", source.relative), stat, sha, record, pixels)
+    return None
+
+
+def _conclude(folder: Path, found: Scan, store: Store, unread: dict[int, Reason], key: bytes, intake: Intake) -> None:
+    """Write quarantine.csv and the index.
+
+    Raises:
+        CohortError: there is nothing to index.
+    """
+    contents: list[tuple[str, Record] | Reason] = []
+    for position, source in enumerate(found.sources):
+        if position in unread:
+            contents.append(unread[position])
+        else:
+            _, sha = store.memo[keyed(key, "path", source.relative)]
+            contents.append((sha, store.records[sha]))
+    admission = admit(found, contents, key)
+    write_quarantine(folder / QUARANTINE, admission.quarantine)
+    if not admission.members:
+        problem = f"none of the {len(found.sources)} files of the cohort can be used: {summary(admission.quarantine)}"
+        raise CohortError(problem if found.sources else "the cohort holds no files", _FIX)
+    meta = {
+        "intake": asdict(intake),
+        "files": len(found.sources),
+        "files_used": len(admission.members),
+        "quarantine": counts(admission.quarantine),
+        "warnings": admission.warnings,
+        "own_patients": admission.own_patients,
+    }
+    write_index(folder, admission.members, store.images, meta)
+
+
+_FIX = f"what each reason means stands in {QUARANTINE} in the state directory; `polyclinic cohort inspect` says more"

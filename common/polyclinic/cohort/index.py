@@ -1,0 +1,109 @@
+"""The index: which stored image belongs to which patient, with its words. Written whole, opened in milliseconds."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyclinic.cohort.cohort import Cohort
+from polyclinic.cohort.intake import Intake
+from polyclinic.cohort.scan import Source
+from polyclinic.cohort.store import IMAGES, Record
+from polyclinic.errors import CohortError
+from polyclinic.files import atomic
+
+INDEX = "index.npz"
+WORDS = ("labels", "sites", "views", "splits", "modalities", "photometric")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file that is in the cohort: its source, its content, and its patient's keyed HMAC."""
+
+    source: Source
+    sha: str
+    record: Record
+    patient: str
+
+
+def write_index(folder: Path, members: Sequence[Member], stored: int, meta: dict[str, Any]) -> None:
+    """Replace the index. Images are sorted by content, path and frame; patients by their first image.
+
+    So the order is the same whatever the key of the HMACs, the order of decoding, and the cohort's history.
+    """
+    members = sorted(members, key=lambda m: (m.sha, m.source.relative))
+    numbers: dict[str, int] = {}
+    of_patient = [numbers.setdefault(m.patient, len(numbers)) for m in members]
+    order = sorted(range(len(members)), key=of_patient.__getitem__)  # stable: images keep their order
+    counts = np.array([members[i].record.count for i in order])
+    rows = [np.arange(r.first, r.first + r.count) for r in (members[i].record for i in order)]
+    arrays: dict[str, NDArray[Any]] = {
+        "rows": np.concatenate(rows).astype(np.int64),
+        "patients": np.repeat(np.array([of_patient[i] for i in order], np.int32), counts),
+        "stored": np.array(stored, np.int64),
+        "meta": np.array(json.dumps(meta)),
+    }
+    for name, word in _WORD_OF.items():
+        vocabulary, codes = np.unique([word(members[i]) for i in order], return_inverse=True)
+        arrays |= {name: vocabulary, f"{name}_code": np.repeat(codes.astype(np.int32), counts)}
+    for side in ("height", "width"):
+        arrays[side] = np.repeat(np.array([getattr(members[i].record.facts, side) for i in order], np.int32), counts)
+    with atomic(folder / INDEX) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+_WORD_OF: dict[str, Callable[[Member], str]] = {
+    "labels": lambda m: m.source.label,
+    "sites": lambda m: m.source.site,
+    "views": lambda m: m.source.view or m.record.facts.view,
+    "splits": lambda m: m.source.split,
+    "modalities": lambda m: m.record.facts.modality,
+    "photometric": lambda m: m.record.facts.photometric,
+}
+
+
+def open_cohort(folder: Path) -> Cohort:
+    """A built cohort; its images stay on disk until they are asked for.
+
+    Raises:
+        CohortError: there is none in `folder`, or its files do not belong together.
+    """
+    with _load(folder) as file:
+        intake = Intake.from_json(json.loads(str(file["meta"]))["intake"])
+        shape = (int(file["stored"]), intake.channels, intake.size, intake.size)
+        labels, sites, views, splits = (file[name][file[f"{name}_code"]] for name in WORDS[:4])
+        rows, patients = file["rows"], file["patients"]
+    try:
+        images = np.memmap(folder / IMAGES, np.uint8, "r", shape=shape)
+    except (OSError, ValueError) as error:
+        raise CohortError(
+            f"the images of the cohort in {folder.name} are cut short", "build the cohort again"
+        ) from error
+    return Cohort(folder, images, rows, patients, labels, sites, views, splits)
+
+
+def read_facts(folder: Path) -> dict[str, NDArray[Any]]:
+    """What open_cohort leaves out, for the card: modalities, photometric, height and width of every image."""
+    with _load(folder) as file:
+        words = {name: file[name][file[f"{name}_code"]] for name in WORDS[4:]}
+        return {**words, "height": file["height"], "width": file["width"]}
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """How the cohort was built: intake, files, files_used, images, patients, quarantine, warnings."""
+    with _load(folder) as file:
+        meta: dict[str, Any] = json.loads(str(file["meta"]))
+    return meta
+
+
+def _load(folder: Path) -> Any:
+    try:
+        return np.load(folder / INDEX, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CohortError(
+            f"there is no built cohort in {folder.name}", "build it: polyclinic cohort inspect DIR"
+        ) from error

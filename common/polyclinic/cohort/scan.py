@@ -1,0 +1,146 @@
+"""From a directory or a CSV file to the list of files that make a cohort. No file is opened here but the CSV."""
+
+import csv
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from polyclinic.cohort import limits
+from polyclinic.cohort.quarantine import Reason
+from polyclinic.errors import CohortError
+
+LABELS = "labels.csv"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of a cohort as its directory or CSV row describes it.
+
+    Attributes:
+        relative: path within the cohort's folder; never stored or printed.
+        patient: the CSV's identifier in clear, only ever in memory; "" where it has none.
+        stat: (size, mtime_ns, ctime_ns), by which an unchanged file is known without reading it.
+        reason: set where the file cannot even be read.
+    """
+
+    relative: str
+    patient: str = ""
+    label: str = ""
+    site: str = ""
+    view: str = ""
+    split: str = ""
+    stat: tuple[int, int, int] = (0, 0, 0)
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True)
+class Scan:
+    """All files of a cohort, in the order of their relative paths.
+
+    Attributes:
+        root: the folder that relative paths start from.
+        from_csv: labels come from a CSV file rather than from sub-directories.
+        has_patients: the CSV names at least one patient.
+    """
+
+    root: Path
+    sources: list[Source]
+    from_csv: bool
+    has_patients: bool
+
+
+def locate(source: Path) -> Path:
+    """The CSV file or the directory that `source` means, resolved.
+
+    Raises:
+        CohortError: there is nothing there.
+    """
+    path = source.resolve()
+    if path.is_dir():
+        table = path / LABELS
+        return table if table.is_file() else path
+    if path.is_file() and path.suffix.lower() == ".csv":
+        return path
+    problem = "is neither a directory nor a CSV file" if path.exists() else "does not exist"
+    raise CohortError(
+        f"the cohort {source} {problem}", "give a directory of images or a CSV file with an `image` column"
+    )
+
+
+def scan(path: Path) -> Scan:
+    """The files of a located cohort. Takes a stat a file and reads none."""
+    if path.is_dir():
+        return Scan(path, sorted(_walk(path), key=lambda s: s.relative), from_csv=False, has_patients=False)
+    sources = sorted(_read_csv(path), key=lambda s: s.relative)
+    return Scan(path.parent, sources, from_csv=True, has_patients=any(s.patient for s in sources))
+
+
+def clean(text: str, longest: int = limits.MAX_TEXT) -> str:
+    """A word fit for lists and terminals: control characters gone, white space single, length capped.
+
+    >>> clean("  AP\\x1b[31m  erect\\n")
+    'AP[31m erect'
+    """
+    return " ".join("".join(c for c in text if c.isprintable() or c.isspace()).split())[:longest]
+
+
+def _walk(root: Path) -> Iterator[Source]:
+    """Every file below `root`; its label is the name of the first directory on the way. Linked directories are left out."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            relative = os.path.relpath(os.path.join(folder, name), root)  # noqa: PTH118
+            parts = PurePosixPath(relative).parts
+            yield _with_stat(root, Source(relative, label=clean(parts[0]) if len(parts) > 1 else ""))
+
+
+def _read_csv(path: Path) -> Iterator[Source]:
+    seen: set[str] = set()
+    for row in _rows(path):
+        relative = os.path.normpath((row.get("image") or row.get("file") or "").strip().replace("\0", ""))
+        label, site, view, split = (clean(row.get(name) or "") for name in ("label", "site", "view", "split"))
+        source = Source(relative, (row.get("patient") or "").strip(), label, site, view, split.lower())
+        yield replace(source, reason=Reason.LISTED_TWICE) if relative in seen else _with_stat(path.parent, source)
+        seen.add(relative)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header.
+
+    Raises:
+        CohortError: it is not a UTF-8 CSV file with an `image` (or `file`) column.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restval="")
+            rows, columns = list(reader), reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CohortError(f"cannot read {path.name}: {type(error).__name__}", "save it as a UTF-8 CSV file") from error
+    if not {"image", "file"} & set(columns):
+        found = ", ".join(clean(c) for c in columns[:8]) or "none"
+        raise CohortError(
+            f"{path.name} has no `image` column (found: {found})", "name the column of file paths `image`"
+        )
+    return rows
+
+
+def _with_stat(root: Path, source: Source) -> Source:
+    """`source` with its stat, or with the reason why it cannot be read."""
+    parts = PurePosixPath(source.relative).parts
+    if os.path.isabs(source.relative) or ".." in parts:  # noqa: PTH117
+        return replace(source, reason=Reason.OUTSIDE)
+    path = root / source.relative
+    try:
+        status = path.lstat()
+        if not path.resolve(strict=True).is_relative_to(root):
+            return replace(source, reason=Reason.OUTSIDE)
+        if stat.S_ISLNK(status.st_mode):
+            status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return replace(source, reason=Reason.MISSING)
+    except (OSError, RuntimeError, ValueError):  # no permission, a name too long, a loop of links
+        return replace(source, reason=Reason.UNREADABLE)
+    if not stat.S_ISREG(status.st_mode):
+        return replace(source, reason=Reason.NOT_A_FILE)
+    return replace(source, stat=(status.st_size, status.st_mtime_ns, status.st_ctime_ns))
