@@ -86,9 +86,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help=f"Show the traceback of an error; so does {DEBUG}=1.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=f"Show the traceback of an error; so does {DEBUG}=1.")] = False,
 ) -> None:
     """Train one medical-image encoder across hospitals whose images never leave them.
 
