@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from polyclinic import wire
@@ -29,7 +29,7 @@ POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Round:
-    """One round in flight: what was asked of whom, and from which tensors."""
+    """One round in flight: what is asked of whom, and from which tensors."""
 
     number: int
     stage: int
@@ -106,7 +106,7 @@ def find_sites(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int]) 
             pending.update(dict.fromkeys(grid.push_messages([Message(RecordDict(), node, MessageType.QUERY)]), node))
         replies = list(grid.pull_messages(list(pending)))
         for reply in replies:
-            node = pending.pop(reply.metadata.reply_to_message_id)
+            node = pending.pop(str(reply.metadata.reply_to_message_id))
             name = _claimed_name(reply)
             if name in seats and name not in nodes:
                 nodes[name] = node
@@ -215,18 +215,18 @@ def _replies(
         while replies:
             message = replies.pop()
             # A message that answers nothing that was asked, or answers twice, is nobody's turn.
-            site = pending.pop(message.metadata.reply_to_message_id, None)
-            if site is None:
+            sender = pending.pop(str(message.metadata.reply_to_message_id), None)
+            if sender is None:
                 run.event("warning", text="a reply to nothing that was asked was dropped")
             else:
-                answered.add(site)
-                yield site, message
+                answered.add(sender)
+                yield sender, message
             del message
     for site in sorted(set(nodes) - answered):
         run.event("site_missing", round=round.number, site=site)
 
 
-def _read(message: Message) -> tuple[Reply, wire.ArrayRecord | None]:
+def _read(message: Message) -> tuple[Reply, ArrayRecord | None]:
     if message.has_error():
         raise RefusedUpdate(f"the site failed: {str(message.error.reason)[:200]}")
     return wire.unpack_reply(message.content)

@@ -1,4 +1,4 @@
-"""`polyclinic demo`, `simulate`, `compare`, `evaluate`, `export`. Modules that import torch load inside the commands."""
+"""`polyclinic demo`, `simulate`, `compare`, `evaluate`, `export`. What imports torch loads inside the commands."""
 
 import json
 from enum import StrEnum

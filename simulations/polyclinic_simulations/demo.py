@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from polyclinic.study import Study, load_study
-from polyclinic_simulations.phantom import write_consortium
+from polyclinic_simulations.phantom import write_site
 
 PATIENTS = 60
 """At each site."""
@@ -24,6 +24,7 @@ def demo_patients(study: Study, state: Path) -> Path:
     if not folder.exists():
         unfinished = folder.with_suffix(".part")
         shutil.rmtree(unfinished, ignore_errors=True)
-        write_consortium(unfinished, [site.name for site in study.simulation.site], PATIENTS, study.seed)
+        for number, site in enumerate(study.simulation.site):
+            write_site(unfinished / site.cohort, site.name, PATIENTS, study.seed, number=number)
         unfinished.rename(folder)
     return folder

@@ -53,7 +53,10 @@ class Display:
     def _show(self, key: str, text: str, done: int, total: int | None) -> None:
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(text, total=total)
-        self._bars.update(self._tasks[key], description=text, completed=done, **({"total": total} if total else {}))
+        bar = self._tasks[key]
+        if total is not None:
+            self._bars.update(bar, total=total)
+        self._bars.update(bar, description=text, completed=done)
 
     def _say(self, text: str, bars: bool = True) -> None:
         if bars or not self.console.is_terminal:

@@ -32,7 +32,7 @@ def _iid(cohort: Cohort, sites: int, rng: np.random.Generator) -> list[NDArray[n
 
 
 def _dirichlet(cohort: Cohort, sites: int, alpha: float, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Each class cut in proportions ~ Dirichlet(alpha) [Hsu et al., 1909.06335]; sites left too small take from the largest."""
+    """Each class cut in proportions ~ Dirichlet(alpha) [Hsu et al., 1909.06335]; too small sites take of others."""
     first = np.searchsorted(cohort.patients, np.arange(cohort.n_patients))
     labels = cohort.labels[first]  # (patients,) the label of each patient's first image
     parts: list[list[int]] = [[] for _ in range(sites)]

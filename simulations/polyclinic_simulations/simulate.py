@@ -3,19 +3,25 @@
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
+from flwr.app import Context
 from polyclinic.cohort.card import make_card
 
 from polyclinic.artifacts import write_model_card
 from polyclinic.errors import Refused, StudyError
 from polyclinic.evaluation import NotMeasurable, classes_of
 from polyclinic.files import write_atomic
-from polyclinic.report import embedding_table, render_report
-from polyclinic.seeding import seed_for
+from polyclinic.methods.base import Batch
+from polyclinic.model import build_stage
+from polyclinic.report import embedding_table, render_report, save_views_figure
+from polyclinic.seeding import seed_for, torch_generator
 from polyclinic.study import Study
 from polyclinic_client.app import make_app
 from polyclinic_client.site import Site
@@ -28,6 +34,8 @@ from polyclinic_simulations.consortium import Member, gather, settle
 from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.engines.local import LocalGrid
 
+EXAMPLES = 3
+"""Images a site in the figure of views."""
 PACKAGES = ("polyclinic", "torch", "torchvision", "timm", "flwr", "scikit-learn", "pydicom")
 
 
@@ -62,10 +70,14 @@ def simulate(
 
         run_ray(run, [site.state for site in sites.values()], study.compute.threads)
     else:
-        lead(LocalGrid({name: make_app(lambda _, site=site: site, progress) for name, site in sites.items()}), run)
+        lead(LocalGrid({name: make_app(partial(_given, site), progress) for name, site in sites.items()}), run)
     summary = _conclude(study, run, sites, engine, listen, progress, started)
     run.event("report_written")
     return summary
+
+
+def _given(site: Site, context: Context) -> Site:
+    return site
 
 
 def _claim(run: RunDir, study: Study, resume: bool) -> None:
@@ -142,16 +154,15 @@ def _pictures(study: Study, run: Path, sites: Mapping[str, Site], federated: Any
     encode = encoder_features(study, federated)
     names = [name for name, site in sites.items() for _ in range(len(site.cohort))]
     labels = [word for site in sites.values() for word in classes_of(site.cohort.labels, study.evaluation.labels)]
-    frame = pd.DataFrame({"site": names, "label": labels})
-    import numpy as np
-
-    table = embedding_table(
-        np.concatenate([encode(site.cohort) for site in sites.values()]),
-        frame["site"].to_numpy(str),
-        frame["label"].to_numpy(str),
-        seed_for(study.seed, "embedding") % 2**31,
-    )
+    found = np.concatenate([encode(site.cohort) for site in sites.values()])
+    table = embedding_table(found, np.array(names), np.array(labels), seed_for(study.seed, "embedding") % 2**31)
     write_atomic(run / "report" / "embedding.csv", table.to_csv(index=False))
+    shown = torch.cat([site.cohort.pixels(np.arange(min(len(site.cohort), EXAMPLES))) for site in sites.values()])
+    originals = shown[: EXAMPLES * 2].float() / 255
+    method, _ = build_stage(study, 0)
+    batch = Batch(originals, torch.arange(len(originals)))
+    drawn = [method.views(batch, torch_generator(seed_for(study.seed, "shown", round=n))).views[0] for n in range(3)]
+    save_views_figure(run / "report" / "views.png", originals, drawn)
 
 
 def _bytes_sent(run: Path) -> int:

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from flwr.app import ConfigRecordValues
+
 from polyclinic.errors import Refused
 from polyclinic_client.app import make_app
 from polyclinic_client.site import open_site
@@ -33,5 +35,5 @@ def run_ray(run: RunDir, folders: list[Path], threads: int) -> None:
         lead(grid, run)
 
     client = make_app(lambda context: open_site(folders[int(context.node_config["partition-id"])]))
-    resources = {"num_cpus": threads, "num_gpus": 0.0}
+    resources: dict[str, ConfigRecordValues] = {"num_cpus": threads, "num_gpus": 0.0}
     run_simulation(server, client, len(folders), backend_config={"client_resources": resources})
