@@ -30,6 +30,8 @@ def run(arguments: Sequence[str]) -> int:
         command = typer.main.get_command(build())
         code = command.main(list(arguments), prog_name="polyclinic", standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted; what was finished is kept", "run the same command again to go on", 130)

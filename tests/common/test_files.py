@@ -1,0 +1,68 @@
+"""Files are whole or not there, and a disk that cannot take them says so."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from polyclinic.errors import StorageError
+from polyclinic.files import atomic, storage, write_atomic
+
+
+def test_writing_replaces_the_whole_file(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    write_atomic(target, "much longer than what follows")
+    write_atomic(target, b"short")
+    assert target.read_bytes() == b"short"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_text_is_written_as_utf8(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "result", "µ")
+    assert (tmp_path / "result").read_bytes() == b"\xc2\xb5"
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    write_atomic(target, "old")
+    with pytest.raises(ZeroDivisionError), atomic(target) as file:
+        file.write(b"half of the ne")
+        raise ZeroDivisionError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    write_atomic(target, "old")
+    child = os.fork()
+    if child == 0:
+        with atomic(target) as file:
+            file.write(b"half of the ne")
+            file.flush()
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert target.read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_a_full_disk_is_a_storage_error_that_says_so() -> None:
+    with (
+        pytest.raises(StorageError, match=r"no space left on the disk of cache\.bin") as caught,
+        storage(Path("/somewhere/cache.bin")),
+    ):
+        Path("/dev/full").write_bytes(b"x")
+    assert "/somewhere" not in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_disk_that_may_not_be_written_is_a_storage_error(number: int) -> None:
+    with pytest.raises(StorageError, match=r"cannot write cache\.bin"), storage(Path("cache.bin")):
+        raise OSError(number, os.strerror(number))
+
+
+def test_other_errors_of_the_operating_system_pass_unchanged(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomic(tmp_path / "missing" / "result", "x")
