@@ -84,15 +84,15 @@ class Anatomy:
             heart=(heart, heart * rng.uniform(1.1, 1.45)),
             heart_x=rng.uniform(10, 30),
             heart_tilt=rng.uniform(-0.9, -0.35),
-            mediastinum=rng.uniform(20, 34),
+            mediastinum=rng.uniform(24, 38),
             aorta=rng.uniform(11, 21),
             hila=rng.uniform(10, 17),
             vessels=rng.uniform(0.5, 1.6),
             scoliosis=(rng.normal(0, 6), rng.uniform(0, 2 * np.pi)),
             vertebra=rng.uniform(23, 29) * size,
             rib_spacing=rng.uniform(25, 33) * size,
-            rib_radius=rng.uniform(4.2, 6.2),
-            rib_slope=rng.uniform(0.8, 2.2),
+            rib_radius=rng.uniform(5.0, 7.2),
+            rib_slope=rng.uniform(0.6, 1.8),
             rib_phase=rng.uniform(0, 1),
             mineral=rng.uniform(0.5, 1.5),
             clavicle=rng.uniform(8, 42),
@@ -115,7 +115,8 @@ class Anatomy:
     def outline(self, level: Map, power: float) -> Map:
         """How far the rib cage reaches at each level, as a fraction of its width or depth."""
         top = 1 - np.clip(level, 0, 1)
-        return np.sqrt(np.maximum(1 - top**power, 1e-4)) * (1 - 0.06 * np.maximum(level - 0.8, 0))
+        reach: Map = np.sqrt(np.maximum(1 - top**power, 1e-4)) * (1 - 0.06 * np.maximum(level - 0.8, 0))
+        return reach
 
 
 @dataclass(frozen=True)

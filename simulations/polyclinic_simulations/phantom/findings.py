@@ -108,11 +108,12 @@ class Consolidation:
         dx, dy = (h - middle) / self.reach[0], (y - down) / self.reach[1]
         u, v = h / PATCH_GRAIN + (40 if view == "PA" else 0), y / PATCH_GRAIN
         fluff = self.patches(u, v) + 0.6 * self.patches(2.1 * u, 2.1 * v)
-        inside = edge(1 - np.hypot(dx, dy) + 0.25 * fluff, 0.25)
-        dense = edge(fluff + 0.35, 0.45)
-        angle = np.arctan2(dy, dx + 1.2 * np.sign(middle))
-        bronchi = np.exp(-((np.sin(angle * 9 + 0.8 * np.sin(4 * dy)) / 0.28) ** 2))
-        return lung.path * (1 - PATCH_DENSITY * inside * dense * (1 - 0.7 * bronchi))
+        inside = edge(0.85 - np.hypot(dx, dy) + 0.15 * fluff, 0.3)
+        dense = edge(fluff + 0.5, 0.9)
+        angle = np.arctan2(dy, dx + 1.4 * np.sign(middle)) + 0.15 * self.patches(u / 2, v / 2 + 9)
+        bronchi = np.exp(-((np.sin(angle * 7) / 0.2) ** 2))
+        path: Map = lung.path * (1 - PATCH_DENSITY * inside * dense * (1 - 0.6 * bronchi))
+        return path
 
 
 @dataclass(frozen=True)

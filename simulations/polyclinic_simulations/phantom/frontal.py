@@ -14,7 +14,8 @@ def body(a: Anatomy, x: Map, y: Map) -> Map:
     top = np.maximum(y - (shoulder - 38 + 0.34 * np.maximum(np.abs(x) - 45, 0)), 0)
     trunk = 2 * (a.depth + 0.6 * a.fat) * chord(x / half) * (1 - np.exp(-top / 30))
     neck = 105 * chord(x / 62) * edge(shoulder - y, 30)
-    return np.maximum(trunk, neck) * (1 + 0.05 * a.grain(x / 13, y / 13) + 0.04 * a.grain(x / 31 + 9, y / 31))
+    solid: Map = np.maximum(trunk, neck) * (1 + 0.012 * a.grain(x / 7, y / 7) + 0.03 * a.grain(x / 31 + 9, y / 31))
+    return solid
 
 
 def lungs(a: Anatomy, pose: Pose, x: Map, y: Map) -> list[Lung]:
@@ -22,13 +23,14 @@ def lungs(a: Anatomy, pose: Pose, x: Map, y: Map) -> list[Lung]:
     level = a.level(y)
     cage = a.width * a.outline(level, 2.5)
     inner = a.mediastinum * 0.55 + 32 * np.exp(-np.maximum(level, 0) / 0.10)
+    room = np.clip((cage - inner) / 25, 0, 1)
     found = []
     for side, dome in zip((-1, 1), a.domes, strict=True):
         out = side * (x - 8 * pose.turn)
         across = (out - (inner + cage) / 2) / np.maximum((cage - inner) / 2, 4)
         floor = a.apex + a.height + dome + pose.breath + a.arch * np.clip(across + 0.15, -0.6, 1.3) ** 2
         air = chord(across) * edge(floor - y, 2.5) * edge(level * a.height, 5)
-        path = 1.7 * a.depth * np.minimum(0.35 + level, 1) * air
+        path = 1.7 * a.depth * np.minimum(0.35 + level, 1) * room * air
         deepest = a.apex + a.height + dome + pose.breath + a.arch
         found.append(Lung(side, path, across, floor, (a.apex, deepest), (side * inner, side * cage)))
     return found
@@ -39,12 +41,13 @@ def heart_and_vessels(a: Anatomy, pose: Pose, x: Map, y: Map) -> Map:
     middle = x - pose.turn * 25
     bottom = a.apex + a.height + 0.6 * pose.breath
     centre = (a.heart_x, bottom - 0.75 * a.heart[0])
-    heart = 115 * ellipse(middle, y, centre, a.heart, a.heart_tilt)
+    heart = 95 * ellipse(middle, y, centre, a.heart, a.heart_tilt)
     atrium = 70 * ellipse(middle, y, (-a.mediastinum * 0.55, bottom - 1.05 * a.heart[0]), (26, 44))
     arch = (a.mediastinum * 0.75, a.apex + 0.32 * a.height)
     aorta = 90 * ellipse(middle, y, arch, (a.aorta, a.aorta * 1.2))
     descending = 40 * chord((middle - arch[0] + 6) / (a.aorta * 0.8)) * edge(y - arch[1], 12)
-    return np.maximum.reduce([heart, atrium, aorta, descending]) + _markings(a, x, y)
+    central: Map = np.maximum.reduce([heart, atrium, aorta, descending])
+    return central + _markings(a, x, y)
 
 
 def _markings(a: Anatomy, x: Map, y: Map) -> Map:
@@ -53,10 +56,12 @@ def _markings(a: Anatomy, x: Map, y: Map) -> Map:
     dx, dy = np.abs(x) - a.mediastinum - 8, y - a.apex - 0.5 * a.height - 6 * side
     radius = np.hypot(dx, dy)
     reach = np.log(radius + 6)
-    angle = np.arctan2(dy, dx)
-    streaks = a.markings(angle * 5 + 11 * side, reach * 2.2) + a.markings(angle * 10 + 7 * side, reach * 3 + 20)
-    vessels = np.maximum(streaks - 0.5, 0) * a.vessels * 22 * np.exp(-radius / 55)
-    return vessels + 55 * np.maximum(1 - (radius / (a.hila * 1.9)) ** 2, 0)
+    angle = np.arctan2(dy, dx) + 0.12 * a.grain(x / 22, y / 22)
+    streaks = a.markings(angle * 6 + 11 * side, reach * 1.6) + a.markings(angle * 13 + 7 * side, reach * 2.2 + 20)
+    spread = np.exp(-radius / 60) * (1 - np.exp(-((radius / 22) ** 2)))
+    hila = 42 * np.exp(-((dx / a.hila) ** 2) - (dy / (1.5 * a.hila)) ** 2)
+    vessels: Map = np.maximum(streaks - 0.5, 0) * a.vessels * 15 * spread + hila
+    return vessels
 
 
 def bones(a: Anatomy, pose: Pose, x: Map, y: Map) -> Map:
@@ -67,14 +72,14 @@ def bones(a: Anatomy, pose: Pose, x: Map, y: Map) -> Map:
 def _ribs(a: Anatomy, pose: Pose, x: Map, y: Map) -> Map:
     level = a.level(y)
     cage = (a.width + 3) * a.outline(level + 0.03, 2.5)
-    total = np.zeros_like(y + x)
+    total: Map = np.zeros_like(y + x)
     for back in (True, False):
         t = np.abs(x + (70 if back else -70) * pose.turn) / cage
         fall = a.rib_slope * t**3 - 0.5 * np.sin(3 * t) if back else a.rib_slope + 3.4 * (1 - np.minimum(t, 1)) ** 1.15
         turn = y / a.rib_spacing - fall + a.rib_phase
         distance = (turn - np.round(turn)) * a.rib_spacing
         seen = edge(1.02 - t, 0.012) * (1 + 1.1 * np.minimum(t, 1) ** 8)
-        seen = seen * (edge(t - 0.1, 0.04) if back else 0.8 * edge(t - 0.52, 0.09))
+        seen = seen * (edge(t - 0.1, 0.04) if back else 0.55 * edge(t - 0.5, 0.09))
         total += bone(distance, a.rib_radius) * seen
     return total * edge(level * a.height + 6, 5) * edge(a.apex + 1.35 * a.height - y, 25)
 
@@ -85,15 +90,15 @@ def _spine(a: Anatomy, pose: Pose, x: Map, y: Map) -> Map:
     turn = y / a.vertebra
     part = (turn - np.round(turn)) * a.vertebra
     half = 16 + 0.02 * (y + 150)
-    solid = 20 * chord(off / half) * (1 - 0.5 * np.exp(-((part / 3.2) ** 2)))
+    solid = 12 * chord(off / half) * (1 - 0.45 * np.exp(-((part / 3.2) ** 2)))
     here = np.abs(part) - a.vertebra / 2
-    pedicles = 9 * np.exp(-(((np.abs(off) - 11) / 3) ** 2) - ((here + 3) / 4) ** 2)
-    process = 9 * np.exp(-((off / 3) ** 2) - ((here + 1) / 6) ** 2)
+    pedicles = 5 * np.exp(-(((np.abs(off) - 11) / 3) ** 2) - ((here + 3) / 4) ** 2)
+    process: Map = 5 * np.exp(-((off / 3) ** 2) - ((here + 1) / 6) ** 2)
     return solid + pedicles + process
 
 
 def _shoulders(a: Anatomy, pose: Pose, x: Map, y: Map) -> Map:
-    total = np.zeros_like(x + y)
+    total: Map = np.zeros_like(x + y)
     for side in (-1, 1):
         out = side * (x - 60 * pose.turn)
         inner = a.apex + 0.16 * a.height
@@ -127,4 +132,5 @@ def _breasts(a: Anatomy, pose: Pose, x: Map, y: Map) -> Map:
     out = np.abs(x - 95 * pose.turn) - 0.56 * a.width
     fall = (y - a.breast_y) / a.breasts
     lower = np.where(fall > 0, fall * 1.15, fall * 0.75)
-    return 45 * np.sqrt(np.maximum(1 - (out / a.breasts) ** 2 - lower**2, 0))
+    breasts: Map = 40 * np.sqrt(np.maximum(1 - (out / a.breasts) ** 2 - lower**2, 0))
+    return breasts

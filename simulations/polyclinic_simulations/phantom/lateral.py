@@ -12,9 +12,10 @@ def body(a: Anatomy, z: Map, y: Map) -> Map:
     reach = (a.depth + a.fat) * (1.04 - 0.22 * edge(shoulder + 60 - y, 40))
     trunk = 2.1 * (a.width + 0.5 * a.fat) * chord(_bent(a, z, y) / reach) * edge(y - shoulder + 40, 30)
     arms = 150 * chord((z - 12) / 52) * edge(shoulder + 15 - y, 18)
-    breasts = 90 * ellipse(z, y, (a.depth + 0.5 * a.fat, a.breast_y), (a.breasts * 0.7 + 1, a.breasts * 0.9 + 1))
-    grain = 1 + 0.05 * a.grain(z / 13 + 5, y / 13) + 0.04 * a.grain(z / 31, y / 31 + 3)
-    return (np.maximum(trunk, arms) + (breasts if a.breasts else 0)) * grain
+    breasts = 45 * ellipse(z, y, (a.depth + 0.5 * a.fat, a.breast_y), (a.breasts * 0.7 + 1, a.breasts * 0.9 + 1))
+    grain = 1 + 0.012 * a.grain(z / 7 + 5, y / 7) + 0.03 * a.grain(z / 31, y / 31 + 3)
+    solid: Map = (np.maximum(trunk, arms) + (breasts if a.breasts else 0)) * grain
+    return solid
 
 
 def _bent(a: Anatomy, z: Map, y: Map) -> Map:
@@ -42,7 +43,7 @@ def lungs(a: Anatomy, pose: Pose, z: Map, y: Map) -> list[Lung]:
 def heart_and_vessels(a: Anatomy, pose: Pose, z: Map, y: Map) -> Map:
     """Heart, aorta, hila and lung markings: mm that take the place of air."""
     bottom = a.apex + a.height + 0.6 * pose.breath
-    heart = 150 * ellipse(z, y, (0.28 * a.depth, bottom - 0.8 * a.heart[0]), (0.95 * a.heart[0], a.heart[1]), -0.5)
+    heart = 110 * ellipse(z, y, (0.28 * a.depth, bottom - 0.8 * a.heart[0]), (0.95 * a.heart[0], a.heart[1]), -0.5)
     arch = (-0.05 * a.depth, a.apex + 0.36 * a.height)
     ring = np.abs(np.hypot(z - arch[0], y - arch[1]) - 1.7 * a.aorta)
     aorta = 45 * chord(ring / a.aorta) * edge(arch[1] + 10 - y, 8)
@@ -50,9 +51,11 @@ def heart_and_vessels(a: Anatomy, pose: Pose, z: Map, y: Map) -> Map:
     hila = 60 * ellipse(z, y, (-2, a.apex + 0.52 * a.height), (1.3 * a.hila, 1.6 * a.hila))
     radius = np.hypot(z, y - a.apex - 0.52 * a.height)
     reach, angle = np.log(radius + 6), np.arctan2(y - a.apex - 0.52 * a.height, z)
-    streaks = a.markings(angle * 5 + 31, reach * 2.2) + a.markings(angle * 10 + 3, reach * 3 + 30)
-    vessels = np.maximum(streaks - 0.5, 0) * a.vessels * 22 * np.exp(-radius / 55)
-    return np.maximum.reduce([heart, aorta, descending, hila]) + vessels
+    angle = angle + 0.12 * a.grain(z / 22, y / 22)
+    streaks = a.markings(angle * 6 + 31, reach * 1.6) + a.markings(angle * 13 + 3, reach * 2.2 + 30)
+    spread = np.exp(-radius / 60) * (1 - np.exp(-((radius / 22) ** 2)))
+    vessels: Map = np.maximum(streaks - 0.5, 0) * a.vessels * 15 * spread
+    return vessels + np.maximum.reduce([heart, aorta, descending, hila])
 
 
 def bones(a: Anatomy, pose: Pose, z: Map, y: Map) -> Map:
@@ -81,8 +84,8 @@ def _spine(a: Anatomy, pose: Pose, z: Map, y: Map) -> Map:
     off = _bent(a, z, y) + 0.86 * a.depth + 4 * np.sin(y / 60)
     turn = y / a.vertebra
     part = (turn - np.round(turn)) * a.vertebra
-    rim = 1 + 0.5 * np.exp(-(((np.abs(part) - 5) / 2) ** 2))
-    solid = 20 * chord(off / 15) * (1 - 0.75 * np.exp(-((part / 2.8) ** 2))) * rim
+    rim: Map = 1 + 0.5 * np.exp(-(((np.abs(part) - 5) / 2) ** 2))
+    solid = 11 * chord(off / 15) * (1 - 0.75 * np.exp(-((part / 2.8) ** 2))) * rim
     process, _ = segment(off, part, (-16, a.vertebra / 2), (-34, a.vertebra / 2 + 6))
     return solid + 8 * chord(process / 5) + 7 * chord((off + 19) / 5)
 

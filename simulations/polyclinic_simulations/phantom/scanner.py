@@ -36,7 +36,7 @@ class Scanner:
     rows: int
     columns: int
     gain: float
-    """Slope of the response curve in the middle; 0 is straight."""
+    """Slope of the sigmoid response curve; the smaller, the straighter."""
     gamma: float
     blur: float
     """Of the detector, standard deviation in pixels."""
@@ -75,6 +75,11 @@ class Scanner:
         )
 
     @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """Of stored values."""
+        return np.uint8 if self.bits == 8 else np.uint16
+
+    @property
     def sop_class(self) -> UID:
         """Of the images' storage (PS3.4 B.5)."""
         return DigitalXRayImageStorageForPresentation if self.modality == "DX" else ComputedRadiographyImageStorage
@@ -87,8 +92,8 @@ class Scanner:
             self._mark(grey, side, rng)
         self._collimate(grey, rng)
         top = 2**self.bits - 1
-        stored = np.round(np.clip(grey, 0, 1) * top).astype(np.uint8 if self.bits == 8 else np.uint16)
-        return (top - stored).astype(stored.dtype) if self.inverted else stored
+        stored: NDArray[np.unsignedinteger] = np.round(np.clip(grey, 0, 1) * top).astype(self.dtype)
+        return top - stored if self.inverted else stored
 
     def _detect(self, signal: Map, rng: np.random.Generator) -> Map:
         """Quantum noise, which grows as rays grow fewer, then the sharpness of detector and post-processing."""
@@ -100,18 +105,16 @@ class Scanner:
         squared = (2 * np.pi) ** 2 * (down**2 + across**2)
         transfer = np.exp(-squared * self.blur**2 / 2) * (1 + self.boost * (1 - np.exp(-squared * 4.5)))
         filtered: Map = np.fft.irfft2(np.fft.rfft2(signal) * transfer.astype(np.float32), s=signal.shape)
-        return filtered.astype(np.float32)
+        return filtered
 
     def _respond(self, signal: Map, rng: np.random.Generator) -> Map:
         """Grey levels 0 (black) to 1 by the response curve."""
         low, high = np.percentile(signal[::4, ::4], [3, 99]).tolist()
-        straight = np.clip((signal - low) / (high - low + 0.2), 0, 1) ** (self.gamma * rng.uniform(0.85, 1.18))
-        if self.gain < 0.1:
-            return straight
+        straight: Map = np.clip((signal - low) / (high - low + 0.2), 0, 1) ** (self.gamma * rng.uniform(0.85, 1.18))
         middle = rng.uniform(0.42, 0.58)
-        ends = [1 / (1 + np.exp(-self.gain * (end - middle))) for end in (0.0, 1.0)]
-        curved = 1 / (1 + np.exp(-self.gain * (straight - middle)))
-        return ((curved - ends[0]) / (ends[1] - ends[0])).astype(np.float32)
+        black, white = (float(np.tanh(self.gain / 2 * (end - middle))) for end in (0, 1))
+        curved: Map = (np.tanh(self.gain / 2 * (straight - middle)) - black) / (white - black)
+        return curved
 
     def _mark(self, grey: Map, side: int, rng: np.random.Generator) -> None:
         """Lay a lead letter on the film, in an upper corner."""

@@ -14,7 +14,8 @@ Map = NDArray[np.floating[Any]]
 
 def chord(position: Map) -> Map:
     """Path through a unit circle at `position` radii from its centre, as a fraction of the diameter."""
-    return np.sqrt(np.maximum(1 - position * position, 0), dtype=np.float32)
+    path: Map = np.sqrt(np.maximum(1 - position * position, 0))
+    return path
 
 
 def ellipse(x: Map, y: Map, centre: tuple[float, float], radii: tuple[float, float], angle: float = 0.0) -> Map:
@@ -23,7 +24,8 @@ def ellipse(x: Map, y: Map, centre: tuple[float, float], radii: tuple[float, flo
     cos, sin = float(np.cos(angle)), float(np.sin(angle))
     across = (cos * dx + sin * dy) / radii[0]
     along = (cos * dy - sin * dx) / radii[1]
-    return np.sqrt(np.maximum(1 - across * across - along * along, 0), dtype=np.float32)
+    path: Map = np.sqrt(np.maximum(1 - across * across - along * along, 0))
+    return path
 
 
 def bone(distance: Map, radius: float) -> Map:
@@ -33,7 +35,8 @@ def bone(distance: Map, radius: float) -> Map:
 
 def edge(distance: Map, width: float = 2.0) -> Map:
     """0 to 1 across a border: one half at distance 0, soft over `width`."""
-    return (0.5 + 0.5 * np.tanh(distance / width)).astype(np.float32)
+    step: Map = 0.5 + 0.5 * np.tanh(distance / width)
+    return step
 
 
 def segment(x: Map, y: Map, start: tuple[float, float], end: tuple[float, float]) -> tuple[Map, Map]:
@@ -67,4 +70,5 @@ class Texture:
         right = (column + 1) % cells
         upper = flat[here + column] * (1 - fu) + flat[here + right] * fu
         lower = flat[below + column] * (1 - fu) + flat[below + right] * fu
-        return upper * (1 - fv) + lower * fv
+        value: Map = upper * (1 - fv) + lower * fv
+        return value

@@ -97,7 +97,7 @@ def _write_patient(
     written = []
     for k in range(int(rng.integers(1, 4, endpoint=True))):
         pose = Pose.draw(rng, "LATERAL" if k and rng.random() < LATERAL else "PA")
-        water = render(anatomy, finding, pose, scanner.rows, scanner.columns)
+        water = render(anatomy, finding, pose, scanner.rows, scanner.columns, rng)
         stored = scanner.expose(water, int(rng.choice([-1, 1])), rng)
         path = home / f"{person.file_stem}_{k + 1}.dcm"
         with storage(path):
