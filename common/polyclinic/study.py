@@ -48,7 +48,7 @@ MAX_LINE = 4_000
 def _window(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     """One error for `Images.window` instead of one for each type that it may have."""
     try:
-        window = check(value)
+        window = check(tuple(value) if isinstance(value, list) else value)
     except ValidationError:
         window = None
     if window is None or (isinstance(window, tuple) and window[1] <= 0):

@@ -1,0 +1,385 @@
+"""Every bound is held with key, value and fix; a study's identity is stable; hostile files are refused."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen, MultipleOf
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from polyclinic.errors import StudyError
+from polyclinic.stages import METHOD_STAGES, Views
+from polyclinic.study import (
+    MAX_CHARACTERS,
+    Aggregation,
+    Compute,
+    Dirichlet,
+    Encoder,
+    Evaluation,
+    Head,
+    Images,
+    Study,
+    load_study,
+    parse_canonical,
+    parse_study,
+    resolve,
+)
+
+STAGE: dict[str, Any] = {"kind": "pretrain", "method": "simclr", "rounds": 2}
+SMALL: dict[str, Any] = {"study": {"name": "small"}, "stages": [STAGE]}
+
+TOML = """
+[study]
+name = "small"
+[[stages]]
+kind = "pretrain"
+method = "simclr"
+rounds = 2
+"""
+
+TABLES: list[tuple[str, type[BaseModel]]] = [
+    ("study", Head),
+    ("images", Images),
+    ("encoder", Encoder),
+    ("evaluation", Evaluation),
+    ("aggregation", Aggregation),
+    ("compute", Compute),
+    ("simulation.partition", Dirichlet),
+    ("stages.0.views", Views),
+    *((f"stages.0:{method}", model) for method, model in METHOD_STAGES.items()),
+]
+"""Every table that has bounds. `stages.0:mae` is the first stage with that method."""
+
+
+def study_with(key: str, value: Any) -> tuple[dict[str, Any], str]:
+    """A small study that is right but for `value` at `key` (as in TABLES), and the key as errors name it."""
+    data = copy.deepcopy(SMALL)
+    if ":" in key:
+        stage, _, rest = key.partition(":")
+        method, _, rest = rest.partition(".")
+        data["stages"][0]["method"] = method
+        data["encoder"] = {"name": "vit_tiny" if method != "simclr" else "resnet18"}
+        key = f"{stage}.{rest}"
+    *path, last = key.split(".")
+    table: Any = data
+    for part in path:
+        table = table[int(part)] if part.isdigit() else table.setdefault(part, {})
+    if path == ["simulation", "partition"]:
+        table["kind"] = "dirichlet"
+    table[last] = value
+    return data, key
+
+
+def beyond(bound: Any, step: float) -> tuple[Any, str] | None:
+    """A value one step beyond a bound, and the limit that the error must name."""
+    match bound:
+        case Ge(ge=limit):
+            return limit - step, f"at least {limit}"
+        case Gt(gt=limit):
+            return limit, f"more than {limit}"
+        case Le(le=limit):
+            return limit + step, f"at most {limit}"
+        case Lt(lt=limit):
+            return limit, f"less than {limit}"
+        case MultipleOf(multiple_of=factor):
+            return factor * 2 + 1, f"multiple of {factor}"
+    return None
+
+
+def bounds() -> Iterator[Any]:
+    """(key, value just beyond a bound, limit) for every bound of every number in a study."""
+    for table, model in TABLES:
+        for name, field in model.model_fields.items():
+            steps = [bound.multiple_of for bound in field.metadata if isinstance(bound, MultipleOf)]
+            for bound in field.metadata:
+                if case := beyond(bound, *steps or [1 if field.annotation is int else 1e-3]):
+                    yield pytest.param(f"{table}.{name}", *case, id=f"{table}.{name}-{type(bound).__name__}")
+                else:
+                    assert not isinstance(bound, MinLen | MaxLen), f"test the length of {name}"
+
+
+@pytest.mark.parametrize(("key", "value", "limit"), list(bounds()))
+def test_a_value_beyond_a_bound_is_refused_with_key_value_and_limit(key: str, value: Any, limit: str) -> None:
+    data, named = study_with(key, value)
+    with pytest.raises(StudyError) as caught:
+        resolve(data, "study.toml")
+    assert caught.value.problem == f"study.toml: {named} is {float(value) if isinstance(value, float) else value}"
+    assert limit in caught.value.fix
+
+
+def test_the_bounds_above_are_many() -> None:
+    assert len(list(bounds())) > 50  # else the walk over the tables has lost some
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem", "fix"),
+    [
+        ("study.name", "a b", "study.name is 'a b'", "letters, digits"),
+        ("study.name", "../etc", "study.name is '../etc'", "letters, digits"),
+        ("study.name", "x\n", r"study.name is 'x\n'", "letters, digits"),
+        ("study.name", 7, "study.name is 7", "a text in quotes"),
+        ("study.seed", 1.5, "study.seed is 1.5", "a whole number"),
+        ("study.seed", True, "study.seed is True", "a whole number"),
+        ("images.channels", 2, "images.channels is 2", "1 or 3"),
+        ("images.window", "lung", "images.window is 'lung'", "'percentile', 'voi' or [centre, width] in HU"),
+        ("images.window", [40.0, 0.0], "images.window is [40.0, 0.0]", "a width above 0"),
+        ("images.window", [40.0], "images.window is [40.0]", "[centre, width]"),
+        ("encoder.name", "resnet19", "encoder.name is 'resnet19'", "'resnet18', 'resnet50', 'vit_tiny'"),
+        ("encoder.init", "weights.pt", "encoder.init is 'weights.pt'", "'random'"),
+        ("stages", [], "stages is []", "at least 1 items"),
+        ("stages", [STAGE] * 101, "stages is [{", "at most 100 items"),
+        ("stages", {"rounds": 1}, "stages is a table", "a list"),
+        ("stages.0.kind", "pretrian", "stages.0.kind is 'pretrian'", "'pretrain'"),
+        ("stages.0.method", "simcl", "stages.0.method is 'simcl'", "one of 'simclr', 'mae'"),
+        ("stages.0.rounds", "2", "stages.0.rounds is '2'", "a whole number"),
+        ("stages.0.learning_rate", float("nan"), "stages.0.learning_rate is nan", "a finite number"),
+        ("stages.0.learning_rate", float("inf"), "stages.0.learning_rate is inf", "a finite number"),
+        ("stages.0.learning_rate", "fast", "stages.0.learning_rate is 'fast'", "a number"),
+        ("stages.0.views", "all", "stages.0.views is 'all'", "a table"),
+        ("stages.0.views.flip", 1, "stages.0.views.flip is 1", "true or false"),
+        ("stages.0.views.crop", 0.3, "stages.0.views.crop is 0.3", "a list"),
+        ("stages.0.views.crop", [0.3, 1.5], "stages.0.views.crop.1 is 1.5", "at most 1"),
+        ("stages.0.views.crop", [0.9, 0.3], "crop is [0.9, 0.3]", "smallest <= largest"),
+        ("evaluation.labels", {"yes": ["a"], "no": ["a"]}, "the label 'a' stands under both 'yes' and 'no'", "in one"),
+        ("evaluation.labels", {"yes": "a"}, "evaluation.labels.yes is 'a'", "a list"),
+        ("evaluation.rows", ["pixel"], "evaluation.rows.0 is 'pixel'", "'pixels', 'random'"),
+        ("aggregation.rule", "krum", "aggregation.rule is 'krum'", "'fedavg'"),
+        ("privacy.mode", "patient", "privacy.mode is 'patient'", "'none'"),
+        ("simulation.sites", 3, "sites is 3 and cohort is ''", "both"),
+        ("simulation", {"site": [{"name": "a", "cohort": "x"}] * 2}, "two sites are called 'a'", "its own name"),
+        ("simulation", {"site": [{"name": "a", "cohort": "x"}], "sites": 2, "cohort": "y"}, "split from one", "keep"),
+        ("simulation.partition", {"kind": "dirichlet"}, "simulation.partition.alpha is missing", "add it"),
+        ("simulation.partition", {"kind": "skew"}, "simulation.partition.kind is 'skew'", "one of 'iid', 'dirichlet'"),
+    ],
+)
+def test_other_wrong_values_are_refused_with_key_value_and_fix(key: str, value: Any, problem: str, fix: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        resolve(study_with(key, value)[0])
+    assert problem in caught.value.problem
+    assert fix in caught.value.fix
+
+
+def unknown_keys() -> Iterator[Any]:
+    """(a key with one letter missing, the key it should name), for every key of every table."""
+    for table, model in TABLES:
+        for name in model.model_fields:
+            if len(name) > 4 and name not in ("method", "alpha"):  # those decide which table it is
+                yield pytest.param(f"{table}.{name[:2]}{name[3:]}", name, id=f"{table}.{name}")
+
+
+@pytest.mark.parametrize(("key", "nearest"), list(unknown_keys()))
+def test_an_unknown_key_names_the_nearest_known_one(key: str, nearest: str) -> None:
+    data, named = study_with(key, 1)
+    with pytest.raises(StudyError) as caught:
+        resolve(data)
+    assert f"unknown key {named!r}" in caught.value.problem
+    assert f"the nearest known key is {nearest!r}" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("stage", "stages"), ("imges.size", "images"), ("simulations", "simulation")]
+)
+def test_an_unknown_table_names_the_nearest_known_one(key: str, nearest: str) -> None:
+    with pytest.raises(StudyError, match=f"the nearest known key is '{nearest}'"):
+        resolve(study_with(key, 1)[0])
+
+
+def test_all_problems_are_named_at_once_up_to_a_few() -> None:
+    data = {"study": {"name": "x", "seed": -1}, "stages": [STAGE | {"rounds": 0}]}
+    with pytest.raises(
+        StudyError, match=r"study\.seed is -1; stages\.0\.rounds is 0\n  fix: study\.seed: give at least 0;"
+    ):
+        resolve(data)
+    with pytest.raises(StudyError, match="and 992 more"):
+        resolve(SMALL | {f"key{number}": 1 for number in range(1000)})
+
+
+def test_what_an_error_repeats_is_short_and_without_control_characters() -> None:
+    with pytest.raises(StudyError) as caught:
+        resolve(SMALL | {"\x1b[31m": 1, "x" * 10_000: 1, "study": {"name": "\x07" * 10_000}})
+    assert len(str(caught.value)) < 1_000
+    assert str(caught.value).replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(
+    ("method", "encoder", "patch", "size", "problem"),
+    [
+        ("mae", "resnet18", 8, 96, "stages.0 trains 'mae'"),
+        ("simclr", "vit_tiny", 7, 96, "encoder.patch is 7 and does not divide images.size 96"),
+        ("mae", "vit_tiny", 8, 96, ""),
+        ("simclr", "resnet18", 7, 96, ""),
+    ],
+)
+def test_method_encoder_and_size_must_fit(method: str, encoder: str, patch: int, size: int, problem: str) -> None:
+    data = SMALL | {
+        "stages": [STAGE | {"method": method}],
+        "encoder": {"name": encoder, "patch": patch},
+        "images": {"size": size},
+    }
+    if not problem:
+        assert resolve(data).encoder.patch == patch
+        return
+    with pytest.raises(StudyError) as caught:
+        resolve(data)
+    assert problem in caught.value.problem
+
+
+def test_a_finetune_stage_is_refused_by_name() -> None:
+    with pytest.raises(StudyError, match=r"stages\.1 is a finetune stage"):
+        resolve(SMALL | {"stages": [STAGE, {"kind": "finetune", "rounds": 3}]})
+
+
+def test_defaults_depend_on_method_and_channels_under_the_users_own() -> None:
+    grey, colour = resolve(SMALL), resolve(SMALL | {"images": {"channels": 3}})
+    assert grey.stages[0].views is not None
+    assert colour.stages[0].views is not None
+    assert (grey.stages[0].views.hue, colour.stages[0].views.hue) == (0.0, 0.2)
+    own = resolve(SMALL | {"images": {"channels": 3}, "stages": [STAGE | {"views": {"rotation": 5}}]})
+    assert own.stages[0].views == colour.stages[0].views.model_copy(update={"rotation": 5.0})
+
+
+def test_rounds_are_counted_across_stages() -> None:
+    study = resolve(SMALL | {"stages": [STAGE, STAGE | {"rounds": 3}]})
+    assert study.rounds == 5
+    assert [study.stage_of(round) for round in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    with pytest.raises(IndexError, match="beyond the study's 5"):
+        study.stage_of(5)
+
+
+def test_the_simulation_is_not_part_of_the_identity_and_everything_else_is() -> None:
+    rehearsed = resolve(SMALL | {"simulation": {"sites": 5, "cohort": "images"}})
+    assert rehearsed.hash == resolve(SMALL).hash
+    assert rehearsed != resolve(SMALL)
+    assert resolve(study_with("study.seed", 1)[0]).hash != resolve(SMALL).hash
+
+
+def test_writing_a_default_out_or_a_whole_number_for_a_fraction_changes_nothing() -> None:
+    written = resolve(SMALL | {"images": {"size": 96}, "aggregation": {"round_deadline_s": 3600}})
+    assert written.hash == resolve(SMALL).hash
+
+
+STUDIES = st.fixed_dictionaries(
+    {
+        "study": st.fixed_dictionaries({"name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)}),
+        "stages": st.lists(
+            st.fixed_dictionaries(
+                {"kind": st.just("pretrain"), "method": st.just("simclr"), "rounds": st.integers(1, 10_000)},
+                optional={
+                    "temperature": st.floats(1e-3, 10),
+                    "learning_rate": st.floats(1e-6, 100) | st.integers(1, 100),
+                    "views": st.fixed_dictionaries({}, optional={"crop": st.just([0.2, 0.9]), "flip": st.booleans()}),
+                },
+            ),
+            min_size=1,
+            max_size=3,
+        ),
+    },
+    optional={
+        "images": st.fixed_dictionaries(
+            {"window": st.sampled_from(["percentile", "voi", [40.0, 400.0], [-600, 1500]])}
+        ),
+        "evaluation": st.fixed_dictionaries(
+            {"labels": st.dictionaries(st.text(), st.lists(st.text(), max_size=3), max_size=1)}
+        ),
+        "simulation": st.fixed_dictionaries({"sites": st.integers(1, 9), "cohort": st.text(min_size=1)}),
+    },
+)
+
+
+@given(STUDIES)
+def test_a_study_survives_toml_and_its_canonical_form(data: dict[str, Any]) -> None:
+    study = resolve(data)
+    again = parse_study(study.to_toml(), "again")
+    sent = parse_canonical(study.canonical(), "sent")
+    assert again == study
+    assert study.hash == again.hash == sent.hash
+    assert sent.canonical() == study.canonical()
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = st.sampled_from([*Study.model_fields, *(name for _, model in TABLES for name in model.model_fields)])
+
+
+@given(PLAIN | st.dictionaries(KEYS, PLAIN | st.dictionaries(KEYS, PLAIN) | st.lists(st.dictionaries(KEYS, PLAIN))))
+def test_no_data_does_worse_than_a_study_error(data: Any) -> None:
+    with pytest.raises(StudyError):
+        resolve(data)
+
+
+@given(st.text() | st.text(alphabet="[]{}=.,#'\"\n abn0123456789-:_\\"))
+def test_no_text_does_worse_than_a_study_error(text: str) -> None:
+    with pytest.raises(StudyError):
+        parse_study(text, "hostile")
+    with pytest.raises(StudyError):
+        parse_canonical(text, "hostile")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("a = " + "[" * 3_900, id="nested lists"),
+        pytest.param("a = " + "{b = " * 700 + "1" + "}" * 700, id="nested tables"),
+        pytest.param("a." * 1_900 + "b = 1", id="dotted key"),
+        pytest.param("[" + "a." * 1_900 + "b]", id="dotted table"),
+        pytest.param("a." * 100_000 + "b = 1", id="endless dotted key"),
+        pytest.param("\n".join(f"{'a.' * 1_990}b{n} = 1" for n in range(63)), id="many dotted keys"),
+        pytest.param("#" * MAX_CHARACTERS + "\n", id="too long"),
+        pytest.param("a = " + "9" * 3_900, id="a huge number"),
+        pytest.param("a = " + "\n".join(["9" * 3_900]), id="a number with thousands of digits"),
+        pytest.param("a = 1e999999", id="overflow"),
+        pytest.param("\n".join(f"[[a{n}]]" for n in range(20_000)), id="many tables"),
+    ],
+)
+def test_hostile_toml_is_refused_in_time(text: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        parse_study(text, "hostile.toml")
+    assert len(str(caught.value)) < 2_000
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 40_000, "NaN", '{"study": NaN}', '"\\ud800"', " " * 256_001])
+def test_a_hostile_canonical_form_is_refused(text: str) -> None:
+    with pytest.raises(StudyError):
+        parse_canonical(text, "hostile")
+
+
+@pytest.mark.parametrize("date", ["2026-11-20", "2026-11-20T08:00:00Z", "08:00:00"])
+def test_dates_are_refused(date: str) -> None:
+    with pytest.raises(StudyError, match=r"holds the date or time .*\n  fix: .*in quotes"):
+        parse_study(TOML.replace('"small"', date), "study.toml")
+
+
+def test_files_are_read_with_or_without_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text(TOML, encoding=encoding)
+        assert load_study(path) == resolve(SMALL)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"[study", b"x" * 5_000_000])
+def test_a_file_that_cannot_be_read_is_named(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StudyError, match=r"study\.toml"):
+        load_study(path)
+
+
+def test_a_folder_is_no_study(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="cannot read the study file"):
+        load_study(tmp_path)
+
+
+def test_the_canonical_form_is_sorted_and_compact() -> None:
+    text = resolve(SMALL).canonical()
+    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    assert "simulation" not in json.loads(text)
