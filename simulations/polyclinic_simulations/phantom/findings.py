@@ -15,10 +15,10 @@ SHARES = {"normal": 0.4, "nodule": 0.2, "consolidation": 0.2, "effusion": 0.2}
 """Of a site's patients; patients carry one label."""
 
 # How hard the phantom is. Larger is easier.
-NODULES = (2, 6)
+NODULES = (3, 8)
 """Number of nodules, both ends included."""
-NODULE_DIAMETER = (28.0, 50.0)
-"""mm; the image is about 360 mm wide."""
+NODULE_DIAMETER = (24.0, 42.0)
+"""mm; the image is about 290 mm wide."""
 NODULE_DENSITY = 1.0
 PATCH_REACH = (48.0, 78.0)
 """Radius of a consolidation, mm."""
@@ -28,6 +28,8 @@ PATCH_GRAIN = 15.0
 """Size of the patches, mm."""
 FLUID_HEIGHT = (0.18, 0.42)
 """Of an effusion, as a fraction of the lung's height."""
+BILATERAL = 0.6
+"""Of consolidations and effusions: in both lungs."""
 MENISCUS = 0.20
 """How far the fluid climbs at the chest wall, as a fraction of the lung's height."""
 
@@ -43,7 +45,7 @@ class Finding(Protocol):
         ...
 
 
-def place(lung: Lung, point: Point, view: str, y: Map) -> tuple[Map, float]:
+def place(lung: Lung, point: Point, view: str) -> tuple[Map, float]:
     """mm across (at each row) and down of a point of the lung as `view` projects it."""
     across = point[0] if view == "PA" else point[2]
     low, high = lung.borders
@@ -77,7 +79,7 @@ class Nodules:
         path = lung.path
         for side, point, diameter in self.balls:
             if side == lung.side:
-                centre, down = place(lung, point, view, y)
+                centre, down = place(lung, point, view)
                 distance = np.hypot(h - centre, y - down) * (2 / diameter)
                 path = path - NODULE_DENSITY * diameter * chord(distance)
         return np.maximum(path, 0)
@@ -85,26 +87,26 @@ class Nodules:
 
 @dataclass(frozen=True)
 class Consolidation:
-    """Fluffy patches over much of a lobe, with the bronchi left as dark branches."""
+    """Fluffy patches over much of a lobe in each lung, with the bronchi left as dark branches."""
 
-    side: int
-    centre: Point
+    centres: dict[int, Point]
+    """By side; a lung without a centre is clear."""
     reach: tuple[float, float]
     patches: Texture
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Consolidation":
-        """In one lung."""
-        centre = (rng.uniform(-0.3, 0.3), rng.uniform(0.3, 0.75), rng.uniform(-0.5, 0.5))
-        return cls(
-            int(rng.choice([-1, 1])), centre, (rng.uniform(*PATCH_REACH), rng.uniform(*PATCH_REACH)), Texture.draw(rng)
-        )
+        """In one lung or both."""
+        centres = {
+            side: (rng.uniform(-0.3, 0.3), rng.uniform(0.3, 0.75), rng.uniform(-0.5, 0.5)) for side in _sides(rng)
+        }
+        return cls(centres, (rng.uniform(*PATCH_REACH), rng.uniform(*PATCH_REACH)), Texture.draw(rng))
 
     def fill(self, lung: Lung, view: str, h: Map, y: Map) -> Map:
         """See Finding."""
-        if self.side != lung.side:
+        if lung.side not in self.centres:
             return lung.path
-        middle, down = place(lung, self.centre, view, y)
+        middle, down = place(lung, self.centres[lung.side], view)
         dx, dy = (h - middle) / self.reach[0], (y - down) / self.reach[1]
         u, v = h / PATCH_GRAIN + (40 if view == "PA" else 0), y / PATCH_GRAIN
         fluff = self.patches(u, v) + 0.6 * self.patches(2.1 * u, 2.1 * v)
@@ -120,24 +122,28 @@ class Consolidation:
 class Effusion:
     """Fluid at the base: a concave line that climbs the chest wall and hides the diaphragm."""
 
-    side: int
-    height: float
-    """Of the fluid in the middle of the lung, as a fraction of the lung's height."""
+    heights: dict[int, float]
+    """By side: of the fluid in the middle of the lung, as a fraction of the lung's height."""
     climb: float
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Effusion":
-        """In one lung."""
-        return cls(int(rng.choice([-1, 1])), rng.uniform(*FLUID_HEIGHT), MENISCUS * rng.uniform(0.7, 1.3))
+        """In one lung or both."""
+        return cls({side: rng.uniform(*FLUID_HEIGHT) for side in _sides(rng)}, MENISCUS * rng.uniform(0.7, 1.3))
 
     def fill(self, lung: Lung, view: str, h: Map, y: Map) -> Map:
         """See Finding."""
-        if self.side != lung.side:
+        if lung.side not in self.heights:
             return lung.path
         top, bottom = lung.ends
         wall = np.clip(lung.across + 0.35 if view == "PA" else np.abs(lung.across + 0.1), 0, 1.3)
-        surface = bottom - (bottom - top) * (self.height + self.climb * wall**2.5)
+        surface = bottom - (bottom - top) * (self.heights[lung.side] + self.climb * wall**2.5)
         return lung.path * edge(surface - y, 5)
+
+
+def _sides(rng: np.random.Generator) -> list[int]:
+    """The lungs that a finding is in."""
+    return [-1, 1] if rng.random() < BILATERAL else [int(rng.choice([-1, 1]))]
 
 
 FINDINGS: dict[str, type[Nodules] | type[Consolidation] | type[Effusion]] = {

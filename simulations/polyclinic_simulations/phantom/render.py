@@ -8,7 +8,7 @@ from polyclinic_simulations.phantom.devices import devices
 from polyclinic_simulations.phantom.findings import Finding
 from polyclinic_simulations.phantom.shapes import Map, edge
 
-FIELD = 325.0
+FIELD = 290.0
 """Width of an image, mm."""
 
 
