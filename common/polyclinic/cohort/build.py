@@ -19,7 +19,7 @@ from polyclinic.cohort.cohort import Cohort
 from polyclinic.cohort.identity import keyed, load_key
 from polyclinic.cohort.index import open_cohort, write_index
 from polyclinic.cohort.intake import Facts, Intake
-from polyclinic.cohort.pool import Pool
+from polyclinic.cohort.pool import Pool, installed_decoders
 from polyclinic.cohort.quarantine import Reason, counts, write_quarantine
 from polyclinic.cohort.scan import Scan, Source, locate, scan
 from polyclinic.cohort.store import Record, Store
@@ -70,8 +70,8 @@ def build_cohort(
     with storage(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _locked(folder):
-        found = scan(path)
-        with Store(folder, intake.stride) as store:
+        found = scan(path, state)
+        with Store(folder, intake.stride, installed_decoders()) as store:
             unread = _read(found, store, key, intake, workers or _processors(), timeout_s, progress)
         _conclude(folder, found, store, unread, key, intake)
     return open_cohort(folder)
@@ -98,7 +98,11 @@ def _read(
 ) -> dict[int, Reason]:
     """Bring everything readable into the store; why the other files were not read, by position in the scan."""
     unread = {position: s.reason for position, s in enumerate(found.sources) if s.reason}
-    new = [p for p, s in enumerate(found.sources) if not s.reason and not _remembered(s, store, key)]
+    new = [
+        p
+        for p, s in enumerate(found.sources)
+        if not s.reason and not store.remembers(keyed(key, "path", s.relative), s.stat)
+    ]
     total = len(found.sources)
     setup = {"intake": asdict(intake), "key": key.hex(), "known": list(store.records)}
     replies = Pool(setup, workers, timeout_s).read([found.root / found.sources[p].relative for p in new])
@@ -108,10 +112,6 @@ def _read(
         if progress:
             progress(done, total)
     return unread
-
-
-def _remembered(source: Source, store: Store, key: bytes) -> bool:
-    return store.memo.get(keyed(key, "path", source.relative), ((), ""))[0] == source.stat
 
 
 def _keep(source: Source, reply: dict[str, Any], pixels: bytes, found: Scan, store: Store, key: bytes) -> Reason | None:

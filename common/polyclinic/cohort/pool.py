@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from polyclinic.cohort.quarantine import Reason
 from polyclinic.cohort.worker import FRAME
 from polyclinic.errors import PolyclinicError
 
+WORKER = "polyclinic.cohort.worker"
+"""The module that workers run."""
 FILES_PER_WORKER = 16
 """Fewer files than this are not worth another process."""
 AHEAD = 2
@@ -29,6 +32,18 @@ READY = -1
 Reply = tuple[dict[str, Any], bytes]
 
 
+DECODERS = ("pydicom", "pillow", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pylibjpeg-libjpeg", "pyjpegls", "python-gdcm")
+
+
+def installed_decoders() -> list[str]:
+    """Name and version of every installed distribution that decodes DICOM pixels."""
+    found = []
+    for name in DECODERS:
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return found
+
+
 class _Ended(Exception):
     """The worker's stream ended within a reply or before it."""
 
@@ -36,10 +51,10 @@ class _Ended(Exception):
 class _Worker:
     """One process. `waiting` holds the files given and not yet answered, the one in work first."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
         self.process = subprocess.Popen(  # noqa: S603  (this interpreter, a module of ours)
-            [sys.executable, "-P", "-m", module],
+            [sys.executable, "-P", "-m", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -90,14 +105,11 @@ class Pool:
         setup: the first line that every worker gets (see worker.main), without `timeout_s`.
         workers: how many at most.
         timeout_s: seconds for one file.
-        module: what the workers run.
     """
 
-    def __init__(
-        self, setup: dict[str, Any], workers: int, timeout_s: float, module: str = "polyclinic.cohort.worker"
-    ) -> None:
+    def __init__(self, setup: dict[str, Any], workers: int, timeout_s: float) -> None:
         self._setup = json.dumps({**setup, "timeout_s": timeout_s}).encode() + b"\n"
-        self._most, self._timeout_s, self._module = workers, timeout_s, module
+        self._most, self._timeout_s = workers, timeout_s
         self._workers: list[_Worker] = []
         self._todo: deque[int] = deque()
         self._retried: set[int] = set()
@@ -123,7 +135,7 @@ class Pool:
             self._workers = []
 
     def _start(self, number: int) -> None:
-        started = [_Worker(self._module) for _ in range(number)]
+        started = [_Worker() for _ in range(number)]
         self._workers += started
         for worker in started:
             worker.send(self._setup)

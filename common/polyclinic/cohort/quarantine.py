@@ -42,7 +42,7 @@ MEANING = {
     Reason.LISTED_TWICE: "the CSV names the file again; its first row counts",
     Reason.NOT_A_FILE: "a folder, pipe, socket or device",
     Reason.UNREADABLE: "the system refuses to read it",
-    Reason.NOT_AN_IMAGE: "by its content neither DICOM nor PNG nor JPEG",
+    Reason.NOT_AN_IMAGE: "by its content neither DICOM (no DICM prefix) nor PNG nor JPEG",
     Reason.NO_PIXELS: "DICOM without pixel data: a DICOMDIR, a report, a presentation state",
     Reason.NO_PATIENT: "no patient identifier: it could be in training and test at once",
     Reason.BURNED_IN: "Burned In Annotation is YES: text in the pixels may name the patient",

@@ -45,7 +45,7 @@ def _open(data: bytes) -> Image.Image:
 
 def _tensor(image: Image.Image, intake: Intake) -> NDArray[np.uint8]:
     if image.mode.startswith(("I", "F")):
-        return _deep(np.asarray(image, np.float32), intake)
+        return _deep(np.asarray(image), intake)
     mode = "L" if intake.channels == 1 else "RGB"
     # A JPEG decodes to a half, a quarter or an eighth at once; the last factor of two or more is left to the filter.
     image.draft(mode, (2 * intake.size, 2 * intake.size))
@@ -57,15 +57,12 @@ def _tensor(image: Image.Image, intake: Intake) -> NDArray[np.uint8]:
     return small[None] if small.ndim == 2 else np.ascontiguousarray(small.transpose(2, 0, 1))
 
 
-def _deep(values: NDArray[np.float32], intake: Intake) -> NDArray[np.uint8]:
+def _deep(image: NDArray[np.uint16], intake: Intake) -> NDArray[np.uint8]:
     """A sixteen-bit grey PNG: no units and no window of its own, so percentiles unless the study names a window."""
+    values, counts, where = pixels.distinct(image)
+    units = values.astype(np.float32)
+    low, high = pixels.percentiles(units, counts)
     if isinstance(intake.window, tuple):
         centre, width = intake.window
         low, high = centre - width / 2, centre + width / 2
-    else:
-        low, high = np.percentile(values, pixels.PERCENTILES)
-        if low == high:
-            low, high = values.min(), values.max()
-    if low == high:
-        raise Unusable(Reason.CONSTANT)
-    return pixels.to_tensor(pixels.stretch(values, low, high), intake.size, intake.channels)
+    return pixels.to_tensor(pixels.stretch(units, low, high)[where], intake.size, intake.channels)

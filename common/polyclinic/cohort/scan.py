@@ -69,10 +69,12 @@ def locate(source: Path) -> Path:
     )
 
 
-def scan(path: Path) -> Scan:
-    """The files of a located cohort. Takes a stat a file and reads none."""
+def scan(path: Path, state: Path) -> Scan:
+    """The files of a located cohort, those below `state` left out. Takes a stat a file and reads none."""
     if path.is_dir():
-        return Scan(path, sorted(_walk(path), key=lambda s: s.relative), from_csv=False, has_patients=False)
+        return Scan(
+            path, sorted(_walk(path, state.resolve()), key=lambda s: s.relative), from_csv=False, has_patients=False
+        )
     sources = sorted(_read_csv(path), key=lambda s: s.relative)
     return Scan(path.parent, sources, from_csv=True, has_patients=any(s.patient for s in sources))
 
@@ -86,13 +88,23 @@ def clean(text: str, longest: int = limits.MAX_TEXT) -> str:
     return " ".join("".join(c for c in text if c.isprintable() or c.isspace()).split())[:longest]
 
 
-def _walk(root: Path) -> Iterator[Source]:
-    """Every file below `root`; its label is the name of the first directory on the way. Linked directories are left out."""
-    for folder, _, names in os.walk(root):
-        for name in names:
-            relative = os.path.relpath(os.path.join(folder, name), root)  # noqa: PTH118
+def _walk(root: Path, skip: Path) -> Iterator[Source]:
+    """Every file below `root` but those below `skip`; its label is the first directory on its way.
+
+    A directory that cannot be listed or is a link stands for what may be in it, with the reason.
+    """
+    unlisted: list[str] = []
+    for folder, folders, names in os.walk(root, onerror=lambda error: unlisted.append(os.fspath(error.filename))):
+        here = Path(folder)
+        folders[:] = sorted(name for name in folders if here / name != skip)
+        links = [name for name in folders if (here / name).is_symlink()]
+        for name in [*names, *links]:
+            relative = os.path.relpath(here / name, root)
             parts = PurePosixPath(relative).parts
-            yield _with_stat(root, Source(relative, label=clean(parts[0]) if len(parts) > 1 else ""))
+            source = Source(relative, label=clean(parts[0]) if len(parts) > 1 else "")
+            yield replace(source, reason=Reason.OUTSIDE) if name in links else _with_stat(root, source)
+    for folder in unlisted:
+        yield Source(os.path.relpath(folder, root), reason=Reason.UNREADABLE)
 
 
 def _read_csv(path: Path) -> Iterator[Source]:

@@ -9,6 +9,7 @@ images without a line, or half a line: both are cut off by the next build, which
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,13 +38,18 @@ class Record:
 class Store:
     """Opened by one process at a time (see build.py for the lock).
 
+    Args:
+        folder: of the cohort.
+        stride: bytes of an image.
+        decoders: those installed; files that lacked one are forgotten when others are.
+
     Attributes:
         records: content SHA-256 -> Record.
         memo: keyed hash of a path -> (stat, content SHA-256): an unchanged file is not even read.
     """
 
-    def __init__(self, folder: Path, stride: int) -> None:
-        self._folder, self._stride = folder, stride
+    def __init__(self, folder: Path, stride: int, decoders: Sequence[str] = ()) -> None:
+        self._folder, self._stride, self._decoders = folder, stride, list(decoders)
         self.records: dict[str, Record] = {}
         self.memo: dict[str, tuple[tuple[int, ...], str]] = {}
         self.images = 0
@@ -82,11 +88,16 @@ class Store:
     def _learn(self, entry: dict[str, Any]) -> None:
         sha, count = entry["sha"], entry.get("count", 0)
         self.memo[entry["path"]] = (tuple(entry["stat"]), sha)
-        if "facts" in entry:
+        if "facts" in entry and entry.get("decoders", self._decoders) == self._decoders:
             reason = Reason(entry["reason"]) if "reason" in entry else None
             first = entry.get("first", 0)
             self.records[sha] = Record(Facts(**entry["facts"]), first, count, reason)
             self.images = max(self.images, first + count)
+
+    def remembers(self, path: str, stat: tuple[int, ...]) -> bool:
+        """Whether the file at this keyed path has not changed since its content was learnt."""
+        then, sha = self.memo.get(path, ((), ""))
+        return then == stat and sha in self.records
 
     def add(self, path: str, stat: tuple[int, ...], sha: str, record: Record | None, pixels: bytes = b"") -> None:
         """Note that the file with this keyed path holds the content `sha`, described by `record` unless it is known."""
@@ -95,6 +106,8 @@ class Store:
             entry["facts"] = record.facts.to_json()
             if record.reason:
                 entry["reason"] = record.reason
+                if record.reason is Reason.NO_DECODER:
+                    entry["decoders"] = self._decoders
             else:
                 entry |= {"first": self.images, "count": len(pixels) // self._stride}
                 self._pixels.append(pixels)

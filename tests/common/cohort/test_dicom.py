@@ -1,0 +1,310 @@
+"""DICOM intake against an independent twin: pydicom's own functions in float64, through the documented order."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydicom import Dataset, dcmread
+from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
+from pydicom.sequence import Sequence
+
+from polyclinic.cohort import dicom as intake_dicom
+from polyclinic.cohort import limits
+from polyclinic.cohort.intake import Facts, Intake
+from polyclinic.cohort.quarantine import Reason, Unusable
+from polyclinic.cohort.worker import decode
+
+KEY = b"k" * 32
+RAMP = np.arange(480, dtype=np.uint16).reshape(24, 20)
+Write = Callable[..., Path]
+
+
+def grey(path: Path, window: Any = "percentile", frame: int = 0) -> NDArray[np.float32]:
+    """The frame's levels before they are resized."""
+    ds = dcmread(path)
+    return intake_dicom._frame(ds, intake_dicom._decoder(ds), frame, Intake(32, 1, window))
+
+
+def read(path: Path, **settings: Any) -> tuple[list[NDArray[np.uint8]], Facts]:
+    return decode(path.read_bytes(), Intake(**{"size": 32, "channels": 1, "window": "percentile", **settings}), KEY)
+
+
+def refused(path: Path, **settings: Any) -> Reason:
+    with pytest.raises(Unusable) as error:
+        read(path, **settings)
+    return error.value.reason
+
+
+def twin(ds: Dataset, stored: NDArray[Any], window: str) -> NDArray[np.float64]:
+    """One monochrome frame on [0, 1], as slowly and plainly as pydicom has it."""
+    pad = np.zeros(stored.shape, bool)
+    if "PixelPaddingValue" in ds:
+        limit = ds.get("PixelPaddingRangeLimit", ds.PixelPaddingValue)
+        pad = (stored >= min(ds.PixelPaddingValue, limit)) & (stored <= max(ds.PixelPaddingValue, limit))
+    units = apply_modality_lut(stored, ds)
+    if window == "voi" and ("WindowCenter" in ds or "VOILUTSequence" in ds):
+        out = voi_twin(ds, units)
+    else:
+        low, high = np.percentile(units[~pad].astype(np.float64), (1, 99))
+        if low == high:
+            low, high = float(units[~pad].min()), float(units[~pad].max())
+        out = np.clip((units.astype(np.float64) - low) / (high - low), 0, 1)
+    out = 1 - out if ds.PhotometricInterpretation == "MONOCHROME1" else out
+    return np.where(pad, 0.0, out)
+
+
+def voi_twin(ds: Dataset, units: NDArray[Any]) -> NDArray[np.float64]:
+    """pydicom spreads a window over the range that the stored bits could take; here it is brought to [0, 1]."""
+    low, high = 0.0, 2.0**ds.BitsStored - 1
+    if ds.PixelRepresentation:
+        low, high = -(2.0 ** (ds.BitsStored - 1)), 2.0 ** (ds.BitsStored - 1) - 1
+    if "VOILUTSequence" in ds:
+        low, high = 0.0, 2.0 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
+    elif "RescaleSlope" in ds:
+        low, high = (v * float(ds.RescaleSlope) + float(ds.RescaleIntercept) for v in (low, high))
+    return (apply_voi_lut(units, ds) - low) / (high - low)
+
+
+def sample_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix == ".dcm")
+
+
+def test_samples_match_pydicom(samples: Path) -> None:
+    """Every frame of every decodable sample; at least the 40 files that were decodable when this was written."""
+    compared = 0
+    for path in sample_files(samples):
+        try:
+            tensors, _ = read(path, allow_burned_in=True, channels=3)
+        except Unusable:
+            continue
+        ds = dcmread(path)
+        frames = ds.pixel_array  # YBR is RGB by now
+        frames = frames[None] if int(ds.get("NumberOfFrames") or 1) == 1 else frames
+        assert len(tensors) == len(frames), path.name
+        for number, stored in enumerate(frames):
+            if stored.ndim == 2 and ds.PhotometricInterpretation != "PALETTE COLOR":
+                for window in ("percentile", "voi"):
+                    np.testing.assert_allclose(grey(path, window, number), twin(ds, stored, window), atol=2e-5)
+            else:
+                palette = stored.ndim == 2
+                colour = apply_color_lut(stored, ds) if palette else stored
+                bits = ds.RedPaletteColorLookupTableDescriptor[2] if palette else ds.BitsStored
+                np.testing.assert_allclose(grey(path, frame=number), colour / (2.0**bits - 1), atol=1e-6)
+        compared += 1
+    assert compared >= 40
+
+
+def test_unusable_samples_have_the_expected_reasons(samples: Path) -> None:
+    truncated = samples / "pd_test_files_MR_truncated.dcm"
+    assert refused(truncated) is Reason.DAMAGED
+    assert refused(samples / "pd_dicomdirtests_DICOMDIR.dcm") is Reason.NO_PIXELS
+    assert refused(samples / "pd_test_files_rtdose_expb.dcm") is Reason.DERIVED
+    assert refused(samples / "d4c_resources_YBR_422.dcm") is Reason.ULTRASOUND
+
+
+@pytest.mark.parametrize(
+    ("elements", "bright_first"),
+    [
+        ({}, False),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, True),
+        ({"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE"}, True),
+        ({"PresentationLUTShape": "INVERSE"}, True),
+        ({"PresentationLUTShape": "IDENTITY"}, False),
+        ({"RescaleSlope": "-1", "RescaleIntercept": "480"}, True),
+        ({"RescaleSlope": "-1", "RescaleIntercept": "0", "PhotometricInterpretation": "MONOCHROME1"}, False),
+    ],
+)
+def test_inversion_happens_once(tmp_path: Path, dicom: Write, elements: dict[str, str], bright_first: bool) -> None:
+    levels = grey(dicom(tmp_path / "a", RAMP, **elements))
+    assert levels[0, 0] == (1.0 if bright_first else 0.0)
+    assert levels[-1, -1] == (0.0 if bright_first else 1.0)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_black_and_no_part_of_the_percentiles(tmp_path: Path, dicom: Write, photometric: str) -> None:
+    stored = RAMP.astype(np.int16) + 1000
+    stored[:6] = -2000
+    bare = grey(dicom(tmp_path / "a", stored[6:], PhotometricInterpretation=photometric))
+    padded = grey(dicom(tmp_path / "b", stored, PixelPaddingValue=-2000, PhotometricInterpretation=photometric))
+    assert (padded[:6] == 0).all()
+    np.testing.assert_allclose(padded[6:], bare)
+
+
+def test_padding_range(tmp_path: Path, dicom: Write) -> None:
+    levels = grey(dicom(tmp_path / "a", RAMP, PixelPaddingValue=10, PixelPaddingRangeLimit=0))
+    expected = np.percentile(np.arange(11, 480), (1, 99))
+    assert (levels.ravel()[:11] == 0).all()
+    np.testing.assert_allclose(levels.ravel()[200], (200 - expected[0]) / (expected[1] - expected[0]), rtol=1e-5)
+
+
+def lut(entries: NDArray[np.uint16], first: int, bits: int) -> Sequence:
+    item = Dataset()
+    item.LUTDescriptor, item.LUTData = [len(entries), first, bits], entries.tolist()
+    item["LUTDescriptor"].VR = item["LUTData"].VR = "US"
+    return Sequence([item])
+
+
+def test_modality_lut(tmp_path: Path, dicom: Write) -> None:
+    table = (np.arange(300) ** 2 % 4000).astype(np.uint16)
+    path = dicom(tmp_path / "a", RAMP, ModalityLUTSequence=lut(table, 100, 16))
+    np.testing.assert_allclose(grey(path), twin(dcmread(path), RAMP, "percentile"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"WindowCenter": "200", "WindowWidth": "100"},
+        {"WindowCenter": ["200", "50"], "WindowWidth": ["100", "20"]},
+        {"WindowCenter": "200.5", "WindowWidth": "1"},
+        {"WindowCenter": "200", "WindowWidth": "100", "VOILUTFunction": "LINEAR_EXACT"},
+        {"WindowCenter": "200", "WindowWidth": "100", "VOILUTFunction": "SIGMOID"},
+        {"WindowCenter": "-10", "WindowWidth": "90", "RescaleSlope": "0.5", "RescaleIntercept": "-100"},
+        {"VOILUTSequence": lut((np.arange(200) * 5).astype(np.uint16), 150, 10)},
+        {"PhotometricInterpretation": "MONOCHROME1", "WindowCenter": "200", "WindowWidth": "100"},
+    ],
+)
+def test_voi_matches_pydicom(tmp_path: Path, dicom: Write, elements: dict[str, Any]) -> None:
+    path = dicom(tmp_path / "a", RAMP, **elements)
+    ds = dcmread(path)
+    out = voi_twin(ds, apply_modality_lut(RAMP, ds))
+    out = 1 - out if ds.PhotometricInterpretation == "MONOCHROME1" else out
+    np.testing.assert_allclose(grey(path, "voi"), out, atol=1e-5)
+
+
+def test_voi_falls_back_to_percentiles(tmp_path: Path, dicom: Write) -> None:
+    plain = grey(dicom(tmp_path / "a", RAMP))
+    broken = dicom(tmp_path / "b", RAMP, WindowCenter="100", WindowWidth="0")
+    np.testing.assert_array_equal(grey(tmp_path / "a", "voi"), plain)
+    np.testing.assert_array_equal(grey(broken, "voi"), plain)
+
+
+def test_fixed_window_is_in_modality_units(tmp_path: Path, dicom: Write) -> None:
+    levels = grey(dicom(tmp_path / "a", RAMP, RescaleSlope="1", RescaleIntercept="-200"), (40.0, 400.0))
+    np.testing.assert_allclose(levels.ravel()[[0, 40, 240, 440, 479]], [0, 0, 0.5, 1, 1], atol=1e-6)
+
+
+def test_functional_groups_take_the_place_of_top_level_elements(tmp_path: Path, dicom: Write) -> None:
+    def group(slope: str, centre: str) -> Dataset:
+        transformation, voi, holder = Dataset(), Dataset(), Dataset()
+        transformation.RescaleSlope, transformation.RescaleIntercept, transformation.RescaleType = slope, "0", "US"
+        voi.WindowCenter, voi.WindowWidth, voi.VOILUTFunction = centre, "100", "LINEAR_EXACT"
+        holder.PixelValueTransformationSequence, holder.FrameVOILUTSequence = [transformation], [voi]
+        return holder
+
+    shared = Dataset()
+    shared.PixelValueTransformationSequence = group("2", "0").PixelValueTransformationSequence
+    per_frame = [group("1", "100"), Dataset()]
+    path = dicom(
+        tmp_path / "a",
+        np.stack([RAMP, RAMP]),
+        SharedFunctionalGroupsSequence=[shared],
+        PerFrameFunctionalGroupsSequence=per_frame,
+        WindowCenter="300",
+        WindowWidth="200",
+        VOILUTFunction="LINEAR_EXACT",
+    )
+    values = RAMP.astype(float)
+    np.testing.assert_allclose(grey(path, "voi", 0), np.clip((values - 50) / 100, 0, 1), atol=1e-6)
+    np.testing.assert_allclose(grey(path, "voi", 1), np.clip((2 * values - 200) / 200, 0, 1), atol=1e-6)
+
+
+def test_each_frame_is_an_image_up_to_a_number(tmp_path: Path, dicom: Write) -> None:
+    frames = np.stack([RAMP + 7 * k for k in range(limits.MAX_FRAMES * 3)]).astype(np.uint16)
+    tensors, _ = read(dicom(tmp_path / "a", frames, WindowCenter="400", WindowWidth="900"), window="voi")
+    assert len(tensors) == limits.MAX_FRAMES
+    brightness = [int(t.astype(int).sum()) for t in tensors]
+    assert brightness == sorted(brightness) and brightness[0] < brightness[-1]
+
+
+def test_frames_without_contrast_are_left_out(tmp_path: Path, dicom: Write) -> None:
+    flat = np.full_like(RAMP, 9)
+    assert len(read(dicom(tmp_path / "a", np.stack([RAMP, flat, RAMP])))[0]) == 2
+    assert refused(dicom(tmp_path / "b", flat)) is Reason.CONSTANT
+
+
+@pytest.mark.parametrize(
+    ("elements", "reason"),
+    [
+        ({"BurnedInAnnotation": "YES"}, Reason.BURNED_IN),
+        ({"Modality": "US"}, Reason.ULTRASOUND),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.1"}, Reason.ULTRASOUND),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, Reason.SECONDARY_CAPTURE),
+    ],
+)
+def test_burned_in_text_is_for_the_site_to_allow(
+    tmp_path: Path, dicom: Write, elements: dict[str, str], reason: Reason
+) -> None:
+    path = dicom(tmp_path / "a", **elements)
+    assert refused(path) is reason
+    assert len(read(path, allow_burned_in=True)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("elements", "reason"),
+    [
+        ({"Rows": 65535, "Columns": 65535, "NumberOfFrames": 1000}, Reason.TOO_LARGE),
+        ({"Rows": 65535, "Columns": 65535}, Reason.TOO_LARGE),
+        ({"Rows": 4000, "Columns": 4000, "NumberOfFrames": 2_000_000_000}, Reason.TOO_LARGE),
+        ({"Rows": 600, "Columns": 600}, Reason.DAMAGED),
+        ({"Rows": 0}, Reason.DAMAGED),
+        ({"NumberOfFrames": -3}, Reason.DAMAGED),
+        ({"PhotometricInterpretation": "HSV"}, Reason.UNSUPPORTED),
+        ({"PhotometricInterpretation": "JOHN DOE"}, Reason.DAMAGED),
+        ({"Modality": "SEG"}, Reason.DERIVED),
+    ],
+)
+def test_refusals(tmp_path: Path, dicom: Write, elements: dict[str, Any], reason: Reason) -> None:
+    assert refused(dicom(tmp_path / "a", **elements)) is reason
+
+
+def test_no_decoder_is_said_as_such(tmp_path: Path, dicom: Write) -> None:
+    path = dicom(tmp_path / "a")
+    ds = dcmread(path)
+    ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.100"  # MPEG2: no decoder anywhere
+    ds["PixelData"].is_undefined_length = True
+    from pydicom.encaps import encapsulate
+
+    ds.PixelData = encapsulate([b"\0\1"])
+    ds.save_as(path)
+    assert refused(path) is Reason.NO_DECODER
+
+
+@pytest.mark.parametrize("keep", [0, 100, 131, 132, 140, 200, 400, 700, -1])
+def test_cut_files_are_refused(tmp_path: Path, dicom: Write, keep: int) -> None:
+    whole = dicom(tmp_path / "a").read_bytes()
+    with pytest.raises(Unusable):
+        decode(whole[:keep], Intake(32, 1, "percentile"), KEY)
+
+
+def test_flipped_bytes_never_escape(tmp_path: Path, dicom: Write) -> None:
+    """Whatever a damaged file does, the outcome is an image or a reason."""
+    whole = bytearray(dicom(tmp_path / "a", WindowCenter="100", WindowWidth="50").read_bytes())
+    generator = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(300):
+        damaged = whole.copy()
+        for position in generator.integers(132, 900, 3):
+            damaged[position] = generator.integers(256)
+        try:
+            decode(bytes(damaged), Intake(32, 1, "voi"), KEY)
+            outcomes.add("image")
+        except Unusable as error:
+            outcomes.add(error.reason)
+    assert {"image", Reason.DAMAGED} <= outcomes
+
+
+def test_facts_hold_codes_and_no_text(tmp_path: Path, dicom: Write) -> None:
+    elements = {"Modality": "DX", "ViewPosition": "PA", "PatientName": "Mustermann^Erika", "PatientID": "ID-4711"}
+    _, facts = read(dicom(tmp_path / "a", **elements))
+    assert (facts.modality, facts.view, facts.height, facts.width) == ("DX", "PA", 24, 20)
+    assert len(facts.patient) == 32 and "4711" not in str(facts)
+    _, facts = read(dicom(tmp_path / "b", Modality="MUSTERMANN ERIKA", PatientID=" "))
+    assert (facts.modality, facts.view, facts.patient) == ("", "", "")
+
+
+def test_issuers_tell_equal_identifiers_apart(tmp_path: Path, dicom: Write) -> None:
+    patients = {read(dicom(tmp_path / i, IssuerOfPatientID=i))[1].patient for i in ("north", "south")}
+    assert len(patients | {read(dicom(tmp_path / "x"))[1].patient}) == 3
