@@ -65,7 +65,7 @@ class Stage(Settings):
     schedule: Literal["cosine", "constant"] = "cosine"
     """Of the learning rate, over all rounds of the stage."""
     warmup_rounds: float = Field(default=1.0, ge=0)
-    """Rounds over which the learning rate rises from zero."""
+    """Rounds over which the learning rate rises from zero; at most a quarter of the stage."""
 
 
 class Pretrain(Stage):
@@ -80,6 +80,8 @@ class SimCLRStage(Pretrain):
     """Settings of methods/simclr.py."""
 
     method: Literal["simclr"]
+    learning_rate: float = Field(default=3e-4, gt=0, le=100)
+    """At 1e-3 a group-normalised ResNet starts by collapsing and recovers slowly (tried on radiographs)."""
     temperature: float = Field(default=0.1, gt=0, le=10)
     projection: int = Field(default=128, ge=1, le=65_536)
     """Width of the projection that the loss compares."""

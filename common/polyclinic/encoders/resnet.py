@@ -5,6 +5,7 @@ Batch normalisation is left out: its statistics describe a site, disagree betwee
 per-patient differential privacy.
 """
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet  # type: ignore[import-untyped]
 
@@ -19,20 +20,39 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(GROUPS, channels)
 
 
-class GroupNormResNet(ResNet):  # type: ignore[misc]  # torchvision carries no types
+class Basic(BasicBlock):  # type: ignore[misc]  # torchvision carries no types
+    """torchvision's two-layer block, changing nothing in place: per-sample gradients need every layer's output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, s, s) -> (n, planes, s / stride, s / stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + (x if self.downsample is None else self.downsample(x)))
+
+
+class Deep(Bottleneck):  # type: ignore[misc]
+    """torchvision's three-layer block, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, s, s) -> (n, 4 * planes, s / stride, s / stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + (x if self.downsample is None else self.downsample(x)))
+
+
+class GroupNormResNet(ResNet):  # type: ignore[misc]
     """torchvision's ResNet, its layers and their names, without batch statistics and without a classifier.
 
     Attributes:
         dim: length of a feature vector.
     """
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], layers: list[int], channels: int) -> None:
+    def __init__(self, block: type[Basic | Deep], layers: list[int], channels: int) -> None:
         super().__init__(block, layers, norm_layer=group_norm)
         if channels != 3:
             self.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.fc = nn.Identity()
-        self.dim = 512 * block.expansion
+        self.relu, self.fc = nn.ReLU(), nn.Identity()
+        self.dim: int = 512 * block.expansion
         self.normalise = Normalise(channels)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -43,9 +63,9 @@ class GroupNormResNet(ResNet):  # type: ignore[misc]  # torchvision carries no t
 
 def resnet18(channels: int) -> GroupNormResNet:
     """11 M parameters, 512 features."""
-    return GroupNormResNet(BasicBlock, [2, 2, 2, 2], channels)
+    return GroupNormResNet(Basic, [2, 2, 2, 2], channels)
 
 
 def resnet50(channels: int) -> GroupNormResNet:
     """24 M parameters, 2,048 features."""
-    return GroupNormResNet(Bottleneck, [3, 4, 6, 3], channels)
+    return GroupNormResNet(Deep, [3, 4, 6, 3], channels)

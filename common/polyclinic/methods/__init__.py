@@ -6,10 +6,11 @@ from typing import Any
 from polyclinic import study
 from polyclinic.errors import StudyError
 from polyclinic.methods.base import Method
+from polyclinic.methods.mae import MAE
 from polyclinic.methods.simclr import SimCLR
 from polyclinic.stages import Pretrain
 
-METHODS: dict[str, Callable[[Any], Method]] = {"simclr": SimCLR}
+METHODS: dict[str, Callable[[Any], Method]] = {"simclr": SimCLR, "mae": MAE}
 """Name of a method -> from its stage's settings to the method."""
 
 
