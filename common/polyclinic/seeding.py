@@ -4,12 +4,17 @@ Two engines, or a run and its resumption, make the same choices because they ask
 (purpose, site, stage, round). Privacy noise and the sampling of patients under privacy never come from here.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # commands that only draw numbers need not wait for torch
+    import torch
 
 
 def seed_for(seed: int, purpose: str, *, site: str = "", stage: int = 0, round: int = 0) -> int:
@@ -26,6 +31,8 @@ def seed_for(seed: int, purpose: str, *, site: str = "", stage: int = 0, round: 
 
 def torch_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator on `device` in the state that `seed` gives."""
+    import torch
+
     return torch.Generator(device=device).manual_seed(seed)
 
 
@@ -37,6 +44,8 @@ def numpy_generator(seed: int) -> np.random.Generator:
 @contextmanager
 def forked(seed: int) -> Iterator[None]:
     """Run what takes no generator (initialisation, drop path) from `seed`; torch's own state is left as it was."""
+    import torch
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

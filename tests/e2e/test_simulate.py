@@ -1,0 +1,149 @@
+"""`polyclinic simulate` as a researcher runs it."""
+
+import csv
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from polyclinic.artifacts import load_encoder, load_tensors
+from polyclinic_simulations.phantom import identifiers
+
+from .conftest import SITES, STUDY, polyclinic
+
+RUN_FILES = {
+    "study.toml", "summary.json", "metrics.csv", "events.jsonl", "checkpoints", "encoder.safetensors",
+    "MODEL_CARD.md", "report.html",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(patients: Path, state: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed; what it printed stands beside it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "tiny.toml").write_text(STUDY)
+    done = polyclinic("simulate", folder / "tiny.toml", "--data", patients, "--state", state, "--out", folder / "run")
+    assert done.returncode == 0, done.stderr
+    (folder / "printed.txt").write_text(done.stdout + done.stderr)
+    return folder / "run"
+
+
+def encoder_bytes(run: Path) -> bytes:
+    return (run / "encoder.safetensors").read_bytes()
+
+
+def test_leaves_the_run_directory_that_is_promised(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} >= RUN_FILES
+    summary = json.loads((finished / "summary.json").read_text())
+    assert list(summary["comparison"]) == ["pixels", "random", "federated"]
+    assert set(summary["sites"]) == set(SITES)
+    assert summary["rounds"] == 3
+    assert summary["bytes_sent"] > 0
+    assert all(0 <= row["auc_low"] <= row["auc"] <= row["auc_high"] <= 1 for row in summary["comparison"].values())
+
+
+def test_metrics_hold_every_round_and_site_once(finished: Path) -> None:
+    rows = list(csv.DictReader((finished / "metrics.csv").open()))
+    losses = [(row["round"], row["site"]) for row in rows if row["metric"] == "loss"]
+    assert sorted(losses) == sorted((str(r), site) for r in (1, 2, 3) for site in ("", *SITES))
+    keys = [tuple(row[k] for k in ("stage", "round", "site", "metric")) for row in rows]
+    assert len(keys) == len(set(keys))
+
+
+def test_prints_the_table_and_where_the_report_is(finished: Path) -> None:
+    printed = (finished.parent / "printed.txt").read_text()
+    assert "federated" in printed
+    assert "report.html" in printed
+
+
+def test_the_encoder_loads_in_one_line(finished: Path) -> None:
+    features = load_encoder(finished)(torch.rand(2, 1, 32, 32))
+    assert features.shape == (2, 192)
+
+
+def test_no_identifier_and_no_path_of_an_image_is_anywhere(finished: Path, patients: Path, state: Path) -> None:
+    secrets = {s.encode() for name in SITES for s in identifiers(patients / name) if len(s) >= 4}
+    assert len(secrets) > 100
+    searched = 0
+    for path in [*finished.parent.rglob("*"), *state.rglob("*")]:
+        if path.is_file():
+            data = path.read_bytes()
+            found = [secret for secret in secrets if secret in data]
+            assert not found, f"{path.name} holds {found[:3]}"
+            searched += 1
+    assert searched > 20
+
+
+def test_the_same_study_gives_the_same_bits(finished: Path, study: Path, patients: Path, tmp_path: Path) -> None:
+    # Another state directory: other HMAC keys, other rows on disk.
+    done = polyclinic("simulate", study, "--data", patients, "--state", tmp_path / "s", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert encoder_bytes(tmp_path / "run") == encoder_bytes(finished)
+
+
+MOMENTS = {
+    "in training": "from polyclinic import training as m; name = 'one_step'",
+    "before a fold": "from polyclinic_server.aggregation.fedavg import FedAvg as m; name = 'add'",
+    "before a checkpoint is written": "from polyclinic_server import checkpoints as m; name = 'save'",
+    "between a checkpoint's tensors and its facts": "from polyclinic_server import checkpoints as m; name = 'write_atomic'",
+    "between metrics and checkpoint": "from polyclinic_server import rounds as m; name = 'digest'",
+    "while a site keeps its round": "from polyclinic_client.state import SiteState as m; name = 'keep'",
+    "while the rows are made": "from polyclinic_simulations import simulate as m; name = 'row'",
+}
+
+KILL = """
+import os, signal
+from unittest import mock
+{moment}
+inner, left = getattr(m, name), {calls}
+def deadly(*args, **kwargs):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner(*args, **kwargs)
+mock.patch.object(m, name, deadly).start()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_is_as_undisturbed(
+    moment: str, finished: Path, study: Path, patients: Path, state: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    calls = random.Random(moment).randint(2, 3)  # the same for each moment, so that a failure repeats
+    arguments = ("simulate", study, "--data", patients, "--state", state, "--out", run)
+    killed = polyclinic(*arguments, code=KILL.format(moment=MOMENTS[moment], calls=calls))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = polyclinic(*arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert encoder_bytes(run) == encoder_bytes(finished)
+    last = "checkpoints/round-0003.safetensors"
+    assert (run / last).read_bytes() == (finished / last).read_bytes()
+    assert (run / last).with_suffix(".json").read_bytes() == (finished / last).with_suffix(".json").read_bytes()
+    assert measured(run) == measured(finished)
+
+
+def measured(run: Path) -> list[dict[str, str]]:
+    """All metrics but times, sorted: a resumed round may come in another order of lines."""
+    rows = [row for row in csv.DictReader((run / "metrics.csv").open()) if row["metric"] != "seconds"]
+    return sorted(rows, key=lambda row: list(row.values()))
+
+
+def test_a_checkpoint_truncated_by_hand_is_passed_over(
+    finished: Path, study: Path, patients: Path, state: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    newest = run / "checkpoints" / "round-0003.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    done = polyclinic("simulate", study, "--data", patients, "--state", state, "--out", run, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "round-0003" in done.stderr
+    assert load_tensors(newest)[0].keys() == load_tensors(finished / "checkpoints" / "round-0003.safetensors")[0].keys()
+    assert encoder_bytes(run) == encoder_bytes(finished)
