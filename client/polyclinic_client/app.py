@@ -1,11 +1,12 @@
 """The Flower ClientApp: thin, since what a site does stands in `work`.
 
 An answer to `query` says who the node is; one to `train` or `evaluate` carries out an order. An error leaves the site
-as its kind and, where it is one of ours, its text: never a traceback, which can hold paths.
+as its kind and, where it is one of ours, its text without paths: never a traceback.
 """
 
 import logging
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
@@ -21,29 +22,43 @@ log = logging.getLogger(__name__)
 SITE_ERROR = 1000
 """Error code of a reply that says why a site did not do what it was asked."""
 
+Handler = Callable[[Message, Context], RecordDict]
+
 
 def make_app(find_site: Callable[[Context], Site], progress: Progress | None = None) -> ClientApp:
     """A ClientApp that answers for the site that `find_site` gives for a node's context."""
     client = ClientApp()
 
     @client.query()
-    def who(message: Message, context: Context) -> Message:
-        facts = ConfigRecord({"site": find_site(context).name, "version": __version__})
-        return Message(RecordDict({"site": facts}), reply_to=message)
+    @_guarded
+    def who(message: Message, context: Context) -> RecordDict:
+        return RecordDict({"site": ConfigRecord({"site": find_site(context).name, "version": __version__})})
 
     @client.train()
     @client.evaluate()
-    def work(message: Message, context: Context) -> Message:
-        try:
-            order, tensors = wire.unpack_order(message.content)
-            reply, update = answer(order, tensors, find_site(context), progress)
-        except Exception as error:
-            log.exception("the order could not be carried out")
-            said = error.problem if isinstance(error, PolyclinicError) else type(error).__name__
-            return Message(Error(code=SITE_ERROR, reason=said), reply_to=message)
-        return Message(wire.pack_reply(reply, update), reply_to=message)
+    @_guarded
+    def work(message: Message, context: Context) -> RecordDict:
+        order, tensors = wire.unpack_order(message.content)
+        return wire.pack_reply(*answer(order, tensors, find_site(context), progress))
 
     return client
+
+
+def _guarded(handler: Handler) -> Callable[[Message, Context], Message]:
+    """Reply with what `handler` returns, or with why it could not. The traceback stays here, for who asks for DEBUG."""
+
+    @wraps(handler)
+    def replying(message: Message, context: Context) -> Message:
+        try:
+            return Message(handler(message, context), reply_to=message)
+        except Exception as error:
+            ours = isinstance(error, PolyclinicError | wire.Malformed)
+            reason = wire.plain(error.args[0]) if ours else type(error).__name__
+            log.error("a message could not be carried out: %s", reason)
+            log.debug("where it failed", exc_info=True)
+            return Message(Error(code=SITE_ERROR, reason=reason), reply_to=message)
+
+    return replying
 
 
 app = make_app(lambda context: open_site(Path(str(context.node_config["site"]))))

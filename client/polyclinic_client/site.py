@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from polyclinic.cohort.sampling import split_patients
-
 from polyclinic.cohort import Cohort, open_cohort
-from polyclinic.files import write_atomic
+from polyclinic.cohort.sampling import split_patients
+from polyclinic.files import storage, write_atomic
 from polyclinic.seeding import seed_for
 from polyclinic.study import Study
 
@@ -28,8 +27,10 @@ class Site:
 
 def write_site(folder: Path, name: str, cohort: Path, patients: list[int] | None = None) -> None:
     """Make a state folder that `open_site` opens: a site over all patients of a built cohort, or over some."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "site.json", json.dumps({"name": name, "cohort": str(cohort), "patients": patients}))
+    open_site.cache_clear()
 
 
 @lru_cache(maxsize=8)

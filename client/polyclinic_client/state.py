@@ -4,10 +4,10 @@ One folder a study, one file a round and kind. A round that is asked for again, 
 answered with the update that was stored; from others it is trained again, from the moments of the round before.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from polyclinic.artifacts import load_tensors, save_tensors
@@ -18,9 +18,12 @@ KEPT = 2
 """Rounds kept: the newest, and the one that a repeated round starts from."""
 
 
+_FILE = re.compile(r"(update|moments)-(?P<round>\d+)\.safetensors")
+
+
 @dataclass(frozen=True)
 class SiteState:
-    """The state of one study at one site; `folder` is made when first written."""
+    """The state of one study at one site; `folder` is made when first written and holds nothing else."""
 
     folder: Path
 
@@ -42,9 +45,9 @@ class SiteState:
             self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self.folder / f"moments-{round:04d}.safetensors", moments, {"stage": str(stage)})
         save_tensors(self.folder / f"update-{round:04d}.safetensors", update, facts)
-        for path in self.folder.glob("*-*.safetensors"):
-            if int(path.stem.rpartition("-")[2]) <= round - KEPT:
-                path.unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if (made := _FILE.match(path.name)) is None or int(made["round"]) <= round - KEPT:
+                path.unlink(missing_ok=True)  # an old round, or what a killed process left half written
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
@@ -53,8 +56,3 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         return load_tensors(path)
     except (FileNotFoundError, CheckpointError):
         return None
-
-
-def cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as they can be stored: detached, contiguous, in main memory."""
-    return {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}

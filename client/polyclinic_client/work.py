@@ -2,22 +2,26 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import nn
 
 from polyclinic.cohort import Cohort
-from polyclinic.errors import Refused, SiteFailed
+from polyclinic.errors import Refused
 from polyclinic.evaluation import NotMeasurable, classes_of, features, health, knn_probe, linear_probe
 from polyclinic.methods.base import Method
 from polyclinic.model import build_stage, load_tensors, shared_tensors
 from polyclinic.seeding import seed_for
-from polyclinic.study import Study, resolve
-from polyclinic.training import pick_device, train
-from polyclinic.wire import Order, Reply, Tensors
+from polyclinic.study import Study, parse_canonical
+from polyclinic.training import pick_device, train, use_threads
+from polyclinic.wire import EVALUATION, Malformed, Order, Reply, Tensors, digest
 from polyclinic_client.site import Site
 from polyclinic_client.state import SiteState
 
@@ -35,12 +39,14 @@ def answer(
         The reply, and the update (trained minus global tensors) if the order was to train.
 
     Raises:
-        Refused: the order is for another site, or the site has too little for the study.
+        Refused, Malformed: the order is for another site, or contradicts itself.
+        CohortError: the site has too little for the study.
     """
-    study = resolve(json.loads(order.study), "the study that came with the order")
-    if order.site != site.name:
-        raise Refused(f"the order is for {order.site!r} and this is {site.name!r}", "check the site's registration")
+    study = parse_canonical(order.study, "the study that came with the order")
+    _expect(order, tensors, study, site)
     method, module = build_stage(study, order.stage)
+    if tensors.keys() != set(method.shared(module)):
+        raise Malformed("the order's tensors are not those of its stage")
     load_tensors(module, tensors)
     module.to(pick_device())
     training, testing = site.split(study)
@@ -51,6 +57,17 @@ def answer(
         return reply, None
     patients, metrics, update = _round(order, tensors, study, method, module, site, training, progress)
     return replace(reply, patients=patients, train=metrics), update
+
+
+def _expect(order: Order, tensors: Tensors, study: Study, site: Site) -> None:
+    """Refuse an order that contradicts itself, or that is another site's."""
+    fix = "run the same version of Polyclinic at the coordinator and at every site"
+    if order.site != site.name:
+        raise Refused(f"the order is for {order.site!r} and this is {site.name!r}", "check the site's registration")
+    if not 1 <= order.round <= study.rounds or study.stage_of(order.round - 1)[0] != order.stage:
+        raise Refused(f"round {order.round} of the study is not one of stage {order.stage}", fix)
+    if digest(tensors) != order.model:
+        raise Refused("the order's tensors are not those that it names", fix)
 
 
 def _round(
@@ -80,8 +97,6 @@ def _round(
         optimizer_state=state.moments(order.round - 1, order.stage),
         progress=progress,
     )
-    if trained.steps == 0:
-        raise SiteFailed("no batch had two patients to compare", "use a larger batch_size or leave this site out")
     metrics = {"loss": trained.loss, "images": float(trained.images), "patients": float(training.n_patients)}
     metrics["seconds"] = time.monotonic() - started
     after = shared_tensors(method, module)
@@ -94,22 +109,33 @@ def _round(
 def evaluate(encoder: nn.Module, training: Cohort, testing: Cohort, study: Study) -> dict[str, float]:
     """Probes and health of an encoder on a site's own patients; what cannot be measured is left out.
 
-    The probes learn on the training patients' features and are scored on the test patients'.
+    The probes learn on the training patients' features and are scored on the test patients'. numpy's and
+    scikit-learn's threads are held to the study's number as torch's are: other numbers give other bits.
     """
-    device = pick_device()
-    train_x, test_x = (features(encoder, cohort, study.compute, device) for cohort in (training, testing))
-    metrics = {k: v for k, v in health(train_x).items() if k in ("effective_rank", "feature_spread")}
-    train_y, test_y = (classes_of(cohort.labels, study.evaluation.labels) for cohort in (training, testing))
+    with use_threads(study.compute), threadpool_limits(study.compute.threads):
+        train_x, test_x = (features(encoder, half, study.compute, pick_device()) for half in (training, testing))
+        measured = _noted(lambda: health(train_x)) | _noted(lambda: _probes(train_x, test_x, training, testing, study))
+    return {name: value for name, value in measured.items() if name in EVALUATION and math.isfinite(value)}
+
+
+def _noted(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What `measure` finds, or nothing and a line in the site's log."""
     try:
-        linear = linear_probe(
-            train_x, train_y, training.patients, test_x, test_y, testing.patients, seed=seed_for(study.seed, "probe")
-        )
-        near = knn_probe(train_x, train_y, test_x, test_y, testing.patients, neighbours=study.evaluation.neighbours)
+        return measure()
     except NotMeasurable as reason:
-        log.info("no probe: %s", reason)
-        return metrics
+        log.info("not measured: %s", reason)
+        return {}
+
+
+def _probes(
+    train_x: NDArray[np.float32], test_x: NDArray[np.float32], training: Cohort, testing: Cohort, study: Study
+) -> dict[str, float]:
+    train_y, test_y = (classes_of(cohort.labels, study.evaluation.labels) for cohort in (training, testing))
+    linear = linear_probe(
+        train_x, train_y, training.patients, test_x, test_y, testing.patients, seed=seed_for(study.seed, "probe")
+    )
+    near = knn_probe(train_x, train_y, test_x, test_y, testing.patients, neighbours=study.evaluation.neighbours)
     return {
-        **metrics,
         "probe_auc": linear.auc,
         "probe_balanced_accuracy": linear.balanced_accuracy,
         "knn_auc": near.auc,

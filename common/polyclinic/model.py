@@ -9,7 +9,7 @@ from polyclinic.methods import make_method
 from polyclinic.methods.base import Method
 from polyclinic.seeding import forked, seed_for
 from polyclinic.study import Study
-from polyclinic.wire import Tensors
+from polyclinic.wire import Malformed, Tensors
 
 
 def build_stage(study: Study, stage: int) -> tuple[Method, nn.Module]:
@@ -37,14 +37,17 @@ def shared_tensors(method: Method, module: nn.Module) -> Tensors:
 
 
 def load_tensors(module: nn.Module, tensors: Tensors) -> None:
-    """Copy tensors into a module by name; every name must be there with its shape."""
+    """Copy tensors into a module by name.
+
+    Raises:
+        Malformed: the module has no tensor of a name, or one of another shape.
+    """
     state = module.state_dict()
     with torch.no_grad():
         for name, value in tensors.items():
-            target = state[name]
-            if tuple(target.shape) != value.shape:
-                raise ValueError(f"{name} has shape {value.shape}, expected {tuple(target.shape)}")
-            target.copy_(torch.tensor(value))
+            if name not in state or tuple(state[name].shape) != value.shape:
+                raise Malformed(f"the module has no tensor {name[:80]!r} of shape {value.shape}")
+            state[name].copy_(torch.tensor(value))
 
 
 def encoder_of(study: Study, tensors: Tensors | None) -> nn.Module:

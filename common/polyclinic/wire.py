@@ -7,7 +7,7 @@ acceptable is the gate's decision.
 
 import hashlib
 import json
-import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -19,22 +19,26 @@ from numpy.typing import NDArray
 Tensors = dict[str, NDArray[np.float32]]
 """Named float32 tensors in the order in which they are sent."""
 
-METRICS = frozenset(
-    {
-        "loss",
-        "images",
-        "patients",
-        "seconds",
-        "knn_auc",
-        "probe_auc",
-        "probe_balanced_accuracy",
-        "effective_rank",
-        "feature_spread",
-    }
-)
+LARGEST = 1e9
+"""Magnitude of a metric: above any real one, and far from where sums stop being finite."""
+TRAINING = {"loss": LARGEST, "images": LARGEST, "patients": LARGEST, "seconds": LARGEST}
+"""Numbers that may leave a site about its training, each with its largest magnitude; only the loss may be negative."""
+EVALUATION = {
+    "knn_auc": 1.0,
+    "probe_auc": 1.0,
+    "probe_balanced_accuracy": 1.0,
+    "effective_rank": LARGEST,
+    "feature_spread": LARGEST,
+}
+"""Numbers that may leave a site about the tensors that came, likewise."""
+METRICS = frozenset(TRAINING) | frozenset(EVALUATION)
 """Every number that may leave a site beside its update."""
 
+LONGEST_TEXT = 200
+"""Characters of a text that another machine sends and that is written or shown here."""
+
 _RAW = "raw-le"
+_GROUPS = {"train": TRAINING, "evaluation": EVALUATION}
 
 T = TypeVar("T", "Order", "Reply")
 
@@ -86,10 +90,24 @@ class Reply:
     evaluation: dict[str, float]
 
 
+def plain(text: object) -> str:
+    """A text from another machine, or for one, as it may be written and shown: one short printable line, no path.
+
+    What looks like a path ends the text, since a blank in it would hide where it ends. Square brackets, with which
+    terminals' libraries mark styles, become round.
+
+    >>> plain("cannot open /data/Jane Doe/1.dcm")
+    'cannot open ...'
+    """
+    words, *path = re.split(r"[^\s'\"(]*[/\\]", str(text)[: 4 * LONGEST_TEXT], maxsplit=1)
+    line = "".join(letter if letter.isprintable() else " " for letter in words + "..." * bool(path))
+    return line.translate(str.maketrans("[]", "()"))[:LONGEST_TEXT].strip()
+
+
 def digest(tensors: Mapping[str, NDArray[np.float32]]) -> str:
-    """SHA-256 over names, shapes and values, hexadecimal."""
+    """SHA-256 over names, shapes and values in order of name, hexadecimal."""
     sha = hashlib.sha256()
-    for name, value in tensors.items():
+    for name, value in sorted(tensors.items()):
         sha.update(json.dumps([name, list(value.shape)]).encode())
         sha.update(np.ascontiguousarray(value).data)
     return sha.hexdigest()
@@ -109,9 +127,12 @@ def unpack_array(name: str, array: Array) -> NDArray[np.float32]:
     """
     if array.dtype != "float32" or array.stype != _RAW:
         raise Malformed(f"tensor {name[:80]!r} is not raw float32")
-    if any(side < 0 for side in array.shape) or math.prod(array.shape) * 4 != len(array.data):
-        raise Malformed(f"tensor {name[:80]!r} has {len(array.data)} bytes, which its shape does not")
-    return np.frombuffer(array.data, dtype="<f4").reshape(array.shape)
+    try:
+        if min(array.shape, default=0) < 0:
+            raise ValueError("a side below 0")  # numpy would work it out
+        return np.frombuffer(array.data, dtype="<f4").reshape(array.shape)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise Malformed(f"tensor {name[:80]!r} has {len(array.data)} bytes, which its shape does not") from error
 
 
 def unpack_tensors(record: ArrayRecord) -> Tensors:
@@ -137,17 +158,18 @@ def unpack_order(content: RecordDict) -> tuple[Order, Tensors]:
         Malformed: it is not an order.
     """
     record, tensors = content.get("order"), content.get("tensors")
-    if not isinstance(record, ConfigRecord) or not isinstance(tensors, ArrayRecord):
+    if not isinstance(record, ConfigRecord) or not isinstance(tensors, ArrayRecord) or len(content) != 2:
         raise Malformed("the message is not an order")
     return _typed(Order, record), unpack_tensors(tensors)
 
 
 def pack_reply(reply: Reply, update: Mapping[str, NDArray[np.float32]] | None) -> RecordDict:
     """A reply; `update` is the difference from the order's tensors, None when the site only evaluated."""
-    fields = {k: v for k, v in asdict(reply).items() if k not in ("train", "evaluation")}
+    fields = {k: v for k, v in asdict(reply).items() if k not in _GROUPS}
     content = RecordDict({"reply": ConfigRecord(fields)})
-    for group, values in (("train", reply.train), ("evaluation", reply.evaluation)):
-        if unknown := set(values) - METRICS:
+    for group, allowed in _GROUPS.items():
+        values = getattr(reply, group)
+        if unknown := values.keys() - allowed:
             raise ValueError(f"metrics that may not leave a site: {sorted(unknown)}")
         content[group] = MetricRecord({k: float(v) for k, v in values.items()})
     if update is not None:
@@ -159,12 +181,14 @@ def unpack_reply(content: RecordDict) -> tuple[Reply, ArrayRecord | None]:
     """A reply and its update, not yet looked at.
 
     Raises:
-        Malformed: it is not a reply, or carries metrics that are not in METRICS or not finite.
+        Malformed: it is not a reply, or carries metrics that are unknown, not finite or out of their range.
     """
     record, update = content.get("reply"), content.get("update")
     if not isinstance(record, ConfigRecord) or not isinstance(update, ArrayRecord | None):
         raise Malformed("the message is not a reply")
-    metrics = {group: _metrics(content.get(group)) for group in ("train", "evaluation")}
+    if content.keys() - {"reply", "update", *_GROUPS} or record.keys() & _GROUPS.keys():
+        raise Malformed("the reply carries more than a reply does")
+    metrics = {group: _metrics(content.get(group), allowed) for group, allowed in _GROUPS.items()}
     return _typed(Reply, {**record, **metrics}), update
 
 
@@ -173,13 +197,18 @@ def size(record: ArrayRecord) -> int:
     return sum(len(array.data) for array in record.values())
 
 
-def _metrics(record: object) -> dict[str, float]:
+def _metrics(record: object, allowed: Mapping[str, float]) -> dict[str, float]:
     if not isinstance(record, MetricRecord):
         raise Malformed("the reply carries no metrics")
-    values = dict(record)
-    if set(values) - METRICS or not all(isinstance(v, float) and math.isfinite(v) for v in values.values()):
-        raise Malformed("the reply carries metrics that are unknown or not finite")
-    return {k: v for k, v in values.items() if isinstance(v, float)}
+    metrics = {}
+    for name, value in record.items():
+        if name not in allowed:
+            raise Malformed("the reply carries metrics that are not known")
+        lowest = -allowed[name] if name == "loss" else 0.0
+        if not isinstance(value, float) or not lowest <= value <= allowed[name]:  # a NaN is not between, either
+            raise Malformed(f"the reply's {name} is not a number that it can be")
+        metrics[name] = value
+    return metrics
 
 
 def _typed(kind: type[T], values: Mapping[str, object]) -> T:
@@ -191,4 +220,6 @@ def _typed(kind: type[T], values: Mapping[str, object]) -> T:
         wanted = expected[name]
         if wanted in (str, int, bool) and type(value) is not wanted:
             raise Malformed(f"{name} of the {kind.__name__.lower()} is of another type than it should be")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise Malformed(f"{name} of the {kind.__name__.lower()} is out of range")
     return kind(**values)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Checkpoints: the global tensors after each round, whole or not there, with nothing in them that a rerun would change.
 
 `round-NNNN.safetensors` holds the tensors, `round-NNNN.json` what the next round must know of those before. The JSON
-is written last and names the tensors' digest: a pair that does not agree is not a checkpoint.
+is written last and stands in the metadata of the tensors too: a pair that does not agree is not a checkpoint.
 """
 
 import json
@@ -13,10 +13,12 @@ import torch
 
 from polyclinic.artifacts import load_tensors, save_tensors
 from polyclinic.errors import CheckpointError
-from polyclinic.files import write_atomic
-from polyclinic.wire import Tensors, digest
+from polyclinic.files import storage, write_atomic
+from polyclinic.wire import Tensors
 
 KEPT = 3
+FACTS = "checkpoint"
+"""Key of the JSON in the metadata of the tensors."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,27 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, tensors: Tensors) -> None:
-    """Write a checkpoint durably and drop those that are no longer kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"round-{checkpoint.round:04d}"
-    save_tensors(folder / f"{stem}.safetensors", {n: torch.from_numpy(v) for n, v in tensors.items()}, {})
-    write_atomic(folder / f"{stem}.json", json.dumps(asdict(checkpoint), sort_keys=True))
-    for path in sorted(folder.glob("round-*.json"))[:-KEPT]:
-        path.unlink(missing_ok=True)
-        path.with_suffix(".safetensors").unlink(missing_ok=True)
+    """Write a checkpoint durably and drop those that are no longer kept.
+
+    Raises:
+        StorageError: the disk is full or cannot be written; the checkpoints before stand.
+    """
+    with storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    path, text = folder / f"round-{checkpoint.round:04d}.json", json.dumps(asdict(checkpoint), sort_keys=True)
+    stored = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    save_tensors(path.with_suffix(".safetensors"), stored, {FACTS: text})
+    write_atomic(path, text)
+    kept = [path.stem for path in _paths(folder)[:KEPT]]
+    for old in sorted(folder.glob("*round-*")):  # .json before .safetensors: no checkpoint stands without its tensors
+        if old.stem not in kept:
+            old.unlink(missing_ok=True)
+
+
+def _paths(folder: Path) -> list[Path]:
+    """The JSON of every checkpoint, newest first."""
+    found = [path for path in folder.glob("round-*.json") if path.stem[6:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem[6:]), reverse=True)
 
 
 def newest(folder: Path, study: str, warn: Callable[[str], None]) -> tuple[Checkpoint, Tensors] | None:
@@ -57,8 +72,7 @@ def newest(folder: Path, study: str, warn: Callable[[str], None]) -> tuple[Check
     Raises:
         CheckpointError: there are checkpoints and none is whole, or they are another study's.
     """
-    paths = sorted(folder.glob("round-*.json"), reverse=True)
-    for path in paths:
+    for path in (paths := _paths(folder)):
         try:
             checkpoint, tensors = _load(path)
         except CheckpointError as error:
@@ -77,10 +91,11 @@ def newest(folder: Path, study: str, warn: Callable[[str], None]) -> tuple[Check
 def _load(path: Path) -> tuple[Checkpoint, Tensors]:
     fix = "nothing to do: the checkpoint before it is used"
     try:
-        checkpoint = Checkpoint(**json.loads(path.read_text()))
-        tensors = {name: value.numpy() for name, value in load_tensors(path.with_suffix(".safetensors"))[0].items()}
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path.name} cannot be read", fix) from error
-    if digest(dict(sorted(tensors.items()))) != checkpoint.model:
-        raise CheckpointError(f"{path.name} does not match its tensors", fix)
-    return checkpoint, dict(sorted(tensors.items()))
+        text = path.read_text()
+        checkpoint = Checkpoint(**json.loads(text))
+        tensors, metadata = load_tensors(path.with_suffix(".safetensors"))
+    except (OSError, ValueError, TypeError, CheckpointError) as error:
+        raise CheckpointError(f"{path.name} or its tensors cannot be read", fix) from error
+    if metadata.get(FACTS) != text or path.stem != f"round-{checkpoint.round:04d}":
+        raise CheckpointError(f"{path.name} does not belong to its tensors", fix)
+    return checkpoint, {name: value.numpy() for name, value in sorted(tensors.items())}

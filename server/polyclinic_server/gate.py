@@ -51,24 +51,18 @@ class Gate:
         Raises:
             RefusedUpdate: it does not; the text is the reason.
         """
-        self._bound_to(order, study_hash, reply)
+        bound_to(order, study_hash, reply)
         self._weight(reply)
         if update is None:
             raise RefusedUpdate("it carries no tensors")
+        if "loss" not in reply.train:
+            raise RefusedUpdate("it does not say the loss of its training")
         self._form(update, tensors)
-        norm = self._values(update)
+        norm = self._norm(update, tensors)
         limit = max(self.settings.norm_limit * (median(self.norms) if self.norms else self.own), NORM_FLOOR * self.own)
         if norm > limit:
             raise RefusedUpdate(f"its norm {norm:.3g} is above the limit {limit:.3g}")
         return norm
-
-    def _bound_to(self, order: Order, study_hash: str, reply: Reply) -> None:
-        if reply.study != study_hash:
-            raise RefusedUpdate("it belongs to another study")
-        if (reply.stage, reply.round) != (order.stage, order.round):
-            raise RefusedUpdate(f"it belongs to round {reply.round} and this is round {order.round}: late or replayed")
-        if reply.site != order.site:
-            raise RefusedUpdate("it names another site as its sender")
 
     def _weight(self, reply: Reply) -> None:
         allowed = min(self.seats[reply.site], self.settings.max_patients)
@@ -77,23 +71,21 @@ class Gate:
 
     def _form(self, update: ArrayRecord, tensors: Tensors) -> None:
         if set(update) != set(tensors):
-            missing, extra = sorted(set(tensors) - set(update)), sorted(set(update) - set(tensors))
-            raise RefusedUpdate(f"its tensors are not those asked for ({len(missing)} missing, {len(extra)} unknown)")
+            missing, extra = len(set(tensors) - set(update)), len(set(update) - set(tensors))
+            raise RefusedUpdate(f"its tensors are not those asked for ({missing} missing, {extra} unknown)")
         for name, value in tensors.items():
             array = update[name]
             if tuple(array.shape) != value.shape or array.dtype != "float32":
-                raise RefusedUpdate(
-                    f"its tensor {name} is {array.dtype} {tuple(array.shape)}, not float32 {value.shape}"
-                )
+                raise RefusedUpdate(f"its tensor {name} is not float32 of shape {value.shape}")
             if len(array.data) != value.nbytes:
                 raise RefusedUpdate(f"its tensor {name} has {len(array.data)} bytes instead of {value.nbytes}")
 
-    def _values(self, update: ArrayRecord) -> float:
-        """The norm, if every value is finite and within the fixed-point range."""
+    def _norm(self, update: ArrayRecord, tensors: Tensors) -> float:
+        """The norm, if every value is finite and within the fixed-point range. Summed in the order of `tensors`."""
         total = 0.0
-        for name, array in update.items():
+        for name in tensors:
             try:
-                value = unpack_array(name, array)
+                value = unpack_array(name, update[name])
             except Malformed as error:
                 raise RefusedUpdate(str(error)) from error
             for squares, largest in _chunks(value):
@@ -105,6 +97,20 @@ class Gate:
                     )
                 total += squares
         return math.sqrt(total)
+
+
+def bound_to(order: Order, study_hash: str, reply: Reply) -> None:
+    """Refuse a reply that is not one to `order`.
+
+    Raises:
+        RefusedUpdate: it is of another study, stage, round or site.
+    """
+    if reply.study != study_hash:
+        raise RefusedUpdate("it belongs to another study")
+    if (reply.stage, reply.round) != (order.stage, order.round):
+        raise RefusedUpdate(f"it belongs to round {reply.round} and this is round {order.round}: late or replayed")
+    if reply.site != order.site:
+        raise RefusedUpdate("it names another site as its sender")
 
 
 def _chunks(value: NDArray[np.float32]) -> list[tuple[float, float]]:

@@ -1,40 +1,28 @@
 """The round loop: send, fold replies as they arrive, close, checkpoint.
 
 One message a site and round: the order to train carries the order to evaluate the same tensors. A round closes when
-every site has replied, or at its deadline with those that have. Only one update is in memory at a time.
+every site has replied, or at its deadline with those that have. Only one update is in memory at a time. Whatever a
+site sends that is not what it was asked for costs that site its turn, by name and reason, and nothing else.
 """
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from polyclinic import wire
-from polyclinic.errors import QuorumLost
+from polyclinic.errors import QuorumLost, StudyError
 from polyclinic.model import initial_tensors
 from polyclinic.study import Study
 from polyclinic.wire import Order, Reply, Tensors, digest
 from polyclinic_server import checkpoints
 from polyclinic_server.aggregation import RULES
-from polyclinic_server.aggregation.fedavg import weight_of
+from polyclinic_server.aggregation.fedavg import LARGEST_WEIGHT, FedAvg, weight_of
 from polyclinic_server.checkpoints import Checkpoint
-from polyclinic_server.gate import Gate, RefusedUpdate
+from polyclinic_server.gate import Gate, RefusedUpdate, bound_to
+from polyclinic_server.mail import Round, find_sites, read, refuse, replies
 from polyclinic_server.rundir import RunDir
-
-POLL_S = 0.2
-"""Seconds between looks for replies when none has come."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round in flight: what is asked of whom, and from which tensors."""
-
-    number: int
-    stage: int
-    tensors: Tensors
-    orders: Mapping[str, Order]
 
 
 def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], evaluate: bool = True) -> Tensors:
@@ -51,9 +39,12 @@ def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], e
 
     Raises:
         QuorumLost: fewer than `min_sites` were found, or sent an update that passed the gate in time.
+        StudyError: the sites' weights cannot be added up exactly.
     """
+    _summable(study, seats)
     checkpoint, tensors = _start(study, run)
-    nodes = find_sites(grid, study, run, seats)
+    nodes = find_sites(grid, run, seats, study.aggregation.round_deadline_s)
+    _require(study, len(nodes), "were found")
     gate = Gate(study.aggregation, seats, list(checkpoint.norms))
     for number in range(checkpoint.round + 1, study.rounds + 1):
         stage, _ = study.stage_of(number - 1)
@@ -79,50 +70,30 @@ def _due(study: Study, made: int) -> bool:
     return every > 0 and made % every == 0
 
 
+def _summable(study: Study, seats: Mapping[str, int]) -> None:
+    """Refuse sites so large or so many that a round's sum could overflow: it must not depend on who replies first."""
+    rule = study.aggregation
+    most = sum(weight_of(min(patients, rule.max_patients), rule.weighting) for patients in seats.values())
+    if most >= LARGEST_WEIGHT:
+        raise StudyError(
+            f"the sites' weights add up to {most}, and must stay below {LARGEST_WEIGHT}",
+            'lower aggregation.max_patients, or set aggregation.weighting = "equal"',
+        )
+
+
 def _start(study: Study, run: RunDir) -> tuple[Checkpoint, Tensors]:
     """The newest checkpoint, or one of the initial tensors."""
     found = checkpoints.newest(run.checkpoints, study.hash, lambda text: run.event("warning", text=text))
     if found is None:
+        run.rewind(0)
+        run.event("run_started", study=study.name, hash=study.hash, rounds=study.rounds)
         tensors = initial_tensors(study, 0, None)
         found = Checkpoint(study.hash, 0, 0, digest(tensors), []), tensors
         checkpoints.save(run.checkpoints, *found)
-        run.event("run_started", study=study.name, hash=study.hash, rounds=study.rounds)
     else:
+        run.rewind(found[0].round)
         run.event("run_resumed", round=found[0].round, rounds=study.rounds)
-    run.rewind(found[0].round)
     return found
-
-
-def find_sites(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int]) -> dict[str, int]:
-    """Ask every node who it is, until all enrolled sites are found or the deadline passes: {site: node}."""
-    nodes: dict[str, int] = {}
-    asked: set[int] = set()
-    deadline = time.monotonic() + study.aggregation.round_deadline_s
-    pending: dict[str, int] = {}
-    while set(nodes) != set(seats) and time.monotonic() < deadline:
-        fresh = [node for node in grid.get_node_ids() if node not in asked]
-        asked.update(fresh)
-        for node in fresh:
-            pending.update(dict.fromkeys(grid.push_messages([Message(RecordDict(), node, MessageType.QUERY)]), node))
-        replies = list(grid.pull_messages(list(pending)))
-        for reply in replies:
-            node = pending.pop(str(reply.metadata.reply_to_message_id))
-            name = _claimed_name(reply)
-            if name in seats and name not in nodes:
-                nodes[name] = node
-            else:
-                run.event("warning", text=f"a node calls itself {name!r}, which is not an enrolled site or is taken")
-        if not replies:
-            time.sleep(POLL_S)
-    for name in sorted(set(seats) - set(nodes)):
-        run.event("site_missing", round=0, site=name)
-    _require(study, len(nodes), "were found")
-    return dict(sorted(nodes.items()))
-
-
-def _claimed_name(reply: Message) -> str:
-    record = reply.content.config_records.get("site") if reply.has_content() else None
-    return str(record.get("site"))[:64] if record else ""
 
 
 def _orders(
@@ -140,29 +111,49 @@ def _round(
     run.event("round_started", round=round.number, stage=round.stage, sites=list(nodes))
     gate.open_round(round.tensors)
     fold = RULES[study.aggregation.rule](round.tensors)
-    norms: dict[str, float] = {}
-    accepted: dict[str, Reply] = {}
-    for site, message in _replies(grid, study, run, round, nodes):
+    accepted: dict[str, tuple[Reply, float]] = {}
+    for site, message in replies(grid, run, round, nodes, study.aggregation.round_deadline_s):
         try:
-            reply, update = _read(message)
-            norm = gate.check(round.orders[site], study.hash, reply, update, round.tensors)
+            accepted[site] = _take(message, site, study, run, round, gate, fold)
         except (RefusedUpdate, wire.Malformed) as reason:
-            run.event("update_refused", round=round.number, site=site, reason=str(reason))
-            continue
-        assert update is not None  # the gate has seen to it
-        _record(study, run, round, site, reply, wire.size(update))
-        fold.add(wire.drain(update), weight_of(reply.patients, study.aggregation.weighting))
-        norms[site], accepted[site] = norm, reply
-        run.event("update_accepted", round=round.number, site=site, norm=norm, patients=reply.patients)
-    _require(study, len(norms), f"sent an update that passed in round {round.number}")
+            refuse(run, round, site, reason)
+        del message  # or it would stay in memory until the next has come
+    _require(study, len(accepted), f"sent an update that passed in round {round.number}")
     new = fold.close(round.tensors)
-    seconds = time.monotonic() - started
-    means = _means({site: reply.train for site, reply in accepted.items()}, gate.seats)
-    run.metrics(round.stage, round.number, "", {"loss": means["loss"], "accepted": len(norms), "seconds": seconds})
-    before = _means({site: reply.evaluation for site, reply in accepted.items()}, gate.seats)
+    sent = {site: reply for site, (reply, _) in accepted.items()}
+    _close(study, run, round, sent, gate.seats, time.monotonic() - started)
+    return new, [norm for _, (_, norm) in sorted(accepted.items())]
+
+
+def _take(
+    message: Message, site: str, study: Study, run: RunDir, round: Round, gate: Gate, fold: FedAvg
+) -> tuple[Reply, float]:
+    """Fold an update that passes the gate; its reply and its norm.
+
+    Raises:
+        RefusedUpdate, Malformed: it does not pass; nothing of it has been kept.
+    """
+    reply, update = read(message)
+    norm = gate.check(round.orders[site], study.hash, reply, update, round.tensors)
+    assert update is not None  # the gate has seen to it
+    down = sum(value.nbytes for value in round.tensors.values())
+    bytes_sent = {"bytes_down": down, "bytes_up": wire.size(update)}
+    run.metrics(round.stage, round.number, site, {**reply.train, **bytes_sent})
+    run.metrics(_stage_before(study, round), round.number - 1, site, reply.evaluation)
+    fold.add(wire.drain(update), weight_of(reply.patients, study.aggregation.weighting))
+    run.event("update_accepted", round=round.number, site=site, norm=norm, patients=reply.patients)
+    return reply, norm
+
+
+def _close(
+    study: Study, run: RunDir, round: Round, accepted: Mapping[str, Reply], seats: Mapping[str, int], seconds: float
+) -> None:
+    """The consortium's metrics: of this round's training, and of the tensors that came, under the round before."""
+    loss = _means({site: reply.train for site, reply in accepted.items()}, seats)["loss"]
+    before = _means({site: reply.evaluation for site, reply in accepted.items()}, seats)
+    run.metrics(round.stage, round.number, "", {"loss": loss, "accepted": len(accepted), "seconds": seconds})
     run.metrics(_stage_before(study, round), round.number - 1, "", before)
-    run.event("round_closed", round=round.number, seconds=seconds, accepted=len(norms), loss=means["loss"], **before)
-    return new, [norms[site] for site in sorted(norms)]
+    run.event("round_closed", round=round.number, seconds=seconds, accepted=len(accepted), loss=loss, **before)
 
 
 def _measure(
@@ -170,11 +161,12 @@ def _measure(
 ) -> None:
     """The last message: the sites measure the encoder that the study has made."""
     measured: dict[str, dict[str, float]] = {}
-    for site, message in _replies(grid, study, run, round, nodes):
+    for site, message in replies(grid, run, round, nodes, study.aggregation.round_deadline_s):
         try:
-            reply, _ = _read(message)
+            reply, _ = read(message)
+            bound_to(round.orders[site], study.hash, reply)
         except (RefusedUpdate, wire.Malformed) as reason:
-            run.event("update_refused", round=round.number, site=site, reason=str(reason))
+            refuse(run, round, site, reason)
             continue
         measured[site] = reply.evaluation
         run.metrics(round.stage, round.number, site, reply.evaluation)
@@ -185,7 +177,7 @@ def _means(values: Mapping[str, Mapping[str, float]], seats: Mapping[str, int]) 
     """Patient-weighted mean of each metric, in order of site name, over the sites that could measure it."""
     means = {}
     for metric in sorted({metric for measured in values.values() for metric in measured}):
-        pairs = [(measured[metric], seats[site]) for site, measured in sorted(values.items()) if metric in measured]
+        pairs = [(found[metric], max(seats[site], 1)) for site, found in sorted(values.items()) if metric in found]
         means[metric] = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
     return means
 
@@ -193,50 +185,6 @@ def _means(values: Mapping[str, Mapping[str, float]], seats: Mapping[str, int]) 
 def _stage_before(study: Study, round: Round) -> int:
     """The stage that made the tensors which a round starts from."""
     return study.stage_of(max(round.number - 2, 0))[0]
-
-
-def _replies(
-    grid: Grid, study: Study, run: RunDir, round: Round, nodes: Mapping[str, int]
-) -> Iterator[tuple[str, Message]]:
-    """(site, message) as replies arrive, until every site has answered or the deadline has passed."""
-    packed = wire.pack_tensors(round.tensors)
-    kind = MessageType.TRAIN if next(iter(round.orders.values())).train else MessageType.EVALUATE
-    deadline = time.monotonic() + study.aggregation.round_deadline_s
-    pending: dict[str, str] = {}
-    answered: set[str] = set()
-    for site, node in nodes.items():
-        message = Message(wire.pack_order(round.orders[site], packed), node, kind, group_id=str(round.number))
-        pending.update(dict.fromkeys(grid.push_messages([message]), site))
-    del message, packed
-    while pending and time.monotonic() < deadline:
-        replies = list(grid.pull_messages(list(pending)))
-        if not replies:
-            time.sleep(POLL_S)
-        while replies:
-            message = replies.pop()
-            # A message that answers nothing that was asked, or answers twice, is nobody's turn.
-            sender = pending.pop(str(message.metadata.reply_to_message_id), None)
-            if sender is None:
-                run.event("warning", text="a reply to nothing that was asked was dropped")
-            else:
-                answered.add(sender)
-                yield sender, message
-            del message
-    for site in sorted(set(nodes) - answered):
-        run.event("site_missing", round=round.number, site=site)
-
-
-def _read(message: Message) -> tuple[Reply, ArrayRecord | None]:
-    if message.has_error():
-        raise RefusedUpdate(f"the site failed: {str(message.error.reason)[:200]}")
-    return wire.unpack_reply(message.content)
-
-
-def _record(study: Study, run: RunDir, round: Round, site: str, reply: Reply, bytes_up: int) -> None:
-    """Metrics of a site: of its training in this round, and of the tensors that came, under the round before."""
-    down = sum(value.nbytes for value in round.tensors.values())
-    run.metrics(round.stage, round.number, site, {**reply.train, "bytes_down": down, "bytes_up": bytes_up})
-    run.metrics(_stage_before(study, round), round.number - 1, site, reply.evaluation)
 
 
 def _require(study: Study, sites: int, did: str) -> None:

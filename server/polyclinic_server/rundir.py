@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,10 +46,11 @@ class RunDir:
 
     def rewind(self, round: int) -> None:
         """Forget the metrics of rounds after `round`: they will be made again. Called once, before any metric."""
+        for name in ("metrics.csv", "events.jsonl"):
+            _drop_torn_line(self.path / name)
         path = self.path / "metrics.csv"
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a kill can tear the last line
-        kept = [row for row in list(csv.reader(whole.splitlines()))[1:] if int(row[1]) <= round]
+        kept = [row for row in list(csv.reader(text.splitlines()))[1:] if int(row[1]) <= round]
         self._measured = {tuple(row[:4]) for row in kept}
         write_atomic(path, "".join(",".join(row) + "\n" for row in [COLUMNS, *kept]))
 
@@ -59,3 +61,10 @@ class RunDir:
         self._measured.update(row[:4] for row in fresh)
         with storage(self.path), (self.path / "metrics.csv").open("a", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(fresh)
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a kill or a full disk has left without its end."""
+    data = path.read_bytes() if path.exists() else b""
+    if not data.endswith(b"\n") and data:
+        os.truncate(path, data.rfind(b"\n") + 1)

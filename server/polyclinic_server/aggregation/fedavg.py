@@ -30,18 +30,19 @@ class FedAvg:
     """The running sum of one round. `add` updates, then `close` into the new global tensors."""
 
     def __init__(self, tensors: Tensors) -> None:
-        self._shapes = {name: value.shape for name, value in tensors.items()}
-        self._sums: dict[str, NDArray[np.int64]] = {}
+        self._sums = {name: np.zeros(value.size, np.int64) for name, value in tensors.items()}
         self.weight = 0
 
     def add(self, update: Iterable[tuple[str, NDArray[np.float32]]], weight: int) -> None:
-        """Add an update, tensor by tensor; its names, shapes and values have passed the gate."""
+        """Add an update, tensor by tensor; its names, shapes and values have passed the gate.
+
+        Raises:
+            OverflowError: the weights would add up to LARGEST_WEIGHT; nothing has been added.
+        """
         if self.weight + weight >= LARGEST_WEIGHT:
             raise OverflowError(f"the weights of a round must add up to less than {LARGEST_WEIGHT}")
         self.weight += weight
         for name, delta in update:
-            if name not in self._sums:
-                self._sums[name] = np.zeros(delta.size, np.int64)
             flat, total = delta.reshape(-1), self._sums[name]
             for at in range(0, flat.size, CHUNK):
                 steps = np.rint(flat[at : at + CHUNK].astype(np.float64) / STEP).astype(np.int64)

@@ -1,20 +1,23 @@
 """The local engine: the ServerApp's round loop and every site's ClientApp in this process, behind Flower's Grid.
 
 A message is carried out when the server looks for replies, one a look: no process starts, one update in memory,
-and a debugger steps from the round loop into a site.
+and a debugger steps from the round loop into a site. Sites work one after another, so none is ever late.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+log = logging.getLogger(__name__)
 
 FIRST_NODE = SUPERLINK_NODE_ID + 1
 
@@ -50,7 +53,7 @@ class LocalGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """One node a site."""
+        """One node for each site."""
         return list(self._apps)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
@@ -72,9 +75,17 @@ class LocalGrid(Grid):
         while self._waiting:
             message = self._waiting.popleft()
             if message.metadata.message_id in wanted:
-                node = message.metadata.dst_node_id
-                return [self._apps[node](message, self._contexts[node])]
+                return [self._carry_out(message)]
         return []
+
+    def _carry_out(self, message: Message) -> Message:
+        """A node's reply; what it raises becomes an error reply, as in Flower's own runtimes."""
+        node = message.metadata.dst_node_id
+        try:
+            return self._apps[node](message, self._contexts[node])
+        except Exception as error:
+            log.debug("a node raised", exc_info=True)
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """All replies, in the order of the messages."""

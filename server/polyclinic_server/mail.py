@@ -1,0 +1,144 @@
+"""Asking sites, and taking what they answer: who is there, and the replies of a round as they arrive.
+
+Waits are bounded, and nothing that arrives can stop the caller: what is nobody's turn is written down and dropped.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from polyclinic import wire
+from polyclinic.wire import Order, Tensors
+from polyclinic_server.rundir import RunDir
+
+POLL_S = 0.2
+"""Seconds between looks for replies when none has come."""
+GRACE_S = 600.0
+"""Seconds after a round's deadline at which its messages expire: a node that comes back later gets none of them."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round in flight: what is asked of whom, and from which tensors."""
+
+    number: int
+    stage: int
+    tensors: Tensors
+    orders: Mapping[str, Order]
+
+
+def find_sites(grid: Grid, run: RunDir, seats: Mapping[str, int], patience_s: float) -> dict[str, int]:
+    """Ask every node who it is, until all enrolled sites are found or patience is at its end: {site: node}."""
+    deadline = time.monotonic() + patience_s
+    nodes: dict[str, int] = {}
+    asked: set[int] = set()
+    pending: dict[str, int] = {}
+    while set(nodes) != set(seats):
+        for node in [node for node in grid.get_node_ids() if node not in asked]:
+            asked.add(node)
+            question = Message(RecordDict(), node, MessageType.QUERY, ttl=patience_s + GRACE_S)
+            pending.update(dict.fromkeys(grid.push_messages([question]), node))
+        replies = list(grid.pull_messages(list(pending)))
+        for reply in replies:
+            if (sender := _sender(reply, pending)) is not None:
+                _seat(reply, sender, nodes, run, seats)
+        if not replies:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(POLL_S)
+    for name in sorted(set(seats) - set(nodes)):
+        run.event("site_missing", round=0, site=name)
+    return dict(sorted(nodes.items()))
+
+
+def _seat(reply: Message, node: int, nodes: dict[str, int], run: RunDir, seats: Mapping[str, int]) -> None:
+    """Note which site a node says that it is; the first to claim a seat has it."""
+    record = reply.content.get("site") if reply.has_content() else None
+    name = record.get("site") if isinstance(record, ConfigRecord) else None
+    if isinstance(name, str) and name in seats and name not in nodes:
+        nodes[name] = node
+        return
+    if isinstance(name, str):
+        text = f"a node calls itself {name[:64]!r}, a site that is {'taken' if name in nodes else 'not enrolled'}"
+    else:
+        text = f"a node does not say which site it is: {_error(reply) or 'it answers with something else'}"
+    run.event("warning", text=wire.plain(text))
+
+
+def replies(
+    grid: Grid, run: RunDir, round: Round, nodes: Mapping[str, int], patience_s: float
+) -> Iterator[tuple[str, Message]]:
+    """(site, reply) as they arrive, until every site has answered or patience is at its end.
+
+    What has arrived by then is taken, even where taking the one before lasted beyond the deadline.
+    """
+    deadline = time.monotonic() + patience_s
+    names = {node: site for site, node in nodes.items()}
+    pending = _send(grid, round, nodes, patience_s + GRACE_S)
+    missing = set(nodes)
+    while pending:
+        arrived = list(grid.pull_messages(list(pending)))
+        if not arrived:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(POLL_S)
+        while arrived:
+            message = arrived.pop()
+            if (sender := _sender(message, pending)) is not None:
+                missing.discard(names[sender])
+                yield names[sender], message
+            elif (site := names.get(message.metadata.src_node_id)) is not None:
+                refuse(run, round, site, "it answers nothing that was asked of it, or answers again")
+            else:
+                run.event("warning", text="a reply to nothing that was asked was dropped")
+            del message
+    for site in sorted(missing):
+        run.event("site_missing", round=round.number, site=site)
+
+
+def _send(grid: Grid, round: Round, nodes: Mapping[str, int], ttl: float) -> dict[str, int]:
+    """Send every site its order: {message: node}. The messages share one copy of the tensors."""
+    packed = wire.pack_tensors(round.tensors)
+    pending: dict[str, int] = {}
+    for site, node in nodes.items():
+        order = round.orders[site]
+        kind = MessageType.TRAIN if order.train else MessageType.EVALUATE
+        message = Message(wire.pack_order(order, packed), node, kind, group_id=str(round.number), ttl=ttl)
+        pending.update(dict.fromkeys(grid.push_messages([message]), node))
+    return pending
+
+
+def _sender(reply: Message, pending: dict[str, int]) -> int | None:
+    """The node that a reply is from, struck off `pending` {message: node}; None where it is nobody's turn.
+
+    A reply counts if it answers a message that waits for one and comes from the node that was asked, or is an error:
+    those the server's own transport sends too, in a node's stead.
+    """
+    asked = str(reply.metadata.reply_to_message_id)
+    node = pending.get(asked)
+    if node is None or (reply.has_content() and reply.metadata.src_node_id != node):
+        return None
+    return pending.pop(asked)
+
+
+def read(message: Message) -> tuple[wire.Reply, ArrayRecord | None]:
+    """A reply and its update, not yet looked at.
+
+    Raises:
+        Malformed: it is not a reply; or an error, and then the text says which.
+    """
+    if (error := _error(message)) is not None:
+        raise wire.Malformed(f"the site failed: {error}")
+    return wire.unpack_reply(message.content)
+
+
+def refuse(run: RunDir, round: Round, site: str, reason: object) -> None:
+    """Write down, by name and reason, that a site has lost its turn."""
+    run.event("update_refused", round=round.number, site=site, reason=wire.plain(reason))
+
+
+def _error(message: Message) -> str | None:
+    return wire.plain(message.error.reason) if message.has_error() else None
