@@ -38,6 +38,8 @@ FLWR = (
     "polyclinic_client.app",
     "polyclinic_server.app",
     "polyclinic_server.rounds",
+    "polyclinic_server.mail",
+    "polyclinic_server.gate",
     "polyclinic_server.aggregation",
     "polyclinic_simulations.engines",
 )
@@ -140,7 +142,7 @@ def test_every_part_of_the_library_has_a_layer() -> None:
         ("polyclinic.cohort.scan", "from polyclinic import load_encoder"),
         ("polyclinic.cohort.scan", "from . import index"),
         ("polyclinic.training", "from flwr.app import Message"),
-        ("polyclinic_server.gate", "import flwr"),
+        ("polyclinic_server.rundir", "import flwr"),
         ("polyclinic.files", "import pickle"),
         ("polyclinic.artifacts", "from torch import load"),
         ("polyclinic.artifacts", "import torch\ntorch.load('x')"),
