@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 Tensors = dict[str, NDArray[np.float32]]
 """Named float32 tensors in the order in which they are sent."""
+Packed = ArrayRecord
+"""The same as a record of a message; `unpack_array` reads one of them in place, `drain` hands all out."""
 
 LARGEST = 1e9
 """Magnitude of a metric: above any real one, and far from where sums stop being finite."""
@@ -113,7 +115,7 @@ def digest(tensors: Mapping[str, NDArray[np.float32]]) -> str:
     return sha.hexdigest()
 
 
-def pack_tensors(tensors: Mapping[str, NDArray[np.float32]]) -> ArrayRecord:
+def pack_tensors(tensors: Mapping[str, NDArray[np.float32]]) -> Packed:
     """Tensors as a Flower record; each is copied once."""
     little = {name: value.astype("<f4", copy=False) for name, value in tensors.items()}
     return ArrayRecord({n: Array("float32", tuple(v.shape), _RAW, v.tobytes()) for n, v in little.items()})
@@ -135,18 +137,18 @@ def unpack_array(name: str, array: Array) -> NDArray[np.float32]:
         raise Malformed(f"tensor {name[:80]!r} has {len(array.data)} bytes, which its shape does not") from error
 
 
-def unpack_tensors(record: ArrayRecord) -> Tensors:
+def unpack_tensors(record: Packed) -> Tensors:
     """Every tensor of a record, as `unpack_array`."""
     return {name: unpack_array(name, array) for name, array in record.items()}
 
 
-def drain(record: ArrayRecord) -> Iterator[tuple[str, NDArray[np.float32]]]:
+def drain(record: Packed) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Tensor by tensor, each leaving the record as it is handed out, so that its memory can go before the next."""
     for name in list(record):
         yield name, unpack_array(name, record.pop(name))
 
 
-def pack_order(order: Order, tensors: ArrayRecord) -> RecordDict:
+def pack_order(order: Order, tensors: Packed) -> RecordDict:
     """An order with its global tensors; `tensors` may be shared between the messages of a round."""
     return RecordDict({"order": ConfigRecord(asdict(order)), "tensors": tensors})
 
@@ -177,14 +179,14 @@ def pack_reply(reply: Reply, update: Mapping[str, NDArray[np.float32]] | None) -
     return content
 
 
-def unpack_reply(content: RecordDict) -> tuple[Reply, ArrayRecord | None]:
+def unpack_reply(content: RecordDict) -> tuple[Reply, Packed | None]:
     """A reply and its update, not yet looked at.
 
     Raises:
         Malformed: it is not a reply, or carries metrics that are unknown, not finite or out of their range.
     """
     record, update = content.get("reply"), content.get("update")
-    if not isinstance(record, ConfigRecord) or not isinstance(update, ArrayRecord | None):
+    if not isinstance(record, ConfigRecord) or not isinstance(update, Packed | None):
         raise Malformed("the message is not a reply")
     if content.keys() - {"reply", "update", *_GROUPS} or record.keys() & _GROUPS.keys():
         raise Malformed("the reply carries more than a reply does")
@@ -192,7 +194,7 @@ def unpack_reply(content: RecordDict) -> tuple[Reply, ArrayRecord | None]:
     return _typed(Reply, {**record, **metrics}), update
 
 
-def size(record: ArrayRecord) -> int:
+def size(record: Packed) -> int:
     """Bytes of all tensors in a record."""
     return sum(len(array.data) for array in record.values())
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
-from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from polyclinic.study import Aggregation
-from polyclinic.wire import Malformed, Order, Reply, Tensors, unpack_array
+from polyclinic.wire import Malformed, Order, Packed, Reply, Tensors, unpack_array
 from polyclinic_server.aggregation.fedavg import CHUNK, LARGEST_VALUE
 
 NORM_FLOOR = 1e-3
@@ -45,7 +44,7 @@ class Gate:
         """Take note of the global tensors' own norm, against which the first updates of a stage are measured."""
         self.own = math.sqrt(sum(squares for value in tensors.values() for squares, _ in _chunks(value)))
 
-    def check(self, order: Order, study_hash: str, reply: Reply, update: ArrayRecord | None, tensors: Tensors) -> float:
+    def check(self, order: Order, study_hash: str, reply: Reply, update: Packed | None, tensors: Tensors) -> float:
         """The norm of an update that passes.
 
         Raises:
@@ -69,7 +68,7 @@ class Gate:
         if not 1 <= reply.patients <= allowed:
             raise RefusedUpdate(f"it claims {reply.patients} patients; the site may claim 1 to {allowed}")
 
-    def _form(self, update: ArrayRecord, tensors: Tensors) -> None:
+    def _form(self, update: Packed, tensors: Tensors) -> None:
         if set(update) != set(tensors):
             missing, extra = len(set(tensors) - set(update)), len(set(update) - set(tensors))
             raise RefusedUpdate(f"its tensors are not those asked for ({missing} missing, {extra} unknown)")
@@ -80,7 +79,7 @@ class Gate:
             if len(array.data) != value.nbytes:
                 raise RefusedUpdate(f"its tensor {name} has {len(array.data)} bytes instead of {value.nbytes}")
 
-    def _norm(self, update: ArrayRecord, tensors: Tensors) -> float:
+    def _norm(self, update: Packed, tensors: Tensors) -> float:
         """The norm, if every value is finite and within the fixed-point range. Summed in the order of `tensors`."""
         total = 0.0
         for name in tensors:

@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from polyclinic import wire
-from polyclinic.wire import Order, Tensors
+from polyclinic.wire import Order, Packed, Reply, Tensors
 from polyclinic_server.rundir import RunDir
 
 POLL_S = 0.2
@@ -124,7 +124,7 @@ def _sender(reply: Message, pending: dict[str, int]) -> int | None:
     return pending.pop(asked)
 
 
-def read(message: Message) -> tuple[wire.Reply, ArrayRecord | None]:
+def read(message: Message) -> tuple[Reply, Packed | None]:
     """A reply and its update, not yet looked at.
 
     Raises:
