@@ -383,3 +383,8 @@ def test_the_canonical_form_is_sorted_and_compact() -> None:
     text = resolve(SMALL).canonical()
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
     assert "simulation" not in json.loads(text)
+
+
+def test_defaults_stay_as_they_were_approved() -> None:
+    # A changed default is another study: sites must approve it anew. Change this hash only when that is meant.
+    assert resolve(SMALL).hash == "c7b35cc9649eda0a92a6061fce5d2015209c587d9ee8e178bdf7c9bc0010f5f3"
