@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from flwr.app import Context
-from polyclinic.cohort.card import make_card
 
 from polyclinic.artifacts import write_model_card
+from polyclinic.cohort.card import make_card
 from polyclinic.errors import Refused, StudyError
 from polyclinic.evaluation import NotMeasurable, classes_of
 from polyclinic.files import write_atomic
@@ -76,7 +75,7 @@ def simulate(
     return summary
 
 
-def _given(site: Site, context: Context) -> Site:
+def _given(site: Site, context: object) -> Site:
     return site
 
 
