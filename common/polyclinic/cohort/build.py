@@ -121,12 +121,18 @@ def _keep(source: Source, reply: dict[str, Any], pixels: bytes, found: Scan, sto
     stat, sha = tuple(reply.pop("stat", source.stat)), reply.pop("sha", "")
     if not sha and (killed or reason not in (Reason.TIMEOUT, Reason.CRASHED)):
         return reason
-    if not sha:
-        with (found.root / source.relative).open("rb") as file:
-            sha = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        sha = sha or _hash(found.root / source.relative)
+    except OSError:
+        return Reason.UNREADABLE
     record = Record(Facts(**reply), reason=reason) if reason or reply else None
     store.add(keyed(key, "path", source.relative), stat, sha, record, pixels)
     return None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _conclude(folder: Path, found: Scan, store: Store, unread: dict[int, Reason], key: bytes, intake: Intake) -> None:

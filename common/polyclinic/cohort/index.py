@@ -1,10 +1,12 @@
 """The index: which stored image belongs to which patient, with its words. Written whole, opened in milliseconds."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,38 +74,40 @@ def open_cohort(folder: Path) -> Cohort:
     Raises:
         CohortError: there is none in `folder`, or its files do not belong together.
     """
-    with _load(folder) as file:
-        intake = Intake.from_json(json.loads(str(file["meta"]))["intake"])
-        shape = (int(file["stored"]), intake.channels, intake.size, intake.size)
-        labels, sites, views, splits = (file[name][file[f"{name}_code"]] for name in WORDS[:4])
-        rows, patients = file["rows"], file["patients"]
+    arrays = _load(folder)
+    intake = Intake.from_json(json.loads(str(arrays["meta"]))["intake"])
+    shape = (int(arrays["stored"]), intake.channels, intake.size, intake.size)
+    labels, sites, views, splits = (_words(arrays, name) for name in WORDS[:4])
     try:
         images = np.memmap(folder / IMAGES, np.uint8, "r", shape=shape)
     except (OSError, ValueError) as error:
         raise CohortError(
             f"the images of the cohort in {folder.name} are cut short", "build the cohort again"
         ) from error
-    return Cohort(folder, images, rows, patients, labels, sites, views, splits)
+    return Cohort(folder, images, arrays["rows"], arrays["patients"], labels, sites, views, splits)
 
 
 def read_facts(folder: Path) -> dict[str, NDArray[Any]]:
     """What open_cohort leaves out, for the card: modalities, photometric, height and width of every image."""
-    with _load(folder) as file:
-        words = {name: file[name][file[f"{name}_code"]] for name in WORDS[4:]}
-        return {**words, "height": file["height"], "width": file["width"]}
+    arrays = _load(folder)
+    words = {name: _words(arrays, name) for name in WORDS[4:]}
+    return {**words, "height": arrays["height"], "width": arrays["width"]}
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """How the cohort was built: intake, files, files_used, images, patients, quarantine, warnings."""
-    with _load(folder) as file:
-        meta: dict[str, Any] = json.loads(str(file["meta"]))
+    """How the cohort was built: intake, files, files_used, quarantine, warnings, own_patients."""
+    meta: dict[str, Any] = json.loads(str(_load(folder)["meta"]))
     return meta
 
 
-def _load(folder: Path) -> Any:
+def _words(arrays: dict[str, NDArray[Any]], name: str) -> NDArray[np.str_]:
+    return np.asarray(arrays[name][arrays[f"{name}_code"]])
+
+
+def _load(folder: Path) -> dict[str, NDArray[Any]]:
     try:
-        return np.load(folder / INDEX, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CohortError(
-            f"there is no built cohort in {folder.name}", "build it: polyclinic cohort inspect DIR"
-        ) from error
+        with np.load(io.BytesIO((folder / INDEX).read_bytes()), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        problem = f"there is no built cohort in {folder.name}, or its index is damaged"
+        raise CohortError(problem, "build it: polyclinic cohort inspect DIR") from error

@@ -4,6 +4,7 @@ import json
 import os
 import selectors
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.cohort.quarantine import Reason
-from polyclinic.cohort.worker import FRAME
 from polyclinic.errors import PolyclinicError
 
 WORKER = "polyclinic.cohort.worker"
@@ -28,6 +28,9 @@ START_S = 120.0
 """Seconds a worker may take to start."""
 READY = -1
 """Stands for the empty reply by which a worker says that it has started."""
+
+FRAME = struct.Struct(">IQ")
+"""Before a reply: the lengths of its JSON and of its pixels, bytes."""
 
 Reply = tuple[dict[str, Any], bytes]
 
@@ -54,7 +57,8 @@ class _Worker:
     def __init__(self) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
         self.process = subprocess.Popen(  # noqa: S603  (this interpreter, a module of ours)
-            [sys.executable, "-P", "-m", WORKER],
+            # Warnings stay warnings, whatever the environment makes of them: they are about the files.
+            [sys.executable, "-P", "-W", "default", "-m", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import signal
-import struct
 import sys
 from collections.abc import Container
 from typing import Any, BinaryIO
@@ -23,9 +22,8 @@ from numpy.typing import NDArray
 
 from polyclinic.cohort import limits
 from polyclinic.cohort.intake import Facts, Intake
+from polyclinic.cohort.pool import FRAME
 from polyclinic.cohort.quarantine import Reason, Unusable
-
-FRAME = struct.Struct(">IQ")
 
 
 def main() -> None:

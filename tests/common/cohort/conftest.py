@@ -47,7 +47,7 @@ def png() -> Callable[..., Path]:
 
 
 def dataset(stored: NDArray[Any], **elements: Any) -> FileDataset:
-    """A CR image of these stored values, (rows, columns) or (frames, rows, columns); `elements` add to it or replace."""
+    """A CR image of stored values, (rows, columns) or (frames, rows, columns); `elements` are added or replaced."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CR_IMAGE
     meta.MediaStorageSOPInstanceUID = generate_uid()
