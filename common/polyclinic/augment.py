@@ -10,7 +10,7 @@ What runs, in this order; each step is left out where the settings turn it off, 
 4. Gaussian blur, with probability `blur` (colour images only);
 5. Gaussian noise.
 
-Everything is clamped to [0, 1] after steps 3 and 5. All draws come from the one generator given, so a seed repeats
+Values are clamped to [0, 1] after steps 3, 4 and 5. All draws come from the one generator given, so a seed repeats
 the views exactly; a CPU and a GPU draw different numbers from the same seed.
 
 References: Chen et al., SimCLR, ICML 2020, appendix A; Azizi et al., Big self-supervised models advance medical image
@@ -155,7 +155,8 @@ def recolour(images: Tensor, settings: Views, generator: torch.Generator) -> Ten
     coloured = channels == 3 and (settings.jitter > 0 or settings.hue > 0 or settings.grey > 0)
     if settings.jitter == 0 and not coloured:
         return images
-    strength = settings.jitter * chance(n, JITTERED, generator)  # (n,)
+    struck = chance(n, JITTERED, generator).to(images.dtype)  # (n,) 1 or 0
+    strength = settings.jitter * struck
     brightness = 1 + uniform(n, -1, 1, generator) * strength
     contrast = 1 + uniform(n, -1, 1, generator) * strength
     scale, shift = (brightness * contrast).view(n, 1, 1, 1), brightness * (1 - contrast)
@@ -164,21 +165,23 @@ def recolour(images: Tensor, settings: Views, generator: torch.Generator) -> Ten
         return torch.addcmul(mean.view(n, 1, 1, 1), images, scale).clamp_(0, 1)
     luma = torch.tensor(LUMA, device=images.device)
     mean = images.mean(dim=(2, 3)) @ luma * shift
-    matrix = colour_matrix(strength, settings, generator) * scale.view(n, 1, 1)
+    matrix = colour_matrix(struck, settings, generator) * scale.view(n, 1, 1)
     turned = torch.baddbmm(mean.view(n, 1, 1), matrix, images.flatten(2))  # (n, 3, 3) x (n, 3, pixels)
     return turned.view_as(images).clamp_(0, 1)
 
 
-def colour_matrix(strength: Tensor, settings: Views, generator: torch.Generator) -> Tensor:
-    """(n, 3, 3): scale the colour differences by 1 +- strength, turn them by up to `hue` of the circle, or drop them.
+def colour_matrix(struck: Tensor, settings: Views, generator: torch.Generator) -> Tensor:
+    """(n, 3, 3): scale the colour differences by 1 +- `jitter`, turn them by up to `hue` of the circle, or drop them.
+
+    `struck` (n,) is 1 where an image is jittered at all, else 0; colours are dropped independently of it.
 
     The brightness of every pixel stays. (torchvision turns the hue in HSV, which does not keep it.)
     """
-    n, device = len(strength), strength.device
+    n, device = len(struck), struck.device
     to_yiq = torch.tensor((LUMA, *CHROMA), device=device)
-    saturation = 1 + uniform(n, -1, 1, generator) * strength
+    saturation = 1 + uniform(n, -1, 1, generator) * struck * settings.jitter
     saturation = torch.where(chance(n, settings.grey, generator), 0.0, saturation)
-    angle = uniform(n, -1, 1, generator) * (strength > 0) * (2 * math.pi * settings.hue)
+    angle = uniform(n, -1, 1, generator) * struck * (2 * math.pi * settings.hue)
     cos, sin = saturation * angle.cos(), saturation * angle.sin()
     zero, one = torch.zeros_like(cos), torch.ones_like(cos)
     rows = [torch.stack(r, 1) for r in ((one, zero, zero), (zero, cos, -sin), (zero, sin, cos))]
@@ -195,7 +198,7 @@ def blur_some(images: Tensor, probability: float, generator: torch.Generator) ->
     offsets = (pixel.unsqueeze(0) - pixel.unsqueeze(1)) ** 2  # (side, side)
     kernel = torch.exp(-offsets / (2 * sigma.view(n, 1, 1) ** 2))
     kernel = (kernel / kernel.sum(2, keepdim=True)).unsqueeze(1)  # (n, 1, side, side); rows sum to one at borders too
-    return kernel @ images @ kernel.transpose(2, 3)
+    return (kernel @ images @ kernel.transpose(2, 3)).clamp_(0, 1)  # rounding alone can leave the bounds
 
 
 def add_noise(images: Tensor, largest: float, generator: torch.Generator) -> Tensor:
