@@ -1,7 +1,6 @@
 """What an image looks like to a frozen encoder, and to no encoder at all."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,17 +8,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polyclinic.cohort import Cohort
 from polyclinic.evaluation.labels import NotMeasurable
 from polyclinic.study import Compute
-
-if TYPE_CHECKING:
-    from polyclinic.cohort import Cohort
 
 BATCH = 64
 """Images at once: enough to fill two cores, and below 1 GB with a ResNet-50 at 224 pixels."""
 
 
-def features(encoder: nn.Module, cohort: "Cohort", compute: Compute, device: torch.device) -> NDArray[np.float32]:
+def features(encoder: nn.Module, cohort: Cohort, compute: Compute, device: torch.device) -> NDArray[np.float32]:
     """(images, dim) features of the cohort's images as they are, without views; the encoder is left in its mode.
 
     Always in float32, whatever `compute.precision` says for training: a probe should move because the encoder did,
@@ -36,12 +33,12 @@ def features(encoder: nn.Module, cohort: "Cohort", compute: Compute, device: tor
     return torch.cat(batches).numpy()
 
 
-def pixel_features(cohort: "Cohort", side: int = 16) -> NDArray[np.float32]:
+def pixel_features(cohort: Cohort, side: int = 16) -> NDArray[np.float32]:
     """(images, channels * side * side) grey levels in [0, 1], averaged down to `side` pixels: no encoder."""
     return torch.cat([F.adaptive_avg_pool2d(images, side).flatten(1) for images in _batches(cohort)]).numpy()
 
 
-def _batches(cohort: "Cohort") -> Iterator[Tensor]:
+def _batches(cohort: Cohort) -> Iterator[Tensor]:
     """(images, channels, size, size) float32 in [0, 1], in the cohort's order."""
     if not len(cohort):
         raise NotMeasurable("no images")

@@ -6,9 +6,11 @@ from numpy.typing import NDArray
 from polyclinic.evaluation.labels import NotMeasurable
 
 COLLAPSED_RANK = 2.0
-"""Effective rank below which features vary along hardly more than one direction."""
+"""Effective rank below which features vary along hardly more than one direction; untrained encoders have 16 to 180."""
 COLLAPSED_SPREAD = 0.01
-"""Feature spread below which all images point the same way: a mean cosine between images above 0.9999."""
+"""Feature spread below which all images point the same way, at a mean cosine above 0.9999.
+
+Untrained encoders have 0.09 to 0.36 on radiographs (measured: ResNet-18, ResNet-50, ViT-Ti; 200 images)."""
 MIN_IMAGES = 8
 """Fewer say nothing about hundreds of dimensions."""
 

@@ -9,7 +9,7 @@ MIN_TEST_PATIENTS = 2
 """Of a class that is measured: with one, every resample of patients repeats that one and no interval means anything."""
 
 
-class NotMeasurable(Exception):  # noqa: N818 (it is an answer: a note, never a stopped run)
+class NotMeasurable(Exception):
     """A probe or a health figure that these images cannot give; the message says why."""
 
 

@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from polyclinic.evaluation.labels import NotMeasurable, Words, measurable_classes
 from polyclinic.evaluation.scores import Floats, Scores, score
@@ -43,8 +44,10 @@ def linear_probe(
     classes = measurable_classes(train_y, test_y, test_patients)
     x, y, patients = _chosen(classes, train_x, train_y, train_patients)
     queries, truth, clusters = _chosen(classes, test_x, test_y, test_patients)
-    model = _logistic(_choose_strength(x, y, patients, seed)).fit(x, y)
-    return score(model.predict_proba(queries), truth, clusters, seed=seed, n_train=len(y))
+    with threadpool_limits(1):  # such small products gain nothing from more threads, which would change their last bits
+        model = _logistic(_choose_strength(x, y, patients, seed)).fit(x, y)
+        probabilities = model.predict_proba(queries)
+    return score(probabilities, truth, clusters, seed=seed, n_train=len(y))
 
 
 def knn_probe(

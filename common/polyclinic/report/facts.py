@@ -1,0 +1,119 @@
+"""What the report says in words and tables."""
+
+from collections import Counter
+from typing import Any
+
+from polyclinic.evaluation import collapsed
+from polyclinic.report import words
+from polyclinic.report.forest import MANY
+from polyclinic.report.plots import COLOURS, palette
+from polyclinic.report.run import Run
+
+
+def what_was_trained(run: Run) -> str:
+    """The first sentence: stages, encoder, sites."""
+    study = run.study
+    stages = ", then ".join(
+        f"{words.named(words.METHODS, stage.method)} ({words.plural(stage.rounds, 'round')})" for stage in study.stages
+    )
+    images = f"{study.images.size} × {study.images.size} {'grey' if study.images.channels == 1 else 'colour'} images"
+    encoder = f"{words.named(words.ENCODERS, study.encoder.name)} for {images}"
+    counts = [
+        words.plural(sum(site[kind] for site in run.sites.values()), kind.removesuffix("s"))
+        for kind in ("patients", "images")
+        if run.sites and all(kind in site for site in run.sites.values())
+    ]
+    whose = f" with {words.listed(counts)}" if counts else ""
+    return f"{stages} of a {encoder}, across {words.plural(len(run.sites), 'site')}{whose}."
+
+
+def how_it_was_trained(run: Run) -> str:
+    """The second sentence: rounds, rule, privacy."""
+    study = run.study
+    rule = words.named(words.RULES, study.aggregation.rule)
+    weighting = words.named(words.WEIGHTING, study.aggregation.weighting)
+    return (
+        "In every round each site trained on its own images and sent a weight update, never an image; "
+        f"the updates were combined by {rule}, weighted {weighting}, {words.named(words.PRIVACY, study.privacy.mode)}."
+    )
+
+
+def result(run: Run) -> list[tuple[str, str]]:
+    """The federated AUC and its gains, as (figure, what it is)."""
+    rows = run.comparison
+    if "federated" not in rows:
+        return []
+    ours = rows["federated"]["auc"]
+    against = {} if run.mean_alone is None else {"the mean single site": run.mean_alone}
+    against |= {name: rows[row]["auc"] for row, name in words.AGAINST.items() if row in rows}
+    interval = f"{rows['federated']['auc_low']:.3f} to {rows['federated']['auc_high']:.3f}"
+    gains = [(f"{ours - auc:+.3f}".replace("-", "−"), f"against {name}") for name, auc in against.items()]
+    return [(f"{ours:.3f}", f"federated AUC, 95 % interval {interval}"), *gains]
+
+
+def comparison(run: Run) -> list[dict[str, Any]]:
+    """The comparison as a table, the mean single site in it; many single sites come last, not to hide the rest."""
+    rows = [
+        {
+            "name": words.row_name(name),
+            "kind": name,
+            "auc": f"{row['auc']:.3f}",
+            "interval": f"{row['auc_low']:.3f} – {row['auc_high']:.3f}",
+            "balanced_accuracy": f"{row['balanced_accuracy']:.3f}",
+        }
+        for name, row in run.comparison.items()
+    ]
+    floors = [row for row in rows if row["kind"] in ("random", "pixels")]
+    alone = [row for row in rows if row["kind"] in run.alone]
+    ours = [row for row in rows if row not in floors and row not in alone]
+    if run.mean_alone is None:
+        return rows
+    mean = {"name": "mean single site", "kind": "mean", "auc": f"{run.mean_alone:.3f}"}
+    return [*floors, mean, *ours, *alone] if len(alone) > MANY else [*floors, *alone, mean, *ours]
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader should not miss: the run's own warnings and notes, and signs of collapse."""
+    own = Counter(str(event.get("text", "")) for event in run.happened("warning"))
+    texts = [f"{text} ({times} times)" if times > 1 else text for text, times in own.items()]
+    texts += [str(text) for key in ("warnings", "notes") for text in run.summary.get(key, []) if str(text) not in own]
+    return texts + _collapses(run)
+
+
+def _collapses(run: Run) -> list[str]:
+    ranks, spreads = (run.metrics.get(metric, {}) for metric in ("effective_rank", "feature_spread"))
+    found = []
+    for site in ranks.keys() & spreads.keys():
+        spread = dict(spreads[site])
+        rounds = [
+            round
+            for round, rank in ranks[site]
+            if round in spread and collapsed({"effective_rank": rank, "feature_spread": spread[round]})
+        ]
+        if rounds:
+            when = f"after round {rounds[0]}" if len(rounds) == 1 else f"after {len(rounds)} rounds, first {rounds[0]}"
+            who = site or "consortium"
+            found.append(f"{who}: features collapsed {when}; the encoder hardly tells images apart")
+    return sorted(found)
+
+
+def sites(run: Run) -> list[dict[str, Any]]:
+    """A row for every site: size, part in the rounds, last loss and probe."""
+    events = ("update_accepted", "update_refused", "site_missing")
+    parts = {name: Counter(str(event.get("site")) for event in run.happened(name)) for name in events}
+    colours = palette(run.sites)
+    return [
+        {
+            "name": name,
+            "colour": colours[name] if len(colours) <= len(COLOURS) else "",
+            **facts,
+            **{event: counts[name] for event, counts in parts.items()},
+            **{metric: _last_value(run, metric, name) for metric in ("loss", "probe_auc")},
+        }
+        for name, facts in run.sites.items()
+    ]
+
+
+def _last_value(run: Run, metric: str, site: str) -> float | None:
+    points = run.metrics.get(metric, {}).get(site)
+    return points[-1][1] if points else None

@@ -1,0 +1,86 @@
+"""How the report says numbers and names."""
+
+from collections.abc import Mapping
+
+METHODS = {"simclr": "SimCLR", "mae": "MAE"}
+ENCODERS = {
+    "resnet18": "ResNet-18",
+    "resnet50": "ResNet-50",
+    "vit_tiny": "ViT-Ti",
+    "vit_small": "ViT-S",
+    "vit_base": "ViT-B",
+}
+RULES = {"fedavg": "FedAvg"}
+WEIGHTING = {"patients": "by patients", "equal": "equally", "tempered": "by the square root of patients"}
+PRIVACY = {"none": "without differential privacy"}
+ROWS = {
+    "random": "untrained encoder",
+    "pixels": "16 × 16 pixels",
+    "federated": "federated",
+    "pooled": "all sites pooled",
+}
+AGAINST = {"random": "an untrained encoder", "pixels": "16 × 16 pixels", "pooled": "pooling all images"}
+ALONE = "alone:"
+
+
+def row_name(row: str) -> str:
+    """A row of the comparison in words."""
+    return f"{row.removeprefix(ALONE)} alone" if row.startswith(ALONE) else ROWS.get(row, row)
+
+
+def named(names: Mapping[str, str], key: str) -> str:
+    """The name of `key`, or the key itself where no name is written down yet."""
+    return names.get(key, key)
+
+
+def count(number: float) -> str:
+    """
+    >>> count(12345)
+    '12,345'
+    """
+    return f"{number:,.0f}"
+
+
+def plural(number: int, thing: str) -> str:
+    """
+    >>> plural(1, "site"), plural(1200, "site")
+    ('1 site', '1,200 sites')
+    """
+    return f"{count(number)} {thing}{'' if number == 1 else 's'}"
+
+
+def size(bytes: float) -> str:
+    """
+    >>> size(1_530_000), size(0)
+    ('1.53 MB', '0 B')
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if bytes < 1000 or unit == "TB":
+            break
+        bytes /= 1000
+    return f"{bytes:.3g} {unit}" if bytes < 1000 else f"{bytes:,.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(0.25), duration(12), duration(200), duration(7300)
+    ('0.25 s', '12 s', '3 min 20 s', '2 h 1 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """
+    >>> listed(["a", "b", "c"]), listed(list("abcdef"), most=3)
+    ('a, b and c', 'a, b, c and 3 more')
+    """
+    if len(names) > most:
+        return f"{', '.join(names[:most])} and {len(names) - most} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

@@ -1,0 +1,200 @@
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from polyclinic.errors import StudyError
+from polyclinic.report import render_report
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "';--{{7*7}}{% raw %}",
+    "javascript:alert(1)",
+    "http://evil.example/x.png",
+    "NA",
+    "x" * 64,
+)
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page; fails on tags that do not nest."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.words, self.open = [], [], [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        self.open += [tag] if tag not in VOID else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def assert_offline(page):
+    """Nothing in the page makes a browser ask for anything."""
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "video", "audio"} & set(page.tags)
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href", "xlink:href", "action", "srcset", "data", "poster"):
+            assert value.startswith(("#", "data:image/png;base64,")), value
+    style = page.source[page.source.index("<style>") : page.source.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    assert ("http-equiv", "Content-Security-Policy") in page.attributes
+
+
+def assert_finite(page):
+    for name, value in page.attributes:
+        if name in ("d", "x", "y", "width", "height", "cx", "cy", "viewbox"):
+            assert not re.search(r"nan|inf|e[+-]", value, re.I), (name, value)
+    assert not re.search(r"\b(nan|NaN|inf|None|Undefined)\b", page.text)
+
+
+def test_a_finished_run_tells_everything_offline(make_run):
+    run = make_run()
+    page = Page(render_report(run))
+    assert_offline(page)
+    assert_finite(page)
+    assert "http://" not in page.source and "https://" not in page.source
+    for words in (
+        "SimCLR (6 rounds), then MAE (4 rounds) of a ViT-Ti for 96 × 96 grey images, across 5 sites with 510 patients",
+        "untrained encoder", "16 × 16 pixels", "north alone", "all sites pooled", "mean single site 0.722", "+0.098",
+        "Loss, stage 1: SimCLR", "Loss, stage 2: MAE", "Linear probe AUC", "kNN probe AUC", "Effective rank",
+        "Feature spread", "Seconds by round", "Megabytes by round", "Coloured by site", "Coloured by label",
+        "unlabelled", "Data card: university", "update refused: its norm is 812 <times> too large", "no reply in time",
+        "labels of two sites differ (2 times)", "a note of the run", "torch 2.15.0", "7 min 11 s", "1.8 GB",
+    ):  # fmt: skip
+        assert words in page.text, words
+    images = [value for name, value in page.attributes if name == "src"]
+    assert base64.b64decode(images[0].partition(",")[2]) == (run / "report" / "views.png").read_bytes()
+
+
+def test_the_same_run_gives_the_same_page(make_run):
+    run = make_run()
+    first = render_report(run).read_bytes()
+    assert render_report(run).read_bytes() == first
+
+
+def test_the_federated_row_stands_out_and_the_table_agrees_with_the_summary(make_run):
+    page = Page(render_report(make_run()))
+    assert ("class", "row federated") in page.attributes and ("class", "federated") in page.attributes
+    assert "federated 0.820 0.780 – 0.850 0.720" in page.text
+
+
+def test_hostile_names_are_text(make_run):
+    page = Page(render_report(make_run(sites=HOSTILE, label="<b onmouseover=alert(1)>")))
+    assert_offline(page)
+    assert_finite(page)
+    for name in HOSTILE:
+        assert name in page.text
+    assert "<b onmouseover=alert(1)>" in page.text and "<b onmouseover" not in page.source
+    assert page.tags.count("img") == 1
+
+
+def test_an_unfinished_run_reports_what_stands(make_run):
+    page = Page(render_report(make_run(finished=False)))
+    assert_offline(page)
+    assert_finite(page)
+    assert "not finished: 5 of 10 rounds have closed" in page.text
+    assert "Loss, stage 1: SimCLR" in page.text and "Loss, stage 2" not in page.text
+    assert "What the encoder is worth" not in page.text and "load_encoder" not in page.text
+    assert "across 5 sites with 510 patients." in page.text
+
+
+def test_a_run_that_has_just_begun_has_only_its_study(make_run):
+    run = make_run()
+    for path in [*run.rglob("*")]:
+        if path.is_file() and path.name != "study.toml":
+            path.unlink()
+    page = Page(render_report(run))
+    assert_finite(page)
+    assert "0 of 10 rounds" in page.text and "across 0 sites" in page.text
+
+
+def test_no_study_is_refused(tmp_path):
+    with pytest.raises(StudyError):
+        render_report(tmp_path)
+
+
+def test_torn_last_lines_are_left_out(make_run):
+    run = make_run(finished=False)
+    for name, torn in (("metrics.csv", "0,6,north,lo"), ("events.jsonl", '{"event": "round_clo')):
+        with (run / name).open("a") as file:
+            file.write(torn)
+    assert_finite(Page(render_report(run)))
+
+
+def test_what_is_not_finite_is_not_drawn(make_run):
+    run = make_run()
+    with (run / "metrics.csv").open("a") as file:
+        file.write("1,11,north,loss,nan\n1,11,south,loss,inf\n1,11,north,effective_rank,-inf\n")
+    facts = json.loads((run / "summary.json").read_text())
+    facts["comparison"]["alone:north"]["auc_low"] = float("nan")
+    (run / "summary.json").write_text(json.dumps(facts))
+    page = Page(render_report(run))
+    assert_finite(page)
+    assert "south alone" in page.text and "north alone" not in page.text
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 100])
+def test_any_number_of_sites_stays_legible(make_run, count):
+    sites = tuple(f"hospital-{k:03d}" for k in range(count))
+    path = render_report(make_run(sites=sites))
+    page = Page(path)
+    assert_finite(page)
+    assert path.stat().st_size < 1_000_000
+    assert ("range over sites" in page.text) == (count > 7)
+    assert ("100 sites alone" in page.text) == (count == 100)
+    assert all(site in page.text for site in sites)
+
+
+def test_one_round_and_constant_values_can_be_drawn(make_run):
+    run = make_run(sites=("only",), rounds=(1,))
+    lines = ["stage,round,site,metric,value"]
+    lines += [
+        f"0,1,{site},{m},1.0" for site in ("only", "") for m in ("loss", "probe_auc", "seconds", "effective_rank")
+    ]
+    lines += ["0,1,only,feature_spread,0.0", "0,1,only,bytes_up,0"]
+    (run / "metrics.csv").write_text("\n".join(lines) + "\n")
+    assert_finite(Page(render_report(run)))
+
+
+def test_a_collapsed_site_is_named(make_run):
+    run = make_run()
+    with (run / "metrics.csv").open("a") as file:
+        file.write("0,3,north,feature_spread,0.0001\n")
+    text = Page(render_report(run)).text
+    assert "north: features collapsed after round 3" in text and "south: features collapsed" not in text
+
+
+def test_where_cohorts_lie_is_not_told(make_run):
+    run = make_run(cohort="/home/someone/secret-archive")
+    assert "secret-archive" in (run / "study.toml").read_text()
+    assert "secret-archive" not in render_report(run).read_text()
+    assert str(run.parent) not in (run / "report.html").read_text()
+
+
+def test_a_deployed_run_says_how_its_rows_were_measured(make_run):
+    run = make_run()
+    facts = json.loads((run / "summary.json").read_text())
+    facts |= {"engine": "deployment", "comparison": {"federated": facts["comparison"]["federated"]}}
+    (run / "summary.json").write_text(json.dumps(facts))
+    text = Page(render_report(run)).text
+    assert "Patient-weighted mean of the sites' own linear probes" in text and "rehearsed" not in text
+    assert "mean single site" not in text
