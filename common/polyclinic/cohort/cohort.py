@@ -41,7 +41,7 @@ class Stack:
         return out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cohort:
     """Patients and their images.
 

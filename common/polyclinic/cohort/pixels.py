@@ -55,13 +55,13 @@ def stretch(values: Floats, low: float, high: float) -> Floats:
     return np.clip(scaled, 0.0, 1.0, out=scaled)
 
 
-def resize(image: Image.Image, size: int) -> Image.Image:
-    """The whole image on a square of `size` pixels, antialiased.
+def resize(image: Image.Image, size: int, box: tuple[float, float, float, float] | None = None) -> Image.Image:
+    """The whole image, or what of it lies in `box`, on a square of `size` pixels, antialiased.
 
     A triangle filter as wide as the reduction averages every source pixel in; enlarging, it is linear interpolation.
     The aspect is not kept: nothing is cropped away, and no border is added that would tell sites apart.
     """
-    return image.resize((size, size), Image.Resampling.BILINEAR)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box)
 
 
 def to_tensor(image: Floats, size: int, channels: int) -> NDArray[np.uint8]:

@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 from collections.abc import Container
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -54,7 +55,9 @@ def _silence() -> BinaryIO:
     os.dup2(nowhere, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (limits.MAX_MEMORY, hard))
+    if hard == resource.RLIM_INFINITY or hard > limits.MAX_MEMORY:
+        with suppress(OSError, ValueError):  # macOS does not know this limit
+            resource.setrlimit(resource.RLIMIT_AS, (limits.MAX_MEMORY, hard))
     return replies
 
 
@@ -107,8 +110,12 @@ def decode(data: bytes, intake: Intake, key: bytes) -> tuple[list[NDArray[np.uin
 
         if data.startswith(raster.MAGIC):
             return raster.read(data, intake)
+    except Unusable:
+        raise
     except MemoryError as error:
         raise Unusable(Reason.TOO_LARGE) from error
+    except Exception as error:  # a damaged file can raise anything in a parser or decoder
+        raise Unusable(Reason.DAMAGED) from error
     raise Unusable(Reason.NOT_AN_IMAGE)
 
 

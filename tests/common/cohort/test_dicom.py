@@ -1,5 +1,8 @@
 """DICOM intake against an independent twin: pydicom's own functions in float64, through the documented order."""
 
+import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pydicom import Dataset, dcmread
+from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
 
 from polyclinic.cohort import dicom as intake_dicom
-from polyclinic.cohort import limits
+from polyclinic.cohort import limits, pool
 from polyclinic.cohort.intake import Facts, Intake
 from polyclinic.cohort.quarantine import Reason, Unusable
 from polyclinic.cohort.worker import decode
@@ -308,3 +311,60 @@ def test_facts_hold_codes_and_no_text(tmp_path: Path, dicom: Write) -> None:
 def test_issuers_tell_equal_identifiers_apart(tmp_path: Path, dicom: Write) -> None:
     patients = {read(dicom(tmp_path / i, IssuerOfPatientID=i))[1].patient for i in ("north", "south")}
     assert len(patients | {read(dicom(tmp_path / "x"))[1].patient}) == 3
+
+
+def test_padding_below_zero_in_implicit_vr(tmp_path: Path, dicom: Write) -> None:
+    """Implicit files leave open whether Pixel Padding Value is signed; Pixel Representation says."""
+    stored = RAMP.astype(np.int16)
+    stored[:3] = -2000
+    ds = dcmread(dicom(tmp_path / "a", stored, PixelPaddingValue=-2000))
+    ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2"
+    ds.save_as(tmp_path / "b", implicit_vr=True, little_endian=True)
+    np.testing.assert_array_equal(grey(tmp_path / "b"), grey(tmp_path / "a"))
+    assert (grey(tmp_path / "b")[:3] == 0).all()
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_lut_in_words_of_either_order_and_in_bytes(tmp_path: Path, dicom: Write, bits: int) -> None:
+    table = (np.arange(400) * 7 % 2**bits).astype(np.uint16)
+    expected = table[np.clip(RAMP.astype(int) - 20, 0, 399)] / (2**bits - 1)
+    for order, name in (("<", "1.2.840.10008.1.2.1"), (">", "1.2.840.10008.1.2.2")):
+        sequence = lut(table, 20, bits)
+        sequence[0].add_new("LUTData", "OW", table.astype(f"{order}u2").tobytes())
+        ds = dcmread(dicom(tmp_path / "a", RAMP, VOILUTSequence=sequence))
+        ds.file_meta.TransferSyntaxUID = name
+        ds.PixelData = RAMP.astype(f"{order}u2").tobytes()
+        dcmwrite(tmp_path / "b", ds, implicit_vr=False, little_endian=order == "<")
+        np.testing.assert_allclose(grey(tmp_path / "b", "voi"), expected, atol=1e-6)
+    if bits == 8:
+        sequence[0].add_new("LUTData", "OW", table.astype(np.uint8).tobytes())
+        path = dicom(tmp_path / "c", RAMP, VOILUTSequence=sequence)
+        np.testing.assert_allclose(grey(path, "voi"), expected, atol=1e-6)
+
+
+def test_inflation_stops_at_the_memory_limit(tmp_path: Path, dicom: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deflated file of a megabyte that would fill a gigabyte and more is too large, in a worker of its own."""
+    path = tmp_path / "bomb"
+    path.write_bytes(bomb(dicom(path), 1 << 30))
+    worker = (
+        "from polyclinic.cohort import limits\nlimits.MAX_MEMORY = 1 << 30\n"
+        "from polyclinic.cohort import worker\nworker.main()\n"
+    )
+    (tmp_path / "small_worker.py").write_text(worker)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(pool, "WORKER", "small_worker")
+    setup = {"intake": {"size": 32, "channels": 1, "window": "percentile"}, "key": KEY.hex(), "known": []}
+    ((_, reply, _),) = pool.Pool(setup, 1, 60.0).read([path])
+    assert reply["reason"] == Reason.TOO_LARGE
+
+
+def bomb(path: Path, size: int) -> bytes:
+    """The file at `path` with `size` deflated zeros for a dataset."""
+    ds = dcmread(path)
+    ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
+    file = io.BytesIO()
+    ds.save_as(file, implicit_vr=False, little_endian=True)
+    (meta,) = struct.unpack("<I", file.getvalue()[140:144])
+    head = file.getvalue()[: 144 + meta]
+    press = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
+    return head + b"".join(press.compress(bytes(1 << 24)) for _ in range(size >> 24)) + press.flush()
