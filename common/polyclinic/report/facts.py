@@ -9,6 +9,9 @@ from polyclinic.report.forest import MANY
 from polyclinic.report.plots import COLOURS, palette
 from polyclinic.report.run import Run
 
+SHOWN = 6
+"""Sites whose collapse is told one by one."""
+
 
 def what_was_trained(run: Run) -> str:
     """The first sentence: stages, encoder, sites."""
@@ -94,7 +97,7 @@ def _collapses(run: Run) -> list[str]:
             when = f"after round {rounds[0]}" if len(rounds) == 1 else f"after {len(rounds)} rounds, first {rounds[0]}"
             who = site or "consortium"
             found.append(f"{who}: features collapsed {when}; the encoder hardly tells images apart")
-    return sorted(found)
+    return sorted(found)[:SHOWN] + ([f"{len(found) - SHOWN} more sites collapsed"] if len(found) > SHOWN else [])
 
 
 def sites(run: Run) -> list[dict[str, Any]]:

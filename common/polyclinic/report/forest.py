@@ -23,7 +23,7 @@ def forest(run: Run) -> Markup:
     together = len(run.alone) > MANY
     shown = [name for name in rows if not (together and name in run.alone)]
     strip = [name for name in rows if name in run.alone] if together else []
-    top = 30
+    top = 10 if run.mean_alone is None else 30
     if strip:
         shown.insert(next((k for k, name in enumerate(shown) if name in ("federated", "pooled")), len(shown)), ALONE)
     bottom = top + ROW * len(shown)
@@ -81,9 +81,8 @@ def _mean_line(run: Run, axis: Axis, top: float, bottom: float) -> Markup:
 
 def _vertical(axis: Axis, top: float, bottom: float) -> Markup:
     """Grid of the comparison: AUC along the bottom, chance as a firmer line."""
-    marks = [
-        line(axis.at(v), top, axis.at(v), bottom, "chance" if abs(v - 0.5) < 1e-9 else "grid") for v in axis.ticks()
-    ]
+    marks = [line(axis.at(v), top, axis.at(v), bottom, "grid") for v in axis.ticks()]
+    marks.append(line(axis.at(0.5), top, axis.at(0.5), bottom, "chance"))
     marks += [text(axis.at(v), bottom + 15, tick_text(v), "middle") for v in axis.ticks()]
     marks.append(text((axis.start + axis.end) / 2, bottom + 30, "AUC (0.5 is chance)", "middle", "axis"))
     return Markup("").join(marks)

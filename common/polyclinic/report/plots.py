@@ -73,7 +73,8 @@ def curves(
     rounds = [r for points in values.values() for r, _ in points]
     y = Axis(*span(everything, log=log), BOTTOM, 12 if len(stages) < 2 else 26, log)
     left = 12 + CHARACTER * max(len(tick_text(v)) for v in y.ticks())
-    x = Axis(min(rounds), max(max(rounds), min(rounds) + 1), left + 8, RIGHT - 8)
+    alone = 0.5 if min(rounds) == max(rounds) else 0.0
+    x = Axis(min(rounds) - alone, max(rounds) + alone, left + 8, RIGHT - 8)
     sites = {site: points for site, points in values.items() if site}
     parts = [_frame(x, y, left), _shade(y, left, threshold), _boundaries(x, y, stages)]
     if len(set(colours.values())) < len(sites):

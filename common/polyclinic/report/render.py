@@ -52,6 +52,7 @@ def context(run: Run) -> dict[str, Any]:
         "forest": forest(run) if run.comparison else None,
         "rehearsed": run.summary.get("engine") in REHEARSALS,
         "training": figures.training(run),
+        "unprobed": "effective_rank" in run.metrics and "probe_auc" not in run.metrics,
         "health": figures.health(run),
         "traffic": figures.traffic(run),
         "maps": figures.maps(run),

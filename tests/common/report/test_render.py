@@ -183,6 +183,14 @@ def test_a_collapsed_site_is_named(make_run):
     assert "north: features collapsed after round 3" in text and "south: features collapsed" not in text
 
 
+def test_a_run_without_probes_says_why(make_run):
+    run = make_run()
+    assert "No site could probe" not in Page(render_report(run)).text
+    lines = (run / "metrics.csv").read_text().splitlines()
+    (run / "metrics.csv").write_text("".join(f"{line}\n" for line in lines if "probe_auc" not in line))
+    assert "No site could probe the encoder by itself" in Page(render_report(run)).text
+
+
 def test_where_cohorts_lie_is_not_told(make_run):
     run = make_run(cohort="/home/someone/secret-archive")
     assert "secret-archive" in (run / "study.toml").read_text()
