@@ -1,10 +1,9 @@
 """Two questions to a frozen encoder: can a straight line tell the classes apart (linear), do neighbours agree (kNN)."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from polyclinic.evaluation.labels import NotMeasurable, Words, measurable_classes
@@ -74,7 +73,12 @@ def _chosen(classes: list[str], x: Features, y: Words, patients: Patients) -> tu
     return features, np.searchsorted(classes, y[keep]), patients[keep]
 
 
-def _logistic(strength: float) -> Pipeline:
+def _logistic(strength: float) -> Any:
+    """An unfitted scikit-learn pipeline, imported here: a round without probes does not wait for it (1 s, 120 MB)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     return make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=10_000))
 
 

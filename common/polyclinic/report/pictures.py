@@ -8,7 +8,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,6 +61,8 @@ def embedding_table(
 
 def _project(x: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
     """(images, 2) places; all at the origin where there is nothing to tell apart."""
+    from sklearn.manifold import TSNE  # here: slow to import, and only a simulation draws maps
+
     if len(x) < 4 or x.shape[1] < 2 or np.ptp(x, axis=0).max() == 0:
         return np.zeros((len(x), 2), np.float32)
     perplexity = min(30.0, (len(x) - 1) / 3)
