@@ -37,7 +37,8 @@ def admit(found: Scan, contents: Sequence[tuple[str, Record] | Reason], key: byt
     `contents` gives for each file its (SHA-256, record), or the reason why it was not read.
 
     A tree in which DICOM files are at least as many as PNG and JPEG files is an archive: its directories may be
-    named after patients, so they label nothing, and an image file without a header has no patient.
+    named after patients, so they label nothing, and an image file without a header has no patient. A CSV's own
+    identifier goes before the header's.
     """
     admission = Admission()
     read = [record for record in (c[1] for c in contents if not isinstance(c, Reason)) if not record.reason]

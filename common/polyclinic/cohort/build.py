@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ def build_cohort(
         CohortError: there is no such source, or nothing in it can be used; it counts the reasons.
         StorageError: the disk is full or cannot be written; what was read so far is kept.
     """
-    path = locate(source)
+    path, state = locate(source), state.resolve()
     intake = Intake(images.size, images.channels, images.window, allow_burned_in)
     key = load_key(state)
     folder = state / "cohorts" / keyed(key, "cohort", json.dumps([os.fspath(path), asdict(intake)]))
@@ -72,7 +72,7 @@ def build_cohort(
     with _locked(folder):
         found = scan(path, state)
         with Store(folder, intake.stride, installed_decoders()) as store:
-            unread = _read(found, store, key, intake, workers or _processors(), timeout_s, progress)
+            unread = _read(found, store, key, intake, max(1, workers or _processors()), timeout_s, progress)
         _conclude(folder, found, store, unread, key, intake)
     return open_cohort(folder)
 
@@ -84,7 +84,9 @@ def _processors() -> int:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One build of a cohort at a time; the lock ends with the process, however that ends."""
-    with storage(folder), (folder / "lock").open("w") as file:
+    with storage(folder):
+        file = (folder / "lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -106,11 +108,12 @@ def _read(
     total = len(found.sources)
     setup = {"intake": asdict(intake), "key": key.hex(), "known": list(store.records)}
     replies = Pool(setup, workers, timeout_s).read([found.root / found.sources[p].relative for p in new])
-    for done, (number, reply, pixels) in enumerate(replies, start=total - len(new) + 1):
-        if reason := _keep(found.sources[new[number]], reply, pixels, found, store, key):
-            unread[new[number]] = reason
-        if progress:
-            progress(done, total)
+    with closing(replies):  # and with it the workers, whatever happens here
+        for done, (number, reply, pixels) in enumerate(replies, start=total - len(new) + 1):
+            if reason := _keep(found.sources[new[number]], reply, pixels, found, store, key):
+                unread[new[number]] = reason
+            if progress:
+                progress(done, total)
     return unread
 
 
@@ -164,4 +167,4 @@ def _conclude(folder: Path, found: Scan, store: Store, unread: dict[int, Reason]
     write_index(folder, admission.members, store.images, meta)
 
 
-_FIX = f"what each reason means stands in {QUARANTINE} in the state directory; `polyclinic cohort inspect` says more"
+_FIX = f"{QUARANTINE}, in the cohort's folder under the state directory, lists each file with what its reason means"

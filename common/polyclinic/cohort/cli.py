@@ -15,11 +15,11 @@ Window = Literal["percentile", "voi"] | tuple[float, float]
 EXAMPLES = """
 Examples:
 
-  polyclinic cohort inspect archive/                     a tree of DICOM files, or a directory of classes
+  polyclinic cohort inspect archive/                    DICOM files, or classes
 
-  polyclinic cohort inspect chest/labels.csv --json      a CSV cohort, as JSON
+  polyclinic cohort inspect chest/labels.csv --json     a CSV cohort, as JSON
 
-  polyclinic cohort inspect ct/ --window=-600,1500       lung window, HU
+  polyclinic cohort inspect ct/ --window=-600,1500      lung window, HU
 
   polyclinic cohort inspect ham/ --channels 3 --html card.html
 """
@@ -46,9 +46,13 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write the card to this HTML file as well.")] = None,
     allow_burned_in: Annotated[
         bool,
-        typer.Option(help="Use ultrasound, secondary captures and images marked as annotated: you have checked them."),
+        typer.Option(
+            "--allow-burned-in", help="Use ultrasound, secondary captures and files marked as annotated, too."
+        ),
     ] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes that read files.  [default: one a processor]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read files; one a processor by default.")
+    ] = None,
 ) -> None:
     """Build a cohort and print its data-fitness card: what is in it, what was put aside, and why.
 
@@ -69,6 +73,7 @@ def inspect(
         )
     card = make_card(cohort.folder)
     if html:
+        html.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(html, _PAGE.format(card=card_html(card)))
     if as_json:
         print(json.dumps(card, indent=2, ensure_ascii=False))
@@ -88,7 +93,7 @@ def which(
     from polyclinic.cohort.scan import locate, scan
 
     key = load_key(state)
-    found = scan(locate(source), state)
+    found = scan(locate(source), state.resolve())
     names = [s.relative for s in found.sources if keyed(key, "path", s.relative) == identity]
     if not names:
         raise Refused(

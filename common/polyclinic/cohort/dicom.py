@@ -117,13 +117,10 @@ def _refuse(header: Dataset, facts: Facts, intake: Intake) -> None:
             raise Unusable(Reason.ULTRASOUND)
         if sop in SECONDARY_CAPTURE:
             raise Unusable(Reason.SECONDARY_CAPTURE)
-    pixels, frames = facts.height * facts.width, int(header.get("NumberOfFrames") or 1)
-    if pixels > limits.MAX_PIXELS or pixels * frames * _samples(header) > limits.MAX_VOLUME:
+    frames, samples = (int(header.get(name) or 1) for name in ("NumberOfFrames", "SamplesPerPixel"))
+    pixels = facts.height * facts.width
+    if pixels > limits.MAX_PIXELS or pixels * frames * samples > limits.MAX_VOLUME:
         raise Unusable(Reason.TOO_LARGE)
-
-
-def _samples(header: Dataset) -> int:
-    return int(header.get("SamplesPerPixel") or 1)
 
 
 def _images(dataset: Dataset, intake: Intake) -> list[NDArray[np.uint8]]:
@@ -132,7 +129,7 @@ def _images(dataset: Dataset, intake: Intake) -> list[NDArray[np.uint8]]:
         raise Unusable(Reason.NO_PIXELS)
     decoder, frames = _decoder(dataset), int(dataset.get("NumberOfFrames") or 1)
     chosen = np.unique(np.linspace(0, frames - 1, min(frames, limits.MAX_FRAMES)).round().astype(int))
-    images = [_frame(dataset, decoder, int(index), intake) for index in chosen]
+    images = (_frame(dataset, decoder, int(index), intake) for index in chosen)  # one at a time in memory
     return [to_tensor(image, intake.size, intake.channels) for image in images if np.ptp(image) > 0]
 
 

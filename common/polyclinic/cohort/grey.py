@@ -91,7 +91,8 @@ def _voi(units: Floats, source: Dataset) -> Floats | None:
     if centre is None or width is None or width < (1.0 if function == "LINEAR" else 1e-6):
         return None
     if function == "SIGMOID":
-        sigmoid: Floats = 1.0 / (1.0 + np.exp(np.float32(-4.0 / width) * (units - np.float32(centre))))
+        # 1 / (1 + exp(-4 (x - centre) / width)), in the form that does not overflow
+        sigmoid: Floats = 0.5 + 0.5 * np.tanh(np.float32(2.0 / width) * (units - np.float32(centre)))
         return sigmoid
     if function == "LINEAR":  # its formula maps integers to integers: half a step and a whole one less
         centre, width = centre - 0.5, width - 1.0

@@ -17,11 +17,14 @@ def load_key(state: Path) -> bytes:
     The key appears under its name complete or not at all, and whoever comes second reads what the first one made.
 
     Raises:
-        StorageError: it cannot be written, or what stands there is not a key.
+        StorageError: it cannot be written, `state` is no directory, or what stands there is not a key.
     """
     path = state / "identity.key"
     with storage(path):
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StorageError(f"the state {state.name} is not a directory", "give another directory") from error
         if not path.exists():
             _make_key(path)
         key = path.read_bytes()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,7 @@ from polyclinic.errors import PolyclinicError
 
 WORKER = "polyclinic.cohort.worker"
 """The module that workers run."""
-FILES_PER_WORKER = 16
+FILES_PER_WORKER = 8
 """Fewer files than this are not worth another process."""
 AHEAD = 2
 """Files that a worker holds at once, so that it need not wait for the next."""
@@ -118,7 +118,7 @@ class Pool:
         self._todo: deque[int] = deque()
         self._retried: set[int] = set()
 
-    def read(self, paths: Sequence[Path]) -> Iterator[tuple[int, dict[str, Any], bytes]]:
+    def read(self, paths: Sequence[Path]) -> Generator[tuple[int, dict[str, Any], bytes], None, None]:
         """(position in `paths`, reply, pixels) of every file, in the order in which they are done.
 
         Beside the worker's own, a reply's reason is TIMEOUT, or CRASHED after a second try; `"killed": True` stands

@@ -70,11 +70,9 @@ def locate(source: Path) -> Path:
 
 
 def scan(path: Path, state: Path) -> Scan:
-    """The files of a located cohort, those below `state` left out. Takes a stat a file and reads none."""
+    """The files of a located cohort, those below `state` (resolved) left out. Takes a stat a file and reads none."""
     if path.is_dir():
-        return Scan(
-            path, sorted(_walk(path, state.resolve()), key=lambda s: s.relative), from_csv=False, has_patients=False
-        )
+        return Scan(path, sorted(_walk(path, state), key=lambda s: s.relative), from_csv=False, has_patients=False)
     sources = sorted(_read_csv(path), key=lambda s: s.relative)
     return Scan(path.parent, sources, from_csv=True, has_patients=any(s.patient for s in sources))
 
@@ -88,15 +86,15 @@ def clean(text: str, longest: int = limits.MAX_TEXT) -> str:
     return " ".join("".join(c for c in text if c.isprintable() or c.isspace()).split())[:longest]
 
 
-def _walk(root: Path, skip: Path) -> Iterator[Source]:
-    """Every file below `root` but those below `skip`; its label is the first directory on its way.
+def _walk(root: Path, state: Path) -> Iterator[Source]:
+    """Every file below `root` but those below `state`; its label is the first directory on its way.
 
     A directory that cannot be listed or is a link stands for what may be in it, with the reason.
     """
     unlisted: list[str] = []
     for folder, folders, names in os.walk(root, onerror=lambda error: unlisted.append(os.fspath(error.filename))):
         here = Path(folder)
-        folders[:] = sorted(name for name in folders if here / name != skip)
+        folders[:] = sorted(name for name in folders if here / name != state)
         links = [name for name in folders if (here / name).is_symlink()]
         for name in [*names, *links]:
             relative = os.path.relpath(here / name, root)
@@ -111,7 +109,8 @@ def _read_csv(path: Path) -> Iterator[Source]:
     seen: set[str] = set()
     for row in _rows(path):
         relative = os.path.normpath((row.get("image") or row.get("file") or "").strip().replace("\0", ""))
-        label, site, view, split = (clean(row.get(name) or "") for name in ("label", "site", "view", "split"))
+        label = "|".join(clean(word) for word in (row.get("label") or "").split("|")[: limits.MAX_LABELS])
+        site, view, split = (clean(row.get(name) or "") for name in ("site", "view", "split"))
         source = Source(relative, (row.get("patient") or "").strip(), label, site, view, split.lower())
         yield replace(source, reason=Reason.LISTED_TWICE) if relative in seen else _with_stat(path.parent, source)
         seen.add(relative)

@@ -25,7 +25,7 @@ def show_card(card: Mapping[str, Any], folder: Path) -> None:
         ("files", f"{card['files']}, of which {card['files_used']} used"),
         ("images", f"{card['images']}, cached as {' × '.join(map(str, card['tensor']))}"),
         ("patients", f"{card['patients']}, with {per['mean']} images on average, at most {per['most']}"),
-        ("original size", " × ".join(f"{sizes[s]['least']}–{sizes[s]['most']}" for s in ("height", "width"))),
+        ("original size", " × ".join(_range(sizes[side]) for side in ("height", "width"))),
         ("intensities", f"dark {bars(card['histogram'])} bright"),
         ("near-duplicates", f"{twins['pairs']} pairs: {twins['across_patients']} across patients, "
                             f"{twins['across_labels']} across labels"),
@@ -43,6 +43,10 @@ def show_card(card: Mapping[str, Any], folder: Path) -> None:
         console.print(f"each by its id: [bold]{escape(str(folder / QUARANTINE))}[/bold]", soft_wrap=True)
     for warning in card["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
+
+
+def _range(side: Mapping[str, int]) -> str:
+    return str(side["most"]) if side["least"] == side["most"] else f"{side['least']}–{side['most']}"
 
 
 def bars(histogram: list[float]) -> str:

@@ -10,6 +10,7 @@ images without a line, or half a line: both are cut off by the next build, which
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +60,7 @@ class Store:
     def __enter__(self) -> Self:
         with storage(self._folder):
             self._data = (self._folder / IMAGES).open("ab", buffering=0)
-            self._journal = (self._folder / JOURNAL).open("a+b", buffering=0)
+            self._journal = (self._folder / JOURNAL).open("ab", buffering=0)
             self._replay()
         return self
 
@@ -75,24 +76,24 @@ class Store:
     def _replay(self) -> None:
         """Read the journal up to the first line that is not whole or lacks its images, and cut off the rest."""
         stored, end = self._data.seek(0, os.SEEK_END) // self._stride, 0
-        self._journal.seek(0)
-        for line in self._journal.read().splitlines(keepends=True):
-            entry = _parse(line)
-            if entry is None or entry.get("first", 0) + entry.get("count", 0) > stored:
-                break
-            self._learn(entry)
-            end += len(line)
+        with (self._folder / JOURNAL).open("rb") as lines, suppress(ValueError, TypeError, KeyError, AttributeError):
+            for line in lines:
+                entry = json.loads(line)
+                if not line.endswith(b"\n") or entry.get("first", 0) + entry.get("count", 0) > stored:
+                    break
+                self._learn(entry)
+                end += len(line)
         os.ftruncate(self._journal.fileno(), end)
         os.ftruncate(self._data.fileno(), self.images * self._stride)
 
     def _learn(self, entry: dict[str, Any]) -> None:
-        sha, count = entry["sha"], entry.get("count", 0)
-        self.memo[entry["path"]] = (tuple(entry["stat"]), sha)
+        path, stat, sha, count = entry["path"], tuple(entry["stat"]), entry["sha"], entry.get("count", 0)
         if "facts" in entry and entry.get("decoders", self._decoders) == self._decoders:
             reason = Reason(entry["reason"]) if "reason" in entry else None
             first = entry.get("first", 0)
             self.records[sha] = Record(Facts(**entry["facts"]), first, count, reason)
             self.images = max(self.images, first + count)
+        self.memo[path] = (stat, sha)
 
     def remembers(self, path: str, stat: tuple[int, ...]) -> bool:
         """Whether the file at this keyed path has not changed since its content was learnt."""
@@ -127,15 +128,6 @@ class Store:
         with storage(self._folder):
             _append(self._data, pixels)
             _append(self._journal, lines)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """A journal line, or None where it is cut short or damaged."""
-    try:
-        entry = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and {"path", "stat", "sha"} <= entry.keys() else None
 
 
 def _append(file: BinaryIO, data: bytes) -> None:

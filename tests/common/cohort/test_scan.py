@@ -142,6 +142,12 @@ def test_names_that_are_not_utf8(tmp_path: Path, png: Png) -> None:
     assert source.reason is None and source.label == "t"
 
 
+def test_each_of_many_labels_is_kept_whole(tmp_path: Path, png: Png) -> None:
+    png(tmp_path / "a.png")
+    label = "|".join(f"a finding with a long name, number {k}" for k in range(14))
+    assert table(tmp_path, f'image,label\na.png,"{label}"\n')["a.png"].label == label
+
+
 def test_words_are_fit_for_terminals() -> None:
     assert clean(" a\x1b]0;title\x07\tb\u202e ") == "a]0;title b"
     assert len(clean("x" * 1000)) == 64

@@ -1,0 +1,12 @@
+"""The examples in the docstrings hold."""
+
+import doctest
+from importlib import import_module
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["admission", "cohort", "pixels", "scan", "show"])
+def test_examples(name: str) -> None:
+    outcome = doctest.testmod(import_module(f"polyclinic.cohort.{name}"))
+    assert outcome.attempted and not outcome.failed
