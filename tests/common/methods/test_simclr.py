@@ -1,0 +1,84 @@
+"""SimCLR as a method: its module, views, losses and what it shares."""
+
+import pytest
+import torch
+
+from polyclinic import study
+from polyclinic.encoders import build_encoder
+from polyclinic.methods import METHODS, make_method
+from polyclinic.methods.base import Batch, ViewBatch
+from polyclinic.methods.nt_xent import nt_xent
+from polyclinic.methods.simclr import SimCLR
+from polyclinic.seeding import forked
+from polyclinic.stages import RADIOGRAPH, SimCLRStage
+
+IMAGES = study.Images(size=32)
+STAGE = SimCLRStage(method="simclr", rounds=1, views=RADIOGRAPH, projection=16, temperature=0.2)
+
+
+@pytest.fixture
+def module() -> torch.nn.Module:
+    with forked(0):
+        return make_method(STAGE, IMAGES).build(build_encoder(study.Encoder(), IMAGES))
+
+
+def batch(patients: list[int]) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    return Batch(torch.rand(len(patients), 1, 32, 32, generator=generator), torch.tensor(patients))
+
+
+def test_it_is_made_from_its_settings() -> None:
+    method = make_method(STAGE, IMAGES)
+    assert isinstance(method, SimCLR) and METHODS["simclr"] is SimCLR
+    assert (method.temperature, method.projection, method.settings) == (0.2, 16, RADIOGRAPH)
+    assert not method.separable
+
+
+def test_the_head_has_one_hidden_layer_of_the_encoders_width(module: torch.nn.Module) -> None:
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if name.startswith("head.")}
+    assert shapes == {
+        "head.0.weight": (512, 512),
+        "head.0.bias": (512,),
+        "head.2.weight": (16, 512),
+        "head.2.bias": (16,),
+    }
+
+
+def test_encoder_and_head_are_shared(module: torch.nn.Module) -> None:
+    shared = make_method(STAGE, IMAGES).shared(module)
+    assert set(shared) == set(module.state_dict())
+    assert {name.split(".")[0] for name in shared} == {"encoder", "head"}
+    assert all(module.state_dict()[name].dtype == torch.float32 for name in shared)
+
+
+def test_two_different_views_are_drawn_and_a_seed_repeats_them() -> None:
+    method, images = make_method(STAGE, IMAGES), batch([0, 1, 2])
+    views, again = (method.views(images, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert len(views.views) == 2 and all(view.shape == images.images.shape for view in views.views)
+    assert not torch.equal(*views.views)
+    assert all(torch.equal(a, b) for a, b in zip(views.views, again.views, strict=True))
+    assert torch.equal(views.patients, images.patients)
+
+
+def test_the_loss_is_nt_xent_of_the_projections(module: torch.nn.Module) -> None:
+    method = make_method(STAGE, IMAGES)
+    views = method.views(batch([0, 1, 1, 2]), torch.Generator().manual_seed(0))
+    losses = method.loss(module, views)
+    assert losses.shape == (4,) and losses.requires_grad
+    expected = nt_xent(module(views.views[0]), module(views.views[1]), views.patients, 0.2)
+    torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("patients", [[4], [4, 4, 4]])
+def test_a_batch_of_one_patient_teaches_nothing(module: torch.nn.Module, patients: list[int]) -> None:
+    method = make_method(STAGE, IMAGES)
+    views = method.views(batch(patients), torch.Generator().manual_seed(0))
+    assert method.loss(module, views).shape == (0,)
+
+
+def test_views_of_images_that_agree_cost_less_than_of_images_that_do_not(module: torch.nn.Module) -> None:
+    method, images = make_method(STAGE, IMAGES), batch([0, 1, 2, 3]).images
+    patients = torch.arange(4)
+    agree = method.loss(module, ViewBatch((images, images), patients, {})).mean()
+    crossed = method.loss(module, ViewBatch((images, images.roll(1, 0)), patients, {})).mean()
+    assert agree < crossed
