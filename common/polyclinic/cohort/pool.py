@@ -1,6 +1,7 @@
 """Worker processes that read files: each with a deadline a file, replaced when it hangs or dies."""
 
 import json
+import math
 import os
 import selectors
 import signal
@@ -20,8 +21,8 @@ from polyclinic.errors import PolyclinicError
 
 WORKER = "polyclinic.cohort.worker"
 """The module that workers run."""
-FILES_PER_WORKER = 8
-"""Fewer files than this are not worth another process."""
+GROW_S = 0.3
+"""Seconds of work after which there are twice as many processes: starting one costs as much as reading many files."""
 AHEAD = 2
 """Files that a worker holds at once, so that it need not wait for the next."""
 START_S = 120.0
@@ -116,6 +117,7 @@ class Pool:
         self._most, self._timeout_s = workers, timeout_s
         self._workers: list[_Worker] = []
         self._todo: deque[int] = deque()
+        self._grow_at = math.inf
         self._retried: set[int] = set()
 
     def read(self, paths: Sequence[Path]) -> Generator[tuple[int, dict[str, Any], bytes], None, None]:
@@ -129,7 +131,7 @@ class Pool:
         """
         self._todo = deque(range(len(paths)))
         try:
-            self._start(min(self._most, -(-len(paths) // FILES_PER_WORKER)))
+            self._start(min(1, len(paths)))
             while self._feed(paths):
                 for worker, late in self._wait():
                     yield from self._collect(worker, late)
@@ -145,7 +147,10 @@ class Pool:
             worker.send(self._setup)
 
     def _feed(self, paths: Sequence[Path]) -> bool:
-        """Give every worker something to do; False once all is done."""
+        """Give every worker something to do, and start more of them when it is time; False once all is done."""
+        if time.monotonic() >= self._grow_at:
+            self._grow_at = math.inf
+            self._start(min(len(self._workers), self._most - len(self._workers), len(self._todo)))
         for worker in self._workers:
             while self._todo and len(worker.waiting) < AHEAD:
                 position = self._todo.popleft()
@@ -161,7 +166,7 @@ class Pool:
         with selectors.DefaultSelector() as selector:
             for worker in busy:
                 selector.register(worker.replies, selectors.EVENT_READ, worker)
-            soonest = min(worker.deadline for worker in busy)
+            soonest = min(self._grow_at, *(worker.deadline for worker in busy))
             ready = [key.data for key, _ in selector.select(max(0.0, soonest - time.monotonic()))]
         now = time.monotonic()
         return [(worker, worker not in ready) for worker in busy if worker in ready or worker.deadline <= now]
@@ -174,9 +179,12 @@ class Pool:
         except _Ended:
             yield from self._bury(worker, late)
             return
-        worker.deadline = time.monotonic() + self._timeout_s
+        now = time.monotonic()
+        worker.deadline = now + self._timeout_s
         position = worker.waiting.popleft()
-        if position != READY:
+        if position == READY:
+            self._grow_at = now + GROW_S
+        else:
             yield position, reply, pixels
 
     def _bury(self, worker: _Worker, late: bool) -> Iterator[tuple[int, dict[str, Any], bytes]]:

@@ -30,6 +30,7 @@ from polyclinic.cohort.quarantine import Reason, Unusable
 def main() -> None:
     """Serve requests until standard input ends. Its first line holds {"intake", "key", "known", "timeout_s"}."""
     replies = _silence()
+    sys.modules["requests"] = None  # type: ignore[assignment]  # pydicom would import it, slowly, to download test files
     setup = json.loads(sys.stdin.buffer.readline())
     intake, key, known = Intake.from_json(setup["intake"]), bytes.fromhex(setup["key"]), frozenset(setup["known"])
     _send(replies, {}, [])  # started

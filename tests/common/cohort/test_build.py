@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom import dcmread
+from pydicom.encaps import encapsulate
 
-from polyclinic.cohort import Cohort, build_cohort, open_cohort, pool, store, union
+from polyclinic.cohort import Cohort, build, build_cohort, open_cohort, pool, store, union
 from polyclinic.cohort.identity import load_key
 from polyclinic.cohort.index import read_meta
-from polyclinic.errors import CohortError, StorageError
+from polyclinic.errors import CohortError, PolyclinicError, StorageError
 from polyclinic.study import Images
 
 Write = Callable[..., Path]
@@ -437,3 +439,30 @@ def test_meta_and_index_hold_no_objects(chest: Path, tmp_path: Path, images: Ima
     with np.load(folder / "index.npz", allow_pickle=False) as file:
         assert all(file[name].dtype.kind in "iU" for name in file.files)
         json.loads(str(file["meta"]))
+
+
+def test_files_without_a_decoder_are_tried_again_when_decoders_change(
+    tmp_path: Path, dicom: Write, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "archive"
+    dicom(folder / "1.dcm", 1)
+    ds = dcmread(dicom(folder / "2.dcm", 2))
+    ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.100"  # MPEG2
+    ds.PixelData = encapsulate([b"\0\1"])
+    ds["PixelData"].is_undefined_length = True
+    ds.save_as(folder / "2.dcm")
+    for _ in range(2):
+        cohort = build_cohort(folder, images, tmp_path / "state")
+        assert read_meta(cohort.folder)["quarantine"] == {"no_decoder": 1}
+        no_reading(monkeypatch)
+    monkeypatch.setattr(build, "installed_decoders", lambda: ["a new one 1.0"])
+    with pytest.raises(PolyclinicError, match="do not start"):  # it wants to read
+        build_cohort(folder, images, tmp_path / "state")
+
+
+def test_warnings_made_errors_do_not_reach_the_workers(
+    samples: Path, tmp_path: Path, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = build_cohort(samples, images, tmp_path / "state")
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    assert same(build_cohort(samples, images, tmp_path / "strict"), usual)

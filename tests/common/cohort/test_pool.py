@@ -116,15 +116,16 @@ def test_workers_do_not_import_torch(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert read(tmp_path, [b"fine"])[0]["reason"] == Reason.NOT_AN_IMAGE
 
 
-def test_workers_end_with_the_pool(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{k}.bin" for k in range(64)]
+def test_workers_end_with_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / f"{k}.bin" for k in range(6000)]
     for path in paths:
         path.write_bytes(b"fine")
-    workers = pool.Pool(SETUP, 2, 20.0)
+    monkeypatch.setattr(pool, "GROW_S", 0.0)
+    workers = pool.Pool(SETUP, 3, 20.0)
     replies = workers.read(paths)
-    next(replies)
+    while len(workers._workers) < 3:
+        next(replies)
     processes = [worker.process for worker in workers._workers]
-    assert len(processes) == 2
     replies.close()  # as an interrupted build does
     assert all(process.poll() is not None for process in processes)
 
