@@ -115,7 +115,7 @@ def card_html(card: Mapping[str, Any]) -> str:
         "images": card["images"],
         "patients": card["patients"],
         "images per patient": f"{per['mean']} on average, at most {per['most']}",
-        "original size": " × ".join(f"{sizes[s]['least']}–{sizes[s]['most']}" for s in ("height", "width")) + " pixels",
+        "original size": f"{size_text(sizes)} pixels",
         "near-duplicates": f"{duplicates['pairs']} pairs, {duplicates['across_patients']} across patients, "
         f"{duplicates['across_labels']} across labels",
     }
@@ -127,6 +127,16 @@ def card_html(card: Mapping[str, Any]) -> str:
     ]
     warnings = "".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in card["warnings"])
     return f'<div class="card">{warnings}{"".join(tables)}{_svg(card["histogram"])}</div>'
+
+
+def size_text(sizes: Mapping[str, Any]) -> str:
+    """Height and width of the originals, as ranges where they differ.
+
+    >>> size_text({"height": {"least": 9, "most": 9}, "width": {"least": 7, "most": 8}})
+    '9 × 7–8'
+    """
+    ends = ((sizes[side]["least"], sizes[side]["most"]) for side in ("height", "width"))
+    return " × ".join(str(most) if least == most else f"{least}–{most}" for least, most in ends)
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:
@@ -143,7 +153,5 @@ def _svg(histogram: list[float]) -> str:
         f'<rect x="{10 * k}" y="{100 - 100 * part / top:.1f}" width="9" height="{100 * part / top:.1f}"/>'
         for k, part in enumerate(histogram)
     )
-    title = "<title>intensity histogram, dark to bright</title>"
-    return (
-        f'<svg viewBox="0 0 {10 * len(histogram)} 100" width="320" height="100" role="img">{title}{"".join(bars)}</svg>'
-    )
+    svg = f'<svg viewBox="0 0 {10 * len(histogram)} 100" width="320" height="100" role="img">{"".join(bars)}</svg>'
+    return f"<figure>{svg}<figcaption>intensities, dark to bright</figcaption></figure>"

@@ -130,7 +130,8 @@ _PAGE = """<!doctype html>
 <style>
 body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222 }}
 .card {{ display: flex; flex-wrap: wrap; gap: 1.5em; align-items: flex-start }}
-table {{ border-collapse: collapse }} caption {{ text-align: left; font-weight: 600 }}
+table {{ border-collapse: collapse }} caption {{ text-align: left; font-weight: 600; white-space: nowrap }}
+figure {{ margin: 0 }}
 th {{ text-align: left; font-weight: 400; padding-right: 1.5em }} td {{ text-align: right }}
 .warning {{ flex-basis: 100%; background: #fff3cd; padding: .5em; margin: 0 }} rect {{ fill: #46627f }}
 </style>

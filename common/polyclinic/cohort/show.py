@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyclinic.cohort.build import QUARANTINE
+from polyclinic.cohort.card import size_text
 from polyclinic.cohort.quarantine import MEANING, Reason
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -25,7 +26,7 @@ def show_card(card: Mapping[str, Any], folder: Path) -> None:
         ("files", f"{card['files']}, of which {card['files_used']} used"),
         ("images", f"{card['images']}, cached as {' × '.join(map(str, card['tensor']))}"),
         ("patients", f"{card['patients']}, with {per['mean']} images on average, at most {per['most']}"),
-        ("original size", " × ".join(_range(sizes[side]) for side in ("height", "width"))),
+        ("original size", size_text(sizes)),
         ("intensities", f"dark {bars(card['histogram'])} bright"),
         ("near-duplicates", f"{twins['pairs']} pairs: {twins['across_patients']} across patients, "
                             f"{twins['across_labels']} across labels"),
@@ -43,10 +44,6 @@ def show_card(card: Mapping[str, Any], folder: Path) -> None:
         console.print(f"each by its id: [bold]{escape(str(folder / QUARANTINE))}[/bold]", soft_wrap=True)
     for warning in card["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
-
-
-def _range(side: Mapping[str, int]) -> str:
-    return str(side["most"]) if side["least"] == side["most"] else f"{side['least']}–{side['most']}"
 
 
 def bars(histogram: list[float]) -> str:
