@@ -1,0 +1,182 @@
+"""Images per second of one SimCLR site, beside lightly's documented loop on the same images.
+
+Ours is a site's round as it is: cohort -> batched views -> step (`training.train`). Theirs is the loop that lightly's
+documentation gives for SimCLR (docs.lightly.ai/examples/simclr.html): LightlyDataset of image files, SimCLRTransform,
+torch's DataLoader, torchvision's ResNet-18, SimCLRProjectionHead, NTXentLoss, SGD. Alike on both sides: images,
+ResNet-18, 96 pixels, batch, threads of torch, and what the views do (crop, flip, rotation up to 15 degrees, brightness
+and contrast). Grey files become three channels on their side, which is how LightlyDataset opens them, and stay one on ours.
+
+`ratio` compares the same normalisation (groups) and takes the better of 0 and 2 workers on their side. `ratio_of_bests`
+grants them all that torch offers without changing their data path: batch normalisation, bf16 and channels_last.
+Both read from the page cache. Reading files once (`build_cohort`) is not part of our figure; it stands beside it.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from lightly.data import LightlyDataset
+from lightly.loss import NTXentLoss
+from lightly.models.modules import SimCLRProjectionHead
+from lightly.transforms import SimCLRTransform
+from machine import RESULTS, describe, keep
+from PIL import Image
+from torch import nn
+
+from polyclinic.cohort import Cohort, build_cohort
+from polyclinic.encoders import build_encoder
+from polyclinic.encoders.resnet import group_norm
+from polyclinic.methods import make_method
+from polyclinic.seeding import forked
+from polyclinic.stages import SimCLRStage, Views
+from polyclinic.study import Compute, Encoder, Images, Precision
+from polyclinic.training import has_bf16, train
+
+SIZE = 96
+VIEWS = Views(crop=(0.3, 1.0), rotation=15.0, jitter=0.5)
+WARM_UP = 3
+"""Steps left out at the start: torch plans, workers start."""
+
+
+def write_images(folder: Path, count: int) -> Path:
+    """`count` grey PNG files of 320 x 260, with structure, grain and a black border as radiographs have."""
+    random = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    lines = ["image,patient"]
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 220, (9, 11), np.uint8)).resize(
+            (320, 260), Image.Resampling.BICUBIC
+        )
+        grain = random.normal(0, 4, (260, 320))
+        pixels = (np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8)
+        pixels[:, :40] = 0
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        lines.append(f"images/{number}.png,{number}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def rate(stamps: list[float], batch: int) -> float:
+    """Images per second between the end of the warm-up and the last full batch."""
+    return batch * (len(stamps) - WARM_UP) / (stamps[-1] - stamps[WARM_UP - 1])
+
+
+def ours(cohort: Cohort, batch: int, threads: int, precision: Precision) -> float:
+    """One round of a site, images per second."""
+    images, compute = Images(size=SIZE), Compute(threads=threads, precision=precision)
+    stage = SimCLRStage(method="simclr", rounds=1, batch_size=batch, views=VIEWS)
+    with forked(0):
+        method = make_method(stage, images)
+        module = method.build(build_encoder(Encoder(), images))
+    stamps: list[float] = []
+    train(
+        module, method, cohort, stage, compute, stage_round=0, seed=0, progress=lambda *_: stamps.append(perf_counter())
+    )
+    return rate(stamps[: len(cohort) // batch], batch)
+
+
+class TheirModel(nn.Module):
+    """lightly's example, the normalisation of its encoder left open."""
+
+    def __init__(self, norm: Callable[[int], nn.Module] | None) -> None:
+        super().__init__()
+        resnet = torchvision.models.resnet18(norm_layer=norm)
+        self.backbone = nn.Sequential(*list(resnet.children())[:-1])
+        self.projection_head = SimCLRProjectionHead(512, 512, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, 3, s, s) -> (n, 128)."""
+        projected: torch.Tensor = self.projection_head(self.backbone(x).flatten(start_dim=1))
+        return projected
+
+
+def theirs(folder: Path, batch: int, threads: int, workers: int, groups: bool, tuned: bool) -> float:
+    """One epoch of lightly's loop, images per second; `tuned`: bf16 where there is, and channels_last."""
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    transform = SimCLRTransform(
+        input_size=SIZE, min_scale=VIEWS.crop[0], rr_prob=1.0, rr_degrees=VIEWS.rotation, random_gray_scale=0.0,
+        cj_bright=VIEWS.jitter, cj_contrast=VIEWS.jitter, cj_sat=0.0, cj_hue=0.0, gaussian_blur=0.0,
+    )  # fmt: skip
+    dataset = LightlyDataset(str(folder / "images"), transform=transform)
+    loader = torch.utils.data.DataLoader(dataset, batch, shuffle=True, drop_last=True, num_workers=workers)
+    model = TheirModel(group_norm if groups else None)
+    model.to(memory_format=torch.channels_last if tuned else torch.contiguous_format)
+    return rate(list(their_steps(model, loader, tuned and has_bf16(torch.device("cpu")))), batch)
+
+
+def their_steps(model: nn.Module, loader: Any, bf16: bool) -> Iterator[float]:
+    """The documented loop; the time after each step."""
+    criterion = NTXentLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
+    for (x0, x1), *_ in loader:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            z0, z1 = model(x0), model(x1)
+        loss = criterion(z0.float(), z1.float())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield perf_counter()
+
+
+def measure(folder: Path, state: Path, batch: int, threads: int, repeats: int) -> dict[str, Any]:
+    """Images per second of every row, the median of `repeats` passes over all rows in turn."""
+    started = perf_counter()
+    cohort = build_cohort(folder, Images(size=SIZE), state, workers=threads)
+    built = perf_counter() - started
+    rows: dict[str, Callable[[], float]] = {
+        "polyclinic, group norm, as a study resolves it": lambda: ours(cohort, batch, threads, "bf16"),
+        "polyclinic, group norm, fp32": lambda: ours(cohort, batch, threads, "fp32"),
+    }
+    for norm, groups in (("group norm", True), ("batch norm", False)):
+        for workers in (0, 2):
+            rows[f"lightly, {norm}, {workers} workers"] = (
+                lambda groups=groups, workers=workers: theirs(folder, batch, threads, workers, groups, tuned=False)
+            )  # fmt: skip
+    for workers in (0, 2):
+        rows[f"lightly, batch norm, {workers} workers, bf16, channels_last"] = (
+            lambda workers=workers: theirs(folder, batch, threads, workers, groups=False, tuned=True)
+        )  # fmt: skip
+    passes = [{name: row() for name, row in rows.items()} for _ in range(repeats)]
+    found = {name: round(median(one[name] for one in passes), 1) for name in rows}
+    us = max(value for name, value in found.items() if name.startswith("polyclinic"))
+    return {
+        "images_per_s": found,
+        "ratio": round(us / max(value for name, value in found.items() if name.startswith("lightly, group")), 2),
+        "ratio_of_bests": round(us / max(value for name, value in found.items() if name.startswith("lightly")), 2),
+        "goal": 2.5,
+        "goal_applies": "amx_bf16" in describe()["units"],
+        "reading_files_once_s": round(built, 1),
+    }
+
+
+def main() -> None:
+    """Measure and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with labels.csv and images/ (files only); default: generated")
+    parser.add_argument("--images", type=int, default=960, help="how many to generate")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2, help="of torch, on either side")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "simclr_speed.json")
+    wanted = parser.parse_args()
+    machine = describe()
+    machine["versions"].update({package: version(package) for package in ("lightly", "torchvision", "pillow")})
+    size = {name: getattr(wanted, name) for name in ("batch", "threads", "repeats")}
+    with TemporaryDirectory() as temporary:
+        folder = wanted.data or write_images(Path(temporary) / "data", wanted.images)
+        figures = measure(folder, Path(temporary) / "state", **size)
+        files = {"images": wanted.data.name if wanted.data else f"{wanted.images} generated", "size": SIZE}
+        keep(wanted.out, machine, {**files, **size, **figures})
+
+
+if __name__ == "__main__":
+    main()
