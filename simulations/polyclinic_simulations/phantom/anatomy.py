@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from polyclinic_simulations.phantom.difficulty import DOMES, HAZE, ROLL, SHIFT, ZOOM
 from polyclinic_simulations.phantom.shapes import Map, Texture
 
 AIR = 0.72
@@ -79,7 +80,7 @@ class Anatomy:
             depth=size * rng.uniform(72, 100),
             height=size * rng.uniform(180, 235),
             fat=rng.gamma(4, 4.5) + 5,
-            domes=(rng.normal(-4, 9), rng.normal(6, 9)),
+            domes=(rng.normal(-4, DOMES), rng.normal(6, DOMES)),
             arch=rng.uniform(28, 62),
             heart=(heart, heart * rng.uniform(1.1, 1.45)),
             heart_x=rng.uniform(10, 30),
@@ -87,16 +88,16 @@ class Anatomy:
             mediastinum=rng.uniform(24, 38),
             aorta=rng.uniform(11, 21),
             hila=rng.uniform(10, 17),
-            vessels=rng.uniform(0.5, 1.6),
+            vessels=rng.uniform(0.8, 1.2),
             scoliosis=(rng.normal(0, 6), rng.uniform(0, 2 * np.pi)),
             vertebra=rng.uniform(23, 29) * size,
             rib_spacing=rng.uniform(25, 33) * size,
             rib_radius=rng.uniform(5.0, 7.2),
-            rib_slope=rng.uniform(0.6, 1.8),
+            rib_slope=rng.uniform(0.8, 1.6),
             rib_phase=rng.uniform(0, 1),
-            mineral=rng.uniform(0.5, 1.5),
+            mineral=rng.uniform(0.7, 1.3),
             clavicle=rng.uniform(8, 42),
-            breasts=rng.uniform(52, 82) if rng.random() < 0.45 else 0.0,
+            breasts=rng.uniform(50, 66) if rng.random() < 0.45 else 0.0,
             breast_y=rng.uniform(25, 75),
             stomach=rng.uniform(0, 30),
             grain=Texture.draw(rng),
@@ -111,6 +112,11 @@ class Anatomy:
     def level(self, y: Map) -> Map:
         """0 at the apex of the lungs, 1 at the diaphragm."""
         return (y - self.apex) / self.height
+
+    def clear(self, side: int, h: Map, y: Map) -> Map:
+        """Fraction of its air that a lung has left where smooth clouds lie over it."""
+        left: Map = 1 - HAZE * (0.5 + 0.5 * np.tanh(self.grain(h / 45 + 17 * side, y / 45 + 5)))
+        return left
 
     def outline(self, level: Map, power: float) -> Map:
         """How far the rib cage reaches at each level, as a fraction of its width or depth."""
@@ -142,9 +148,9 @@ class Pose:
         return cls(
             view=view,
             turn=rng.normal(0, 0.10),
-            roll=rng.normal(0, 0.07),
-            shift=(rng.normal(0, 12), rng.normal(0, 14)),
-            zoom=rng.uniform(0.88, 1.14),
+            roll=rng.normal(0, ROLL),
+            shift=(rng.normal(0, SHIFT[0]), rng.normal(0, SHIFT[1])),
+            zoom=rng.uniform(*ZOOM),
             breath=rng.normal(0, 11),
             facing=int(rng.choice([-1, 1])),
         )

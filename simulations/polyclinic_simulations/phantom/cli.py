@@ -1,4 +1,7 @@
-"""`polyclinic phantom`: synthetic hospitals, to try everything else on."""
+"""`polyclinic phantom`: synthetic hospitals, to try everything else on.
+
+What is slow to load loads inside the command.
+"""
 
 import json
 from pathlib import Path
@@ -7,8 +10,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import Progress
-
-from polyclinic_simulations.phantom.write import write_consortium
 
 
 def phantom(
@@ -22,6 +23,8 @@ def phantom(
 
     Example: polyclinic phantom phantoms --sites 4 --patients 60
     """
+    from polyclinic_simulations.phantom.write import write_consortium
+
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("patients", total=sites * patients)
         counts = write_consortium(folder, sites, patients, seed, lambda done, _: bar.update(task, completed=done))

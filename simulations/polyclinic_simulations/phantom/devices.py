@@ -3,12 +3,8 @@
 import numpy as np
 
 from polyclinic_simulations.phantom.anatomy import Anatomy, Pose
+from polyclinic_simulations.phantom.difficulty import MONITORED, PACED
 from polyclinic_simulations.phantom.shapes import Map, chord, edge, segment
-
-MONITORED = 0.35
-"""Of the images: electrodes on the chest."""
-PACED = 0.06
-"""Of the images: a pacemaker under the left collar bone."""
 
 
 def devices(a: Anatomy, pose: Pose, h: Map, y: Map, rng: np.random.Generator) -> Map:

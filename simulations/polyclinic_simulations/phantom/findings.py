@@ -9,29 +9,19 @@ from typing import Protocol
 import numpy as np
 
 from polyclinic_simulations.phantom.anatomy import Lung
+from polyclinic_simulations.phantom.difficulty import (
+    BILATERAL,
+    FLUID_HEIGHT,
+    MENISCUS,
+    NODULE_DENSITY,
+    NODULE_DIAMETER,
+    NODULES,
+    PATCH_DENSITY,
+    PATCH_GRAIN,
+    PATCH_REACH,
+    SHARES,
+)
 from polyclinic_simulations.phantom.shapes import Map, Texture, chord, edge
-
-SHARES = {"normal": 0.4, "nodule": 0.2, "consolidation": 0.2, "effusion": 0.2}
-"""Of a site's patients; patients carry one label."""
-
-# How hard the phantom is. Larger is easier.
-NODULES = (3, 8)
-"""Number of nodules, both ends included."""
-NODULE_DIAMETER = (24.0, 42.0)
-"""mm; the image is about 290 mm wide."""
-NODULE_DENSITY = 1.0
-PATCH_REACH = (48.0, 78.0)
-"""Radius of a consolidation, mm."""
-PATCH_DENSITY = 0.95
-"""Of the air that it takes where it is densest."""
-PATCH_GRAIN = 15.0
-"""Size of the patches, mm."""
-FLUID_HEIGHT = (0.18, 0.42)
-"""Of an effusion, as a fraction of the lung's height."""
-BILATERAL = 0.6
-"""Of consolidations and effusions: in both lungs."""
-MENISCUS = 0.20
-"""How far the fluid climbs at the chest wall, as a fraction of the lung's height."""
 
 Point = tuple[float, float, float]
 """Within a lung: across from inner (-1) to outer border (1), down from apex (0) to base (1), back (-1) to front (1)."""

@@ -30,7 +30,7 @@ def lungs(a: Anatomy, pose: Pose, x: Map, y: Map) -> list[Lung]:
         across = (out - (inner + cage) / 2) / np.maximum((cage - inner) / 2, 4)
         floor = a.apex + a.height + dome + pose.breath + a.arch * np.clip(across + 0.15, -0.6, 1.3) ** 2
         air = chord(across) * edge(floor - y, 2.5) * edge(level * a.height, 5)
-        path = 1.7 * a.depth * np.minimum(0.35 + level, 1) * room * air
+        path = 1.7 * a.depth * np.minimum(0.35 + level, 1) * room * air * a.clear(side, x, y)
         deepest = a.apex + a.height + dome + pose.breath + a.arch
         found.append(Lung(side, path, across, floor, (a.apex, deepest), (side * inner, side * cage)))
     return found
@@ -90,9 +90,9 @@ def _spine(a: Anatomy, pose: Pose, x: Map, y: Map) -> Map:
     turn = y / a.vertebra
     part = (turn - np.round(turn)) * a.vertebra
     half = 16 + 0.02 * (y + 150)
-    solid = 12 * chord(off / half) * (1 - 0.45 * np.exp(-((part / 3.2) ** 2)))
+    solid: Map = 12 * chord(off / half) * (1 - 0.45 * np.exp(-((part / 3.2) ** 2)))
     here = np.abs(part) - a.vertebra / 2
-    pedicles = 5 * np.exp(-(((np.abs(off) - 11) / 3) ** 2) - ((here + 3) / 4) ** 2)
+    pedicles: Map = 5 * np.exp(-(((np.abs(off) - 11) / 3) ** 2) - ((here + 3) / 4) ** 2)
     process: Map = 5 * np.exp(-((off / 3) ** 2) - ((here + 1) / 6) ** 2)
     return solid + pedicles + process
 

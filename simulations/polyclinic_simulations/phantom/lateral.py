@@ -34,7 +34,7 @@ def lungs(a: Anatomy, pose: Pose, z: Map, y: Map) -> list[Lung]:
         back = np.clip(0.1 - across, -1.2, 1.2)
         floor = bottom + a.arch * np.where(back > 0, 1.25 * back**2, 0.45 * back**2)
         air = chord(across) * edge(floor - y, 2.5) * edge(level * a.height, 5)
-        path = 0.78 * a.width * np.minimum(0.3 + level, 1) * air
+        path = 0.78 * a.width * np.minimum(0.3 + level, 1) * air * a.clear(side, z + 99, y)
         deepest = bottom + 1.25 * a.arch
         found.append(Lung(side, path, across, floor, (a.apex, deepest), (-reach, reach)))
     return found
@@ -55,7 +55,8 @@ def heart_and_vessels(a: Anatomy, pose: Pose, z: Map, y: Map) -> Map:
     streaks = a.markings(angle * 6 + 31, reach * 1.6) + a.markings(angle * 13 + 3, reach * 2.2 + 30)
     spread = np.exp(-radius / 60) * (1 - np.exp(-((radius / 22) ** 2)))
     vessels: Map = np.maximum(streaks - 0.5, 0) * a.vessels * 15 * spread
-    return vessels + np.maximum.reduce([heart, aorta, descending, hila])
+    central: Map = np.maximum.reduce([heart, aorta, descending, hila])
+    return central + vessels
 
 
 def bones(a: Anatomy, pose: Pose, z: Map, y: Map) -> Map:
@@ -84,8 +85,8 @@ def _spine(a: Anatomy, pose: Pose, z: Map, y: Map) -> Map:
     off = _bent(a, z, y) + 0.86 * a.depth + 4 * np.sin(y / 60)
     turn = y / a.vertebra
     part = (turn - np.round(turn)) * a.vertebra
-    rim: Map = 1 + 0.5 * np.exp(-(((np.abs(part) - 5) / 2) ** 2))
-    solid = 11 * chord(off / 15) * (1 - 0.75 * np.exp(-((part / 2.8) ** 2))) * rim
+    rim = 1 + 0.5 * np.exp(-(((np.abs(part) - 5) / 2) ** 2))
+    solid: Map = 11 * chord(off / 15) * (1 - 0.75 * np.exp(-((part / 2.8) ** 2))) * rim
     process, _ = segment(off, part, (-16, a.vertebra / 2), (-34, a.vertebra / 2 + 6))
     return solid + 8 * chord(process / 5) + 7 * chord((off + 19) / 5)
 

@@ -12,9 +12,7 @@ FIELD = 290.0
 """Width of an image, mm."""
 
 
-def render(
-    a: Anatomy, finding: Finding | None, pose: Pose, rows: int, columns: int, rng: np.random.Generator
-) -> Map:
+def render(a: Anatomy, finding: Finding | None, pose: Pose, rows: int, columns: int, rng: np.random.Generator) -> Map:
     """Mm of water along every ray; `rng` draws what only this image has."""
     h, y = pose.grid(rows, columns, FIELD)
     if pose.view == "LATERAL":

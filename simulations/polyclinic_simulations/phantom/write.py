@@ -18,6 +18,7 @@ from polyclinic.errors import Refused
 from polyclinic.files import storage, write_atomic
 from polyclinic.seeding import numpy_generator, seed_for
 from polyclinic_simulations.phantom.anatomy import Anatomy, Pose
+from polyclinic_simulations.phantom.difficulty import LATERAL
 from polyclinic_simulations.phantom.findings import draw_finding, draw_labels
 from polyclinic_simulations.phantom.headers import Person, Place, uid
 from polyclinic_simulations.phantom.render import FIELD, render
@@ -25,8 +26,6 @@ from polyclinic_simulations.phantom.scanner import Scanner
 
 SITES = ("north", "east", "south", "west", "harbour", "hillside", "lakeside", "riverside")
 """Names of the first sites of a consortium; further ones are numbered."""
-LATERAL = 0.35
-"""Of the images after a patient's first, which is always PA."""
 
 Progress = Callable[[int, int], None]
 """Called with the patients written and the patients in all."""
