@@ -4,7 +4,8 @@ Ours is a site's round as it is: cohort -> batched views -> step (`training.trai
 documentation gives for SimCLR (docs.lightly.ai/examples/simclr.html): LightlyDataset of image files, SimCLRTransform,
 torch's DataLoader, torchvision's ResNet-18, SimCLRProjectionHead, NTXentLoss, SGD. Alike on both sides: images,
 ResNet-18, 96 pixels, batch, threads of torch, and what the views do (crop, flip, rotation up to 15 degrees, brightness
-and contrast). Grey files become three channels on their side, which is how LightlyDataset opens them, and stay one on ours.
+and contrast). Grey files become three channels on their side, which is how LightlyDataset opens them, and stay one on
+ours.
 
 `ratio` compares the same normalisation (groups) and takes the better of 0 and 2 workers on their side. `ratio_of_bests`
 grants them all that torch offers without changing their data path: batch normalisation, bf16 and channels_last.
@@ -52,9 +53,8 @@ def write_images(folder: Path, count: int) -> Path:
     (folder / "images").mkdir(parents=True)
     lines = ["image,patient"]
     for number in range(count):
-        coarse = Image.fromarray(random.integers(0, 220, (9, 11), np.uint8)).resize(
-            (320, 260), Image.Resampling.BICUBIC
-        )
+        coarse = Image.fromarray(random.integers(0, 220, (9, 11), np.uint8))
+        smooth = coarse.resize((320, 260), Image.Resampling.BICUBIC)
         grain = random.normal(0, 4, (260, 320))
         pixels = (np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8)
         pixels[:, :40] = 0
