@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from PIL import Image
+from torch import Tensor, nn
+
 from polyclinic import wire
 from polyclinic.cohort import Cohort
 from polyclinic.study import Study, resolve
@@ -17,7 +19,6 @@ from polyclinic_client.app import make_app
 from polyclinic_client.site import Site
 from polyclinic_server.rundir import RunDir
 from polyclinic_simulations.engines.local import LocalGrid, Node
-from torch import Tensor, nn
 
 SIZE = 16
 SITES = ("east", "north", "west")
@@ -116,7 +117,7 @@ def real(name: str, folder: Path, patients: int = 10) -> Node:
 
 
 class Mail(LocalGrid):
-    """A LocalGrid whose mail can be disturbed: `disturb(site, reply)` gives the messages that come instead of a reply."""
+    """A LocalGrid with disturbed mail: `disturb(site, reply)` gives the messages that come instead of a reply."""
 
     def __init__(self, nodes: Mapping[str, Node], disturb: Callable[[str, Message], Iterable[Message]]) -> None:
         super().__init__(nodes)
@@ -145,7 +146,7 @@ def events(run: Path | RunDir, name: str = "") -> list[dict[str, Any]]:
 def measured(run: Path | RunDir) -> list[tuple[str, ...]]:
     """All metrics of a run but the times, sorted: a resumed round may come in another order of lines."""
     path = (run.path if isinstance(run, RunDir) else run) / "metrics.csv"
-    rows = list(csv.reader(path.open()))[1:]
+    rows = list(csv.reader(path.read_text().splitlines()))[1:]
     return sorted(tuple(row) for row in rows if row[3] != "seconds")
 
 

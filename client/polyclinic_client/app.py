@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from polyclinic import __version__, wire
-from polyclinic.errors import PolyclinicError
+from polyclinic.errors import PolyclinicError, SiteFailed
 from polyclinic_client.site import Site, open_site
 from polyclinic_client.work import Progress, answer
 
@@ -32,16 +32,25 @@ def make_app(find_site: Callable[[Context], Site], progress: Progress | None = N
     @client.query()
     @_guarded
     def who(message: Message, context: Context) -> RecordDict:
-        return RecordDict({"site": ConfigRecord({"site": find_site(context).name, "version": __version__})})
+        site = _open(find_site, context)
+        return RecordDict({"site": ConfigRecord({"site": site.name, "version": __version__})})
 
     @client.train()
     @client.evaluate()
     @_guarded
     def work(message: Message, context: Context) -> RecordDict:
         order, tensors = wire.unpack_order(message.content)
-        return wire.pack_reply(*answer(order, tensors, find_site(context), progress))
+        return wire.pack_reply(*answer(order, tensors, _open(find_site, context), progress))
 
     return client
+
+
+def _open(find_site: Callable[[Context], Site], context: Context) -> Site:
+    """The site; why there is none names folders of the site's, which nobody else is to know."""
+    try:
+        return find_site(context)
+    except Exception as error:
+        raise SiteFailed("the site's cohort cannot be opened", "see the site's log") from error
 
 
 def _guarded(handler: Handler) -> Callable[[Message, Context], Message]:

@@ -3,7 +3,7 @@
 `run_simulation` is deprecated in favour of `flwr run`, which packs the working directory, starts a daemon and leaves it
 behind, and knows nothing of the sites' folders; so it stands as the only public way into the runtime from a program.
 It runs in a thread here and its ServerApp only hands over the Grid: the round loop stays in the calling thread, so that
-its errors arrive as they are and Ctrl-C stops it at once.
+its errors arrive as they are and Ctrl-C stops it, and the sites after the batch that they are at.
 """
 
 import logging
@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import Queue
 from threading import Event
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecordValues, Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import telemetry
 
@@ -24,6 +24,9 @@ from polyclinic_client.app import make_app
 from polyclinic_client.site import open_site
 from polyclinic_server.app import lead
 from polyclinic_server.rundir import RunDir
+
+STOP = ".stop"
+"""In the run directory: the sites are to stop working. They share its file system, since their states are in it."""
 
 
 def run_ray(run: RunDir, folders: list[Path], threads: int) -> None:
@@ -45,14 +48,31 @@ def run_ray(run: RunDir, folders: list[Path], threads: int) -> None:
             grids.put(grid)
             finished.wait()
 
-        client = make_app(lambda context: open_site(folders[int(context.node_config["partition-id"])]))
-        resources = {"client_resources": {"num_cpus": threads, "num_gpus": 0.0}}
+        stop = run.path.absolute() / STOP
+        stop.unlink(missing_ok=True)
+        states = [folder.absolute() for folder in folders]
+        client = make_app(
+            lambda context: open_site(states[int(context.node_config["partition-id"])]),
+            lambda done, total: _go_on_unless(stop),
+        )
+        resources: dict[str, dict[str, ConfigRecordValues]] = {
+            "client_resources": {"num_cpus": threads, "num_gpus": 0.0}
+        }
         with ThreadPoolExecutor(1) as executor:
             runtime = executor.submit(run_simulation, server, client, len(folders), "ray", resources)
             try:
                 lead(_watched(grids.get(), runtime), run)
+            except BaseException:
+                stop.touch()
+                raise
             finally:
                 finished.set()
+
+
+def _go_on_unless(stop: Path) -> None:
+    """Called by a site after each batch: Ray's processes ignore Ctrl-C, and the runtime waits for all of them."""
+    if stop.exists():
+        raise PolyclinicError("the run was stopped", "go on with --resume")
 
 
 @contextmanager
@@ -71,7 +91,7 @@ def _cluster(threads: int) -> Iterator[None]:
     flower.setLevel(logging.CRITICAL)
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        most = max(node["Resources"].get("CPU", 0) for node in ray.nodes())
+        most = max(node["Resources"].get("CPU", 0) for node in ray.nodes())  # type: ignore[no-untyped-call]
         if threads > most:
             raise Refused(
                 f"a site computes with {threads} threads and the largest machine of the cluster has {most:g}",

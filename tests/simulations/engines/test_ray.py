@@ -1,0 +1,74 @@
+"""The ray engine: the local engine's bits, errors as they are, and nothing of Ray's or Flower's noise."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ...tiny import measured
+
+pytest.importorskip("ray")
+
+SCRIPT = Path(__file__).with_name("ray_script.py")
+
+
+def script(what: str, folder: Path) -> "subprocess.Popen[str]":
+    """The script in a process of its own, in a home of its own."""
+    (folder / "home").mkdir()
+    command = [sys.executable, "-W", "error", "-W", "default::ResourceWarning", SCRIPT, what, folder]
+    environment = {**os.environ, "HOME": str(folder / "home"), "FLWR_TELEMETRY_LOGGING": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def without_resource_warnings(printed: str) -> str:
+    """Ray drops open files and processes in ways that Python's development mode speaks of."""
+    lines = printed.splitlines()
+    return "\n".join(line for line in lines if "ResourceWarning" not in line and not line.startswith("  "))
+
+
+def left_behind(session: int) -> list[str]:
+    """Processes of a session that still run, once Ray's have had time to end."""
+    for _ in range(100):
+        listed = subprocess.run(["ps", "-s", str(session), "-o", "stat=,comm="], capture_output=True, text=True)
+        running = [line for line in listed.stdout.splitlines() if line.strip() and not line.startswith("Z")]
+        if not running:
+            return []
+        time.sleep(0.2)
+    return running
+
+
+@pytest.mark.slow
+def test_has_the_local_engines_bits_and_errors_and_makes_no_noise(tmp_path: Path) -> None:
+    process = script("engines", tmp_path)
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    assert left_behind(process.pid) == []
+    local, ray = tmp_path / "local", tmp_path / "ray"
+    for name in ("encoder.safetensors", "checkpoints/round-0002.safetensors", "checkpoints/round-0002.json"):
+        assert (local / name).read_bytes() == (ray / name).read_bytes(), name
+    assert measured(local) == measured(ray)
+    assert any(row[3] == "probe_auc" for row in measured(ray))
+    changed_environment, problem = out.splitlines()
+    assert changed_environment == ""
+    assert problem == "only 1 of at least 2 sites sent an update that passed in round 1"
+    assert without_resource_warnings(err) == ""
+    assert list((tmp_path / "home").rglob("*flwr*")) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_round_loop_and_sites(tmp_path: Path) -> None:
+    process = script("endless", tmp_path)
+    log = tmp_path / "ray" / "events.jsonl"
+    while process.poll() is None and not (log.exists() and "round_started" in log.read_text()):
+        time.sleep(0.2)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (0, "stopped\n"), err
+    assert left_behind(process.pid) == []
