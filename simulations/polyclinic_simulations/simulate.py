@@ -29,8 +29,8 @@ from polyclinic_server import checkpoints
 from polyclinic_server.app import lead
 from polyclinic_server.rundir import Listener, RunDir
 from polyclinic_simulations.compare import encoder_features, row, row_names
-from polyclinic_simulations.consortium import Member, gather, settle
 from polyclinic_simulations.consortium import Progress as Reading
+from polyclinic_simulations.consortium import gather, settle
 from polyclinic_simulations.engines.local import LocalGrid
 
 EXAMPLES = 3
@@ -58,10 +58,9 @@ def simulate(
     started = time.monotonic()
     run = RunDir(out, listen)
     _claim(run, study, resume)
-    members = gather(study, data, state, reading)
-    sites = settle(members, study, out)
+    sites = settle(gather(study, data, state, reading), study, out)
     run.create(study)
-    _keep_cards(run, members)
+    _keep_cards(run, sites)
     seats = {name: site.cohort.n_patients for name, site in sites.items()}
     write_atomic(out / "seats.json", json.dumps(seats))
     if engine == "ray":
@@ -94,14 +93,14 @@ def _claim(run: RunDir, study: Study, resume: bool) -> None:
         raise StudyError(f"{run.path} holds a run of another study", "resume with the study file it was started with")
 
 
-def _keep_cards(run: RunDir, members: list[Member]) -> None:
-    """The data-fitness card of every cohort, under the site's name, or once for a cohort that several sites share."""
-    shared = any(member.patients is not None for member in members)
-    cards = {
-        "shared cohort" if shared else m.name: make_card(m.cohort.folder) for m in (members[:1] if shared else members)
-    }
+def _keep_cards(run: RunDir, sites: Mapping[str, Site]) -> None:
+    """The data-fitness card of every site's patients."""
+    cards = {name: make_card(site.cohort.folder, site.cohort) for name, site in sites.items()}
     (run.path / "report").mkdir(exist_ok=True)
     write_atomic(run.path / "report" / "cards.json", json.dumps(cards))
+    for name, card in cards.items():
+        for text in card["warnings"]:
+            run.event("warning", text=f"{name}: {text}")
 
 
 def _conclude(
@@ -136,7 +135,7 @@ def _conclude(
         "rounds": study.rounds,
         "comparison": comparison,
         "notes": notes,
-        "warnings": [],
+        "warnings": _warnings(run.path),
         "wall_s": round(time.monotonic() - started, 1),
         "bytes_sent": _bytes_sent(run.path),
         "epsilon": {},
@@ -162,6 +161,12 @@ def _pictures(study: Study, run: Path, sites: Mapping[str, Site], federated: Any
     batch = Batch(originals, torch.arange(len(originals)))
     drawn = [method.views(batch, torch_generator(seed_for(study.seed, "shown", round=n))).views[0] for n in range(3)]
     save_views_figure(run / "report" / "views.png", originals, drawn)
+
+
+def _warnings(run: Path) -> list[str]:
+    """What the run warned of, each text once."""
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return list(dict.fromkeys(event["text"] for event in events if event["event"] == "warning"))
 
 
 def _bytes_sent(run: Path) -> int:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from polyclinic_simulations.phantom import write_site
 
 SITES = ("alpha", "beta", "gamma")

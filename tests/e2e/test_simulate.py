@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from polyclinic.artifacts import load_encoder, load_tensors
 from polyclinic_simulations.phantom import identifiers
 
