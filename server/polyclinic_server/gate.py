@@ -5,7 +5,7 @@ faulty or hostile site could spoil a round; a refusal costs that site its turn, 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -112,8 +112,11 @@ def bound_to(order: Order, study_hash: str, reply: Reply) -> None:
         raise RefusedUpdate("it names another site as its sender")
 
 
-def _chunks(value: NDArray[np.float32]) -> list[tuple[float, float]]:
+def _chunks(value: NDArray[np.float32]) -> Iterator[tuple[float, float]]:
     """(sum of squares, largest magnitude) of each chunk of a tensor."""
     flat = value.reshape(-1)
-    parts = (flat[at : at + CHUNK] for at in range(0, flat.size, CHUNK))
-    return [(float(np.dot(p := part.astype(np.float64), p)), float(np.abs(part).max())) for part in parts]
+    for at in range(0, flat.size, CHUNK):
+        with np.errstate(invalid="ignore"):  # a signalling NaN is refused like any other, without a warning
+            wide = flat[at : at + CHUNK].astype(np.float64)
+            found = float(np.dot(wide, wide)), float(np.abs(wide).max())
+        yield found

@@ -1,0 +1,151 @@
+"""The gate by itself: every check, and that what passes does not depend on anything but the update."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array
+
+from polyclinic import wire
+from polyclinic.study import Aggregation
+from polyclinic.wire import Order, Packed, Reply
+from polyclinic_server.gate import NORM_FLOOR, Gate, RefusedUpdate
+
+TENSORS = {"a": np.full((2, 3), 0.5, np.float32), "b": np.zeros(4, np.float32)}
+ORDER = Order("{}", 0, 3, "north", wire.digest(TENSORS), True, True)
+REPLY = Reply("hash", 0, 3, "north", 10, {"loss": 1.0}, {})
+
+
+def gate(norms: tuple[float, ...] = (), **settings: Any) -> Gate:
+    made = Gate(Aggregation(**settings), {"north": 12, "south": 65_536}, list(norms))
+    made.open_round(TENSORS)
+    return made
+
+
+def packed(value: float = 0.1) -> Packed:
+    return wire.pack_tensors({name: np.full(v.shape, value, np.float32) for name, v in TENSORS.items()})
+
+
+def check(reply: Reply = REPLY, update: Packed | None = None, at: Gate | None = None) -> float:
+    return (at or gate()).check(ORDER, "hash", reply, packed() if update is None else update, TENSORS)
+
+
+def test_an_honest_update_passes_with_its_norm() -> None:
+    assert check() == pytest.approx(0.1 * np.sqrt(10), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"study": "other"}, "it belongs to another study"),
+        ({"round": 2}, "it belongs to round 2 and this is round 3: late or replayed"),
+        ({"stage": 1}, "it belongs to round 3 and this is round 3: late or replayed"),
+        ({"site": "south"}, "it names another site as its sender"),
+        ({"site": "nowhere"}, "it names another site as its sender"),
+        ({"patients": 13}, "it claims 13 patients; the site may claim 1 to 12"),
+        ({"patients": 0}, "it claims 0 patients; the site may claim 1 to 12"),
+        ({"patients": -150}, "it claims -150 patients; the site may claim 1 to 12"),
+        ({"train": {}}, "it does not say the loss of its training"),
+    ],
+)
+def test_what_a_reply_says_of_itself(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RefusedUpdate) as refused:
+        check(replace(REPLY, **change))
+    assert str(refused.value) == reason
+
+
+def test_the_studys_limit_of_patients_binds_sites_that_enrolled_with_more() -> None:
+    strict = gate(max_patients=5)
+    check(replace(REPLY, patients=5), at=strict)
+    with pytest.raises(RefusedUpdate, match="may claim 1 to 5"):
+        check(replace(REPLY, patients=6), at=strict)
+
+
+def changed(name: str, array: Array) -> Callable[[Packed], None]:
+    return lambda record: record.__setitem__(name, array)
+
+
+SIGNALLING = np.array([0x7F800001], "<u4").tobytes()  # a NaN that raises a flag in the processor
+
+
+@pytest.mark.parametrize(
+    ("tamper", "reason"),
+    [
+        (lambda record: record.pop("a"), "its tensors are not those asked for (1 missing, 0 unknown)"),
+        (changed("z", Array("float32", (), "raw-le", b"abcd")), "its tensors are not those asked for (0 missing, 1"),
+        (changed("b", Array("float32", (2, 2), "raw-le", bytes(16))), "its tensor b is not float32 of shape (4,)"),
+        (changed("b", Array("float32", (5,), "raw-le", bytes(20))), "its tensor b is not float32 of shape (4,)"),
+        (changed("b", Array("float64", (4,), "raw-le", bytes(32))), "its tensor b is not float32 of shape (4,)"),
+        (changed("b", Array("x" * 10**6, (4,), "raw-le", bytes(16))), "its tensor b is not float32 of shape (4,)"),
+        (changed("b", Array("float32", (10**4000,), "raw-le", b"")), "its tensor b is not float32 of shape (4,)"),
+        (changed("b", Array("float32", (4,), "raw-le", bytes(15))), "its tensor b has 15 bytes instead of 16"),
+        (changed("b", Array("float32", (4,), "raw-le", bytes(1600))), "its tensor b has 1600 bytes instead of 16"),
+        (changed("b", Array("float32", (4,), "numpy.ndarray", bytes(16))), "tensor 'b' is not raw float32"),
+        (changed("b", Array("float32", (4,), "raw-le", SIGNALLING * 4)), "its tensor b holds values that are not fini"),
+    ],
+)
+def test_the_form_of_an_update(tamper: Callable[[Packed], Any], reason: str) -> None:
+    update = packed()
+    tamper(update)
+    with pytest.raises(RefusedUpdate) as refused:
+        check(update=update)
+    assert str(refused.value).startswith(reason)
+    assert len(str(refused.value)) < 200
+
+
+def test_an_update_without_tensors() -> None:
+    with pytest.raises(RefusedUpdate, match="it carries no tensors"):
+        gate().check(ORDER, "hash", REPLY, None, TENSORS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite(value: float) -> None:
+    for place in range(4):
+        spoilt = np.zeros(4, np.float32)
+        spoilt[place] = value
+        update = packed()
+        update["b"] = wire.pack_tensors({"b": spoilt})["b"]
+        with pytest.raises(RefusedUpdate, match="its tensor b holds values that are not finite"):
+            check(update=update)
+
+
+def test_values_beyond_the_fixed_point_range() -> None:
+    wide = gate(norm_limit=1e9)
+    check(update=packed(127.9), at=wide)
+    with pytest.raises(RefusedUpdate, match="its tensor a changes a weight by 128, at most 128"):
+        check(update=packed(-128.0), at=wide)
+
+
+def test_the_norm_is_held_against_the_median_of_those_accepted() -> None:
+    own = float(np.linalg.norm(TENSORS["a"]))
+    # The first updates of a stage are measured against the global tensors themselves.
+    check(update=packed(9.9 * own / np.sqrt(10)))
+    with pytest.raises(RefusedUpdate, match=r"its norm 12\.4 is above the limit 12\.2"):
+        check(update=packed(10.1 * own / np.sqrt(10)))
+    later = gate(norms=(0.01, 0.02, 5.0))
+    check(update=packed(0.19 / np.sqrt(10)), at=later)
+    with pytest.raises(RefusedUpdate, match=r"is above the limit 0\.2$"):
+        check(update=packed(0.21 / np.sqrt(10)), at=later)
+
+
+def test_a_stage_that_hardly_moves_refuses_nobody_for_it() -> None:
+    still = gate(norms=(1e-12, 1e-12))
+    check(update=packed(0.9 * NORM_FLOOR * still.own / np.sqrt(10)), at=still)
+    with pytest.raises(RefusedUpdate):
+        check(update=packed(1.1 * NORM_FLOOR * still.own / np.sqrt(10)), at=still)
+
+
+def test_the_order_of_tensors_in_a_message_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    values = {name: rng.standard_normal(v.shape).astype(np.float32) for name, v in TENSORS.items()}
+    norms = {check(update=wire.pack_tensors(dict(order))) for order in (values.items(), reversed(values.items()))}
+    assert len(norms) == 1
+
+
+def test_a_check_does_not_take_note_of_the_round_in_flight() -> None:
+    at = gate(norms=(0.3,))
+    for _ in range(5):
+        check(at=at)
+    assert at.norms == [0.3]
