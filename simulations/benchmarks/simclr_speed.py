@@ -14,6 +14,7 @@ Both read from the page cache. Reading files once (`build_cohort`) is not part o
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -132,19 +133,15 @@ def measure(folder: Path, state: Path, batch: int, threads: int, repeats: int) -
     started = perf_counter()
     cohort = build_cohort(folder, Images(size=SIZE), state, workers=threads)
     built = perf_counter() - started
-    rows: dict[str, Callable[[], float]] = {
-        "polyclinic, group norm, as a study resolves it": lambda: ours(cohort, batch, threads, "bf16"),
-        "polyclinic, group norm, fp32": lambda: ours(cohort, batch, threads, "fp32"),
+    rows = {
+        "polyclinic, group norm, as a study resolves it": partial(ours, cohort, batch, threads, "bf16"),
+        "polyclinic, group norm, fp32": partial(ours, cohort, batch, threads, "fp32"),
     }
-    for norm, groups in (("group norm", True), ("batch norm", False)):
-        for workers in (0, 2):
-            rows[f"lightly, {norm}, {workers} workers"] = (
-                lambda groups=groups, workers=workers: theirs(folder, batch, threads, workers, groups, tuned=False)
-            )  # fmt: skip
     for workers in (0, 2):
-        rows[f"lightly, batch norm, {workers} workers, bf16, channels_last"] = (
-            lambda workers=workers: theirs(folder, batch, threads, workers, groups=False, tuned=True)
-        )  # fmt: skip
+        start = partial(theirs, folder, batch, threads, workers)
+        rows[f"lightly, group norm, {workers} workers"] = partial(start, groups=True, tuned=False)
+        rows[f"lightly, batch norm, {workers} workers"] = partial(start, groups=False, tuned=False)
+        rows[f"lightly, batch norm, {workers} workers, bf16, channels_last"] = partial(start, groups=False, tuned=True)
     passes = [{name: row() for name, row in rows.items()} for _ in range(repeats)]
     found = {name: round(median(one[name] for one in passes), 1) for name in rows}
     us = max(value for name, value in found.items() if name.startswith("polyclinic"))
@@ -162,10 +159,10 @@ def main() -> None:
     """Measure and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with labels.csv and images/ (files only); default: generated")
-    parser.add_argument("--images", type=int, default=960, help="how many to generate")
+    parser.add_argument("--images", type=int, default=640, help="how many to generate")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2, help="of torch, on either side")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "simclr_speed.json")
     wanted = parser.parse_args()
     machine = describe()
