@@ -82,7 +82,10 @@ class LocalGrid(Grid):
         """A node's reply; what it raises becomes an error reply, as in Flower's own runtimes."""
         node = message.metadata.dst_node_id
         try:
-            return self._apps[node](message, self._contexts[node])
+            reply = self._apps[node](message, self._contexts[node])
+            if not isinstance(reply, Message):
+                raise TypeError("a node returned something else than a message")
+            return reply
         except Exception as error:
             log.debug("a node raised", exc_info=True)
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)
