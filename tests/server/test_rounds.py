@@ -1,0 +1,277 @@
+"""The round loop: order of arrival, quorum, stages, metrics, and going on after any stop."""
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+
+from polyclinic import wire
+from polyclinic.errors import QuorumLost, StudyError
+from polyclinic.model import initial_tensors
+from polyclinic.study import Study
+from polyclinic_server import mail
+from polyclinic_server.aggregation.fedavg import weight_of
+from polyclinic_server.rounds import run_study
+from polyclinic_server.rundir import RunDir
+from polyclinic_simulations.engines.local import LocalGrid, Node
+
+from ..tiny import SIMCLR, SITES, Mail, events, honest, measured, open_run, real, same_bits, tiny_study
+
+SEATS = dict(zip(SITES, (10, 20, 40), strict=True))
+
+
+def nodes() -> dict[str, Node]:
+    return {name: honest(name, patients) for name, patients in SEATS.items()}
+
+
+class Shuffled(LocalGrid):
+    """All replies of a round at once, in random order."""
+
+    def __init__(self, apps: dict[str, Node], seed: int) -> None:
+        super().__init__(apps)
+        self._random = random.Random(seed)
+        self.orders: list[tuple[int, ...]] = []
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        asked, arrived = list(message_ids), []
+        while one := list(super().pull_messages(asked)):
+            arrived += one
+        self._random.shuffle(arrived)
+        self.orders.append(tuple(message.metadata.src_node_id for message in arrived))
+        return arrived
+
+
+@pytest.mark.parametrize("weighting", ["patients", "equal", "tempered"])
+def test_the_order_of_arrival_changes_no_bit(weighting: str, tmp_path: Path) -> None:
+    study = tiny_study(aggregation={"weighting": weighting})
+    run = open_run(tmp_path / "in order", study)
+    expected = run_study(LocalGrid(nodes()), study, run, SEATS)
+    seen = set()
+    for seed in range(6):
+        grid = Shuffled(nodes(), seed)
+        other = open_run(tmp_path / str(seed), study)
+        assert same_bits(run_study(grid, study, other, SEATS), expected)
+        assert measured(other) == measured(run)
+        for path in sorted(run.checkpoints.iterdir()):
+            assert (other.checkpoints / path.name).read_bytes() == path.read_bytes()
+        seen.update(grid.orders)
+    assert len(seen) > 3
+
+
+def test_the_order_of_arrival_changes_no_bit_where_sites_really_train(tmp_path: Path) -> None:
+    study = tiny_study()
+    results = []
+    for seed in range(2):
+        apps = {name: real(name, tmp_path / f"sites-{seed}") for name in SITES}
+        run = open_run(tmp_path / f"run-{seed}", study)
+        results.append(run_study(Shuffled(apps, seed), study, run, dict.fromkeys(SITES, 10)))
+    assert same_bits(*results)
+    assert not same_bits(results[0], initial_tensors(study, 0, None))
+
+
+@pytest.mark.parametrize("weighting", ["patients", "equal", "tempered"])
+def test_a_round_is_the_weighted_mean_of_what_the_sites_sent(weighting: str, tmp_path: Path) -> None:
+    study = tiny_study(aggregation={"weighting": weighting}, stages=[{**SIMCLR, "rounds": 1}])
+    sent: dict[str, wire.Tensors] = {}
+
+    def note(site: str, reply: Message) -> list[Message]:
+        if "update" in reply.content:
+            sent[site] = {name: value.copy() for name, value in wire.unpack_tensors(reply.content["update"]).items()}
+        return [reply]
+
+    new = run_study(Mail(nodes(), note), study, open_run(tmp_path, study), SEATS)
+    weights = {site: weight_of(patients, weighting) for site, patients in SEATS.items()}
+    for name, value in initial_tensors(study, 0, None).items():
+        mean = sum(sent[s][name].astype(np.float64) * w for s, w in weights.items()) / sum(weights.values())
+        np.testing.assert_allclose(new[name], value + mean, rtol=1e-6, atol=1e-8)
+
+
+def test_metrics_and_events_tell_what_happened(tmp_path: Path) -> None:
+    study = tiny_study(stages=[SIMCLR, {**SIMCLR, "rounds": 1, "projection": 4}])
+    run = open_run(tmp_path, study)
+    tensors = run_study(LocalGrid(nodes()), study, run, SEATS)
+    assert [line["event"] for line in events(run)][:5] == [
+        "run_started", "round_started", "update_accepted", "update_accepted", "update_accepted",
+    ]  # fmt: skip
+    assert [(line["round"], line["stage"]) for line in events(run, "round_started")] == [(1, 0), (2, 0), (3, 1)]
+    rows = measured(run)
+    assert len({row[:4] for row in rows}) == len(rows)
+    losses = {(stage, round, site) for stage, round, site, metric, _ in rows if metric == "loss"}
+    assert losses == {(s, r, site) for s, r in (("0", "1"), ("0", "2"), ("1", "3")) for site in ("", *SITES)}
+    ranks = {(stage, round, site) for stage, round, site, metric, _ in rows if metric == "effective_rank"}
+    assert ranks == {(s, r, site) for s, r in [("0", "0"), ("0", "1"), ("0", "2"), ("1", "3")] for site in ("", *SITES)}
+    by_site = {row[2]: float(row[4]) for row in rows if row[1] == "2" and row[3] == "loss"}
+    assert by_site[""] == pytest.approx(sum(by_site[s] * SEATS[s] for s in SITES) / sum(SEATS.values()))
+    size = sum(value.nbytes for value in tensors.values())
+    assert {row[4] for row in rows if row[1] == "3" and row[3] in ("bytes_up", "bytes_down")} == {repr(float(size))}
+
+
+@pytest.mark.parametrize(("every", "rounds"), [(0, {"4"}), (1, {"0", "1", "2", "3", "4"}), (3, {"0", "3", "4"})])
+def test_evaluation_rides_with_training_as_often_as_asked(every: int, rounds: set[str], tmp_path: Path) -> None:
+    study = tiny_study(evaluation={"every": every}, stages=[{**SIMCLR, "rounds": 4}])
+    run = open_run(tmp_path, study)
+    run_study(LocalGrid(nodes()), study, run, SEATS)
+    assert {row[1] for row in measured(run) if row[3] == "effective_rank"} == rounds
+
+
+def test_a_round_sends_one_message_a_site(tmp_path: Path) -> None:
+    study = tiny_study()
+    grid = LocalGrid(nodes())
+    run_study(grid, study, open_run(tmp_path, study), SEATS)
+    pushed = int(next(iter(grid.push_messages([Message(wire.RecordDict(), 2, "query")])))) - 1
+    assert pushed == len(SITES) * (1 + study.rounds + 1)  # who are you, the rounds, the last measurement
+
+
+def failing_from(round: int, inner: Node) -> Node:
+    def node(message: Message, context: Any) -> Message:
+        if message.metadata.message_type == "train" and int(message.metadata.group_id) >= round:
+            raise RuntimeError("no")
+        return inner(message, context)
+
+    return node
+
+
+def test_below_quorum_the_run_ends_and_goes_on_when_the_sites_are_back(tmp_path: Path) -> None:
+    study = tiny_study(stages=[{**SIMCLR, "rounds": 3}])
+    whole = open_run(tmp_path / "whole", study)
+    expected = run_study(LocalGrid(nodes()), study, whole, SEATS)
+    run = open_run(tmp_path / "run", study)
+    broken = {**nodes(), **{name: failing_from(3, nodes()[name]) for name in ("north", "west")}}
+    with pytest.raises(QuorumLost, match="only 1 of at least 2 sites sent an update that passed in round 3") as lost:
+        run_study(LocalGrid(broken), study, run, SEATS)
+    assert lost.value.exit_code == 1
+    assert sorted(path.stem for path in run.checkpoints.glob("*.json")) == ["round-0000", "round-0001", "round-0002"]
+    assert same_bits(run_study(LocalGrid(nodes()), study, run, SEATS), expected)
+    assert [line["round"] for line in events(run, "run_resumed")] == [2]
+    assert [line["round"] for line in events(run, "round_started")] == [1, 2, 3, 3]
+    assert measured(run) == measured(whole)
+
+
+def test_too_few_sites_found(tmp_path: Path) -> None:
+    study = tiny_study(aggregation={"round_deadline_s": 0.1})
+    run = open_run(tmp_path, study)
+    with pytest.raises(QuorumLost, match="only 1 of at least 2 sites were found"):
+        run_study(LocalGrid({"east": honest("east")}), study, run, SEATS)
+    assert [line["site"] for line in events(run, "site_missing")] == ["north", "west"]
+
+
+class Growing(LocalGrid):
+    """Nodes that come one by one."""
+
+    seen = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.seen += 1
+        return list(super().get_node_ids())[: self.seen]
+
+
+def test_nodes_that_come_later_are_waited_for(tmp_path: Path) -> None:
+    study = tiny_study()
+    run = open_run(tmp_path, study)
+    run_study(Growing(nodes()), study, run, SEATS)
+    assert {line["site"] for line in events(run, "update_accepted")} == set(SITES)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "seats", "fits"),
+    [
+        ("patients", {f"s{k}": 65_536 for k in range(4095)}, True),
+        ("patients", {f"s{k}": 65_536 for k in range(4096)}, False),
+        ("patients", {f"s{k}": 10**9 for k in range(4095)}, True),  # max_patients binds each
+        ("tempered", {f"s{k}": 65_536 for k in range(1024)}, False),
+        ("equal", {f"s{k}": 65_536 for k in range(100_000)}, True),
+    ],
+)
+def test_sites_whose_sum_could_overflow_are_refused_before_anything_runs(
+    weighting: str, seats: dict[str, int], fits: bool, tmp_path: Path
+) -> None:
+    study = tiny_study(aggregation={"weighting": weighting, "round_deadline_s": 0.01})
+    with pytest.raises(QuorumLost if fits else StudyError):
+        run_study(LocalGrid({}), study, open_run(tmp_path, study), seats)
+    assert (tmp_path / "checkpoints").exists() == fits
+
+
+class Stop(BaseException):
+    """Stands for Ctrl-C."""
+
+
+def stopping_at(folder: Path, study: Study, number: int) -> RunDir:
+    """A run that stops as its event `number` has been written."""
+    seen = 0
+
+    def listen(line: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            raise Stop
+
+    run = RunDir(folder, listen)
+    run.create(study)
+    return run
+
+
+def test_stopped_at_any_event_and_resumed_is_as_undisturbed(tmp_path: Path) -> None:
+    study = tiny_study(stages=[SIMCLR, {**SIMCLR, "rounds": 1, "projection": 4}])
+    whole = open_run(tmp_path / "whole", study)
+    expected = run_study(LocalGrid(nodes()), study, whole, SEATS)
+    count = len(events(whole))
+    assert count == 1 + 3 * 5
+    for number in range(1, count + 1):
+        folder = tmp_path / str(number)
+        with pytest.raises(Stop):
+            run_study(LocalGrid(nodes()), study, stopping_at(folder, study, number), SEATS)
+        run = RunDir(folder)
+        assert same_bits(run_study(LocalGrid(nodes()), study, run, SEATS), expected)
+        assert measured(run) == measured(whole)
+        for path in sorted(whole.checkpoints.iterdir()):
+            assert (run.checkpoints / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_finished_run_is_measured_again_and_nothing_else(tmp_path: Path) -> None:
+    study = tiny_study()
+    run = open_run(tmp_path, study)
+    expected = run_study(LocalGrid(nodes()), study, run, SEATS)
+    before = measured(run)
+    assert same_bits(run_study(LocalGrid(nodes()), study, RunDir(tmp_path), SEATS), expected)
+    assert measured(run) == before
+    assert len(events(run, "round_started")) == study.rounds
+
+
+def test_what_has_arrived_is_taken_though_taking_the_one_before_was_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(mail.time, "monotonic", lambda: clock[0])
+
+    def slow(inner: Node) -> Node:
+        def node(message: Message, context: Any) -> Message:
+            clock[0] += 1000.0  # sites in one process work one after another
+            return inner(message, context)
+
+        return node
+
+    study = tiny_study(aggregation={"round_deadline_s": 1500.0})
+    run = open_run(tmp_path, study)
+    run_study(LocalGrid({name: slow(node) for name, node in nodes().items()}), study, run, SEATS)
+    assert events(run, "site_missing") == []
+    assert [line["accepted"] for line in events(run, "round_closed")] == [3, 3]
+
+
+def test_messages_expire_some_time_after_the_deadline(tmp_path: Path) -> None:
+    lives: list[float] = []
+
+    def noting(inner: Node) -> Node:
+        def node(message: Message, context: Any) -> Message:
+            lives.append(message.metadata.ttl)
+            return inner(message, context)
+
+        return node
+
+    study = tiny_study()
+    grid = LocalGrid({name: noting(node) for name, node in nodes().items()})
+    run_study(grid, study, open_run(tmp_path, study), SEATS)
+    assert set(lives) == {study.aggregation.round_deadline_s + mail.GRACE_S}
