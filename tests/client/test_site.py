@@ -1,0 +1,48 @@
+"""A site from its folder."""
+
+from pathlib import Path
+
+import pytest
+
+from polyclinic.cohort import build_cohort
+from polyclinic_client.site import open_site, write_site
+
+from ..tiny import tiny_study, write_cohort
+
+STUDY = tiny_study()
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cohort")
+    return build_cohort(write_cohort(folder / "images", 8), STUDY.images, folder / "state", workers=1).folder
+
+
+def test_a_site_is_its_cohort_or_some_of_its_patients(cohort: Path, tmp_path: Path) -> None:
+    write_site(tmp_path / "all", "north", cohort)
+    write_site(tmp_path / "some", "south", cohort, [1, 2, 5, 6])
+    everyone, some = open_site(tmp_path / "all"), open_site(tmp_path / "some")
+    assert (everyone.name, everyone.cohort.n_patients) == ("north", 8)
+    assert (some.name, some.cohort.n_patients) == ("south", 4)
+    assert open_site(tmp_path / "all") is everyone
+
+
+def test_a_site_that_is_written_anew_is_opened_anew(cohort: Path, tmp_path: Path) -> None:
+    write_site(tmp_path, "north", cohort)
+    assert open_site(tmp_path).cohort.n_patients == 8
+    write_site(tmp_path, "north", cohort, [0, 1])
+    assert open_site(tmp_path).cohort.n_patients == 2
+
+
+def test_the_split_is_by_patient_and_the_sites_own(cohort: Path, tmp_path: Path) -> None:
+    for name in ("north", "south"):
+        write_site(tmp_path / name, name, cohort)
+    whole = open_site(tmp_path / "north").cohort
+    owner = dict(zip(whole.rows.tolist(), whole.patients.tolist(), strict=True))
+    splits = [open_site(tmp_path / name).split(STUDY) for name in ("north", "north", "south")]
+    rows = [tuple(half.rows.tolist() for half in split) for split in splits]
+    assert rows[0] == rows[1]
+    assert rows[0] != rows[2]  # other seeds, though the images are the same
+    for train, test in rows:
+        assert sorted(train + test) == list(range(16))
+        assert not {owner[row] for row in train} & {owner[row] for row in test}

@@ -1,0 +1,61 @@
+"""What a site keeps between messages: found again, forgotten in time, and never trusted when damaged."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from polyclinic_client.state import KEPT, SiteState
+
+
+def keep(state: SiteState, round: int, stage: int = 0, model: str = "m") -> None:
+    state.keep(round, stage, tensors(round), {"model": model, "facts": "{}"}, tensors(-round))
+
+
+def tensors(value: int) -> dict[str, Tensor]:
+    return {"w": torch.full((3,), float(value)), "w.step": torch.tensor(float(value))}
+
+
+def same(found: dict[str, Tensor] | None, value: int) -> bool:
+    return found is not None and all(torch.equal(found[name], tensor) for name, tensor in tensors(value).items())
+
+
+def test_an_update_comes_back_for_the_tensors_it_was_trained_from_only(tmp_path: Path) -> None:
+    state = SiteState(tmp_path / "new")
+    assert state.update(1, "m") is None
+    keep(state, 1)
+    found = state.update(1, "m")
+    assert found is not None
+    assert same(found[0], 1)
+    assert state.update(1, "other") is None
+    assert state.update(2, "m") is None
+
+
+def test_moments_belong_to_a_round_and_its_stage(tmp_path: Path) -> None:
+    state = SiteState(tmp_path)
+    keep(state, 3, stage=1)
+    assert same(state.moments(3, 1), -3)
+    assert state.moments(3, 0) is None
+    assert state.moments(2, 1) is None
+
+
+def test_the_last_rounds_are_kept_and_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:
+    state = SiteState(tmp_path)
+    for round in range(9_997, 10_002):
+        (tmp_path / f".update-{round}.safetensors.17.tmp").write_bytes(b"half")
+        keep(state, round)
+    kept = [f"{kind}-{round:04d}.safetensors" for kind in ("moments", "update") for round in (10_000, 10_001)]
+    assert len(kept) == 2 * KEPT
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+@pytest.mark.parametrize("kind", ["update", "moments"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_damaged_file_is_as_if_the_round_had_not_been_made(kind: str, share: float, tmp_path: Path) -> None:
+    state = SiteState(tmp_path)
+    keep(state, 1)
+    path = tmp_path / f"{kind}-0001.safetensors"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert (state.update(1, "m") is None) == (kind == "update")
+    assert (state.moments(1, 0) is None) == (kind == "moments")
