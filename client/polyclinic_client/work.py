@@ -44,19 +44,20 @@ def answer(
     """
     study = parse_canonical(order.study, "the study that came with the order")
     _expect(order, tensors, study, site)
-    method, module = build_stage(study, order.stage)
-    if tensors.keys() != set(method.shared(module)):
-        raise Malformed("the order's tensors are not those of its stage")
-    load_tensors(module, tensors)
-    module.to(pick_device())
-    training, testing = site.split(study)
-    reply = Reply(study.hash, order.stage, order.round, site.name, 0, {}, {})
-    if order.evaluate:
-        reply = replace(reply, evaluation=evaluate(module.get_submodule("encoder"), training, testing, study))
-    if not order.train:
-        return reply, None
-    patients, metrics, update = _round(order, tensors, study, method, module, site, training, progress)
-    return replace(reply, patients=patients, train=metrics), update
+    with use_threads(study.compute):  # all of it: torch copies tensors in threads too, and they wait spinning
+        method, module = build_stage(study, order.stage)
+        if tensors.keys() != set(method.shared(module)):
+            raise Malformed("the order's tensors are not those of its stage")
+        load_tensors(module, tensors)
+        module.to(pick_device())
+        training, testing = site.split(study)
+        reply = Reply(study.hash, order.stage, order.round, site.name, 0, {}, {})
+        if order.evaluate:
+            reply = replace(reply, evaluation=evaluate(module.get_submodule("encoder"), training, testing, study))
+        if not order.train:
+            return reply, None
+        patients, metrics, update = _round(order, tensors, study, method, module, site, training, progress)
+        return replace(reply, patients=patients, train=metrics), update
 
 
 def _expect(order: Order, tensors: Tensors, study: Study, site: Site) -> None:

@@ -17,7 +17,7 @@ STEP = 2.0**-28
 LARGEST_VALUE = 2.0**7
 """Bound on one value of an update: with weights below 2^28 in sum, no total can overflow."""
 LARGEST_WEIGHT = 2**28
-CHUNK = 1 << 18
+CHUNK = 1 << 16
 """Values handled at a time: temporaries stay in cache and out of the memory bill."""
 
 
@@ -45,8 +45,11 @@ class FedAvg:
         for name, delta in update:
             flat, total = delta.reshape(-1), self._sums[name]
             for at in range(0, flat.size, CHUNK):
-                steps = np.rint(flat[at : at + CHUNK].astype(np.float64) / STEP).astype(np.int64)
-                total[at : at + CHUNK] += steps * weight
+                scaled = flat[at : at + CHUNK].astype(np.float64)
+                scaled /= STEP
+                steps = np.rint(scaled, out=scaled).astype(np.int64)
+                steps *= weight
+                total[at : at + CHUNK] += steps
             del delta, flat
 
     def close(self, tensors: Tensors) -> Tensors:
