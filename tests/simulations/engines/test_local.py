@@ -1,0 +1,79 @@
+"""The local engine: Flower's Grid without Flower's runtime."""
+
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from polyclinic_simulations.engines.local import LocalGrid
+
+
+def echo(message: Message, context: Context) -> Message:
+    name = str(context.node_config["site"])
+    return Message(RecordDict({"site": ConfigRecord({"site": name})}), reply_to=message)
+
+
+def question(node: int) -> Message:
+    return Message(RecordDict(), node, MessageType.QUERY)
+
+
+def test_is_a_grid_with_one_node_a_site() -> None:
+    grid = LocalGrid({"east": echo, "west": echo})
+    assert isinstance(grid, Grid)
+    nodes = list(grid.get_node_ids())
+    assert len(set(nodes)) == 2
+    assert [info.node_id for info in grid.get_nodes()] == nodes
+    replies = list(grid.send_and_receive([question(node) for node in nodes]))
+    assert [reply.content["site"]["site"] for reply in replies] == ["east", "west"]
+    assert [reply.metadata.src_node_id for reply in replies] == nodes
+
+
+def test_a_message_is_carried_out_when_it_is_looked_for_one_a_look() -> None:
+    worked: list[str] = []
+
+    def noting(message: Message, context: Context) -> Message:
+        worked.append(str(context.node_config["site"]))
+        return echo(message, context)
+
+    grid = LocalGrid({"east": noting, "west": noting})
+    ids = list(grid.push_messages([question(node) for node in grid.get_node_ids()]))
+    assert worked == []
+    assert [reply.metadata.reply_to_message_id for reply in grid.pull_messages(ids)] == ids[:1]
+    assert worked == ["east"]
+    assert [reply.metadata.reply_to_message_id for reply in grid.pull_messages(ids)] == ids[1:]
+    assert list(grid.pull_messages(ids)) == []
+
+
+def test_what_nobody_waits_for_any_more_is_not_carried_out() -> None:
+    worked: list[str] = []
+
+    def noting(message: Message, context: Context) -> Message:
+        worked.append(message.metadata.message_id)
+        return echo(message, context)
+
+    grid = LocalGrid({"east": noting})
+    (node,) = grid.get_node_ids()
+    stale, fresh = grid.push_messages([question(node), question(node)])
+    assert len(list(grid.pull_messages([fresh]))) == 1
+    assert worked == [fresh] != [stale]
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_in_a_site_stops_the_server(interrupt: type[BaseException]) -> None:
+    def node(message: Message, context: Context) -> Message:
+        raise interrupt
+
+    grid = LocalGrid({"east": node})
+    with pytest.raises(interrupt):
+        list(grid.send_and_receive([question(next(iter(grid.get_node_ids())))]))
+
+
+def test_what_a_node_raises_comes_as_an_error_without_its_text() -> None:
+    def node(message: Message, context: Context) -> Any:
+        raise ValueError("/data/Jane Doe")
+
+    grid = LocalGrid({"east": node, "west": ClientApp()})
+    for message in grid.send_and_receive([question(node) for node in grid.get_node_ids()]):
+        assert message.error.reason == "ValueError"
