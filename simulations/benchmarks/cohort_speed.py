@@ -32,8 +32,6 @@ from polyclinic.study import Images
 from polyclinic_simulations.phantom import write_site
 
 SIZE = 96
-SYNTAXES = 5
-"""The phantom's kinds of files; consecutive sites differ in transfer syntax, bit depth and polarity."""
 OPEN = """
 import sys, time
 from pathlib import Path
@@ -131,7 +129,7 @@ def building(source: Path, state: Path) -> dict[str, Any]:
 def measure(folder: Path, wanted: argparse.Namespace) -> dict[str, Any]:
     """Generate, then time: the files of each transfer syntax as they are, then enlarged."""
     built = []
-    for number in range(SYNTAXES):
+    for number in range(wanted.syntaxes):
         small, large = folder / f"small-{number}", folder / f"large-{number}"
         write_site(small, f"site-{number}", wanted.patients, seed=0, number=number)
         enlarge(small, large, wanted.large_files, wanted.factor)
@@ -145,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10_000, help="of the cohort that is opened")
     parser.add_argument("--repeats", type=int, default=9, help="processes that open it")
+    parser.add_argument("--syntaxes", type=int, default=5, help="consecutive phantom sites differ in transfer syntax")
     parser.add_argument("--patients", type=int, default=100, help="for each transfer syntax, 1 to 4 images each")
     parser.add_argument("--large-files", type=int, default=32, help="for each transfer syntax")
     parser.add_argument("--factor", type=int, default=10, help="by which they are enlarged: to about 2000 x 2000")

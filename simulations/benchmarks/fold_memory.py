@@ -135,6 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--tensors", type=int, default=25, help="of 4 MB each")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS / "fold_memory.json")
     wanted = parser.parse_args()
@@ -142,7 +143,7 @@ def main() -> None:
         print(json.dumps(measure(wanted.contender, wanted.sites[0], wanted.tensors)))
         return
     machine = describe()
-    runs = [run_one(name, sites, wanted.tensors) for sites in wanted.sites for name in CONTENDERS]
+    runs = [run_one(name, sites, wanted.tensors) for sites in wanted.sites for name in wanted.contenders]
     keep(wanted.out, machine, {"model_mb": wanted.tensors * VALUES * 4 / 1e6, "runs": runs})
 
 

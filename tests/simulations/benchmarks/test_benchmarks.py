@@ -1,0 +1,79 @@
+"""Each benchmark runs at a toy size and leaves the figures its README names; how fast it is, is not tested here."""
+
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[3] / "simulations" / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Reads a benchmark's file by name; returns its functions."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return lambda name: runpy.run_path(str(FOLDER / f"{name}.py"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a benchmark by name with options, as from the command line; returns what it has kept."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(name: str, options: str) -> Any:
+        out = tmp_path / "kept" / f"{name}.json"
+        monkeypatch.setattr(sys, "argv", [name, *options.split(), "--out", str(out)])
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        kept = json.loads(out.read_text())
+        machine = kept.pop("machine")
+        assert {"date", "cpu", "cores", "units", "memory_gb", "load", "python", "versions"} == set(machine)
+        assert str(tmp_path) not in out.read_text()
+        return kept
+
+    return run
+
+
+def test_overhead(run: Any) -> None:
+    kept = run("overhead", "--sites 2 --patients 4 --rounds 2")
+    assert len(kept["engine_s"]) == 3  # two rounds, and what follows the last
+    assert len(kept["bare_s"]) == 2
+    assert kept["images_a_site_and_round"] > 2
+    assert kept["ratio_of_totals"] == pytest.approx(sum(kept["engine_s"]) / sum(kept["bare_s"]), rel=0.05)
+    assert kept["ratio_of_totals"] > 1
+    assert {"ratio_median_of_rounds", "ratio_of_processor_totals", "extra_s_a_site_and_round"} < set(kept)
+
+
+def test_empty_work(run: Any) -> None:
+    [bare] = run("empty_work", "--sizes 2x1 --rounds 2 --contenders bare")["runs"]
+    assert bare["contender"] == "bare"
+    assert bare["wall_s"] == pytest.approx(bare["imports_s"] + bare["before_rounds_s"] + bare["rounds_s"], abs=0.02)
+    assert bare["peak_mb"] > 10
+
+
+def test_empty_work_through_the_real_rounds(load: Any) -> None:
+    times = load("empty_work")["local"](2, 1, 2)  # stops unless every round has added 1
+    assert times["imported"] <= times["first_round"] < time.monotonic()
+
+
+def test_fold_memory(run: Any) -> None:
+    kept = run("fold_memory", "--sites 6 --tensors 2 --contenders polyclinic")
+    [ours] = kept["runs"]
+    assert ours["taken_models"] == pytest.approx(ours["taken_mb"] / kept["model_mb"], abs=0.1)
+
+
+def test_fold_memory_of_flower(load: Any) -> None:
+    """Its round adds up; its memory shows only in a process that has none to spare."""
+    assert load("fold_memory")["measure"]("flower", 2, 1) >= 0
+
+
+def test_cohort_speed(run: Any) -> None:
+    kept = run("cohort_speed", "--images 40 --repeats 1 --syntaxes 2 --patients 2 --large-files 1 --factor 2")
+    assert kept["opening"]["images"] == 40
+    assert 0 < kept["opening"]["median_ms"] <= kept["opening"]["worst_ms"]
+    assert len({row["transfer_syntax"] for row in kept["building"]}) == 2
+    for row in kept["building"]:
+        assert row["ratio"] == pytest.approx(row["cohort_images_per_s"] / row["plain_images_per_s"], abs=0.05, rel=0.1)
