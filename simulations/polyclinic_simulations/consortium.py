@@ -1,6 +1,7 @@
 """The sites of a simulated study: cohorts built, patients dealt, one state folder a site."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def gather(study: Study, data: Path, state: Path, progress: Progress) -> list[Me
             "the study has no [simulation]: there is no cohort to play the sites",
             'add [simulation] with sites = 3 and cohort = "DIR", or one [[simulation.site]] a hospital',
         )
-    cohort = _build("cohort", wanted.cohort, study, data, state, progress)
+    cohort = _build("all", wanted.cohort, study, data, state, progress)
     parts = partition(cohort, wanted.sites, wanted.partition, seed_for(study.seed, "partition"))
     return [Member(f"site-{number}", cohort, part.tolist()) for number, part in enumerate(parts, start=1)]
 
@@ -52,7 +53,17 @@ def _build(name: str, source: str, study: Study, data: Path, state: Path, progre
     path = data / source
     if not path.exists():
         raise CohortError(f"the cohort of {name!r} is not there: {path}", "correct its path, or give --data DIR")
-    return build_cohort(path, study.images, state, progress=lambda done, total: progress(name, done, total))
+    with _named(name):
+        return build_cohort(path, study.images, state, progress=lambda done, total: progress(name, done, total))
+
+
+@contextmanager
+def _named(site: str) -> Iterator[None]:
+    """Say whose cohort an error is about."""
+    try:
+        yield
+    except CohortError as error:
+        raise CohortError(f"site {site!r}: {error.problem}", error.fix) from error
 
 
 def settle(members: list[Member], study: Study, run: Path) -> dict[str, Site]:
@@ -62,10 +73,8 @@ def settle(members: list[Member], study: Study, run: Path) -> dict[str, Site]:
         folder = run / "sites" / member.name
         write_site(folder, member.name, member.cohort.folder, member.patients)
         site = open_site(folder)
-        try:
+        with _named(member.name):
             site.split(study)
-        except CohortError as error:
-            raise CohortError(f"site {member.name!r}: {error.problem}", error.fix) from error
         sites[member.name] = site
     if len(sites) < study.aggregation.min_sites:
         raise StudyError(

@@ -46,7 +46,7 @@ def test_leaves_the_run_directory_that_is_promised(finished: Path) -> None:
 
 
 def test_metrics_hold_every_round_and_site_once(finished: Path) -> None:
-    rows = list(csv.DictReader((finished / "metrics.csv").open()))
+    rows = table(finished)
     losses = [(row["round"], row["site"]) for row in rows if row["metric"] == "loss"]
     assert sorted(losses) == sorted((str(r), site) for r in (1, 2, 3) for site in ("", *SITES))
     keys = [tuple(row[k] for k in ("stage", "round", "site", "metric")) for row in rows]
@@ -86,13 +86,10 @@ def test_the_same_study_gives_the_same_bits(finished: Path, study: Path, patient
 
 MOMENTS = {
     "in training": "from polyclinic import training as m; name = 'one_step'",
-    "before a fold": "from polyclinic_server.aggregation.fedavg import FedAvg as m; name = 'add'",
-    "before a checkpoint is written": "from polyclinic_server import checkpoints as m; name = 'save'",
-    "between a checkpoint's tensors and its facts": "from polyclinic_server import checkpoints as m; name = 'write_atomic'",  # noqa: E501
-    "between metrics and checkpoint": "from polyclinic_server import rounds as m; name = 'digest'",
-    "while a site keeps its round": "from polyclinic_client.state import SiteState as m; name = 'keep'",
+    "in a checkpoint": "from polyclinic_server import checkpoints as m; name = 'write_atomic'",
     "while the rows are made": "from polyclinic_simulations import simulate as m; name = 'row'",
 }
+"""The other moments stand in tests/chaos."""
 
 KILL = """
 import os, signal
@@ -128,9 +125,14 @@ def test_killed_and_resumed_is_as_undisturbed(
     assert measured(run) == measured(finished)
 
 
+def table(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv."""
+    return list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+
+
 def measured(run: Path) -> list[dict[str, str]]:
     """All metrics but times, sorted: a resumed round may come in another order of lines."""
-    rows = [row for row in csv.DictReader((run / "metrics.csv").open()) if row["metric"] != "seconds"]
+    rows = [row for row in table(run) if row["metric"] != "seconds"]
     return sorted(rows, key=lambda row: list(row.values()))
 
 
