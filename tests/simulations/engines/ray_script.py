@@ -3,7 +3,10 @@
 import json
 import os
 import sys
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from polyclinic.cohort import build_cohort
 from polyclinic.errors import QuorumLost
@@ -16,55 +19,63 @@ from polyclinic_simulations.engines.local import LocalGrid
 from polyclinic_simulations.engines.ray import run_ray
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from tests.tiny import SIMCLR, open_run, tiny_study, write_cohort
+from tests.tiny import SIMCLR, tiny_study, write_cohort
 
-PATIENCE = {"round_deadline_s": 300.0}
+PATIENTS = {"east": 12, "north": 12}
 
 
-def prepare(folder: Path, engine: str, **changes: object) -> tuple[RunDir, list[Path]]:
-    """A run directory with the sites east and north."""
-    run = open_run(folder / engine, tiny_study(**changes))
-    sites = []
-    for number, name in enumerate(("east", "north")):
-        source = folder / "data" / name
-        if not source.exists():
-            write_cohort(source, 12, seed=number)
-        cohort = build_cohort(source, run.study.images, folder / "state", workers=1)
-        sites.append(run.path / "sites" / name)
-        write_site(sites[-1], name, cohort.folder)
-    write_atomic(run.path / "seats.json", json.dumps({"east": 12, "north": 12}))
+def prepare(folder: Path, engine: str, **stage: int) -> tuple[RunDir, list[Path]]:
+    """A run directory with two sites; after round 2 the second of them cannot store anything any more."""
+    sites = [folder / engine / "sites" / name for name in PATIENTS]
+
+    def sabotage(line: dict[str, Any]) -> None:
+        if line["event"] == "round_closed" and line["round"] == 2:
+            (state,) = (path for path in sites[1].iterdir() if path.is_dir())
+            state.rename(folder / f"{engine} aside")
+            state.write_text("a file where a folder should be")
+
+    run = RunDir(folder / engine, sabotage)
+    patience = {"round_deadline_s": 300.0}
+    run.create(
+        tiny_study(encoder={"name": "vit_tiny"}, aggregation=patience, stages=[{**SIMCLR, "rounds": 3, **stage}])
+    )
+    for number, site in enumerate(sites):
+        if not (source := folder / "data" / site.name).exists():
+            write_cohort(source, PATIENTS[site.name], seed=number)
+        write_site(site, site.name, build_cohort(source, run.study.images, folder / "state", workers=1).folder)
+    write_atomic(run.path / "seats.json", json.dumps(PATIENTS))
     return run, sites
 
 
-def both(folder: Path) -> None:
-    """The same study with both engines."""
-    environment = dict(os.environ)
-    local, folders = prepare(folder, "local", aggregation=PATIENCE)
-    lead(LocalGrid({path.name: make_app(lambda _, path=path: open_site(path)) for path in folders}), local)
-    ray, folders = prepare(folder, "ray", aggregation=PATIENCE)
-    run_ray(ray, folders, 1)
-    print(*(name for name in ("PYTHONPATH", "FLWR_HOME") if os.environ.get(name) != environment.get(name)))
+def local(run: RunDir, folders: list[Path]) -> None:
+    lead(LocalGrid({path.name: make_app(lambda _, path=path: open_site(path)) for path in folders}), run)
 
 
-def quorum(folder: Path) -> None:
-    """One of two sites claims more patients than it enrolled with, and both are needed."""
-    run, folders = prepare(folder, "quorum", aggregation=PATIENCE)
-    write_atomic(run.path / "seats.json", json.dumps({"east": 12, "north": 1}))
-    try:
-        run_ray(run, folders, 1)
-    except QuorumLost as error:
-        print(error.problem)
+def engines(folder: Path) -> None:
+    """The same study with both engines, until the quorum is lost."""
+    leads: dict[str, Callable[[RunDir, list[Path]], None]] = {"local": local, "ray": lambda r, f: run_ray(r, f, 1)}
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "FLWR_HOME")}
+    for engine, lead_it in leads.items():
+        try:
+            lead_it(*prepare(folder, engine))
+        except QuorumLost as error:
+            print(error.problem)
+    print("environment changed:", [name for name, value in before.items() if os.environ.get(name) != value])
 
 
 def endless(folder: Path) -> None:
     """Rounds that nobody waits for: the parent sends SIGINT."""
-    run, folders = prepare(folder, "ray", aggregation=PATIENCE, stages=[{**SIMCLR, "local_epochs": 1_000}])
+    run, folders = prepare(folder, "ray", local_epochs=1_000)
     try:
         run_ray(run, folders, 1)
     except KeyboardInterrupt:
         print("stopped")
 
 
+def sending(*args: Any, **kwargs: Any) -> None:
+    print("something was sent to", getattr(args[0], "full_url", args[0]))
+
+
 if __name__ == "__main__":
-    for what in {"engines": (both, quorum), "endless": (endless,)}[sys.argv[1]]:
-        what(Path(sys.argv[2]))
+    urllib.request.urlopen = sending  # type: ignore[assignment]
+    {"engines": engines, "endless": endless}[sys.argv[1]](Path(sys.argv[2]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ...tiny import measured
+from ...tiny import events, measured
 
 pytest.importorskip("ray")
 
@@ -20,7 +20,7 @@ def script(what: str, folder: Path) -> "subprocess.Popen[str]":
     """The script in a process of its own, in a home of its own."""
     (folder / "home").mkdir()
     command = [sys.executable, "-W", "error", "-W", "default::ResourceWarning", SCRIPT, what, folder]
-    environment = {**os.environ, "HOME": str(folder / "home"), "FLWR_TELEMETRY_LOGGING": "1"}
+    environment = {**os.environ, "HOME": str(folder / "home")}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -50,14 +50,18 @@ def test_has_the_local_engines_bits_and_errors_and_makes_no_noise(tmp_path: Path
     assert process.returncode == 0, err
     assert left_behind(process.pid) == []
     local, ray = tmp_path / "local", tmp_path / "ray"
-    for name in ("encoder.safetensors", "checkpoints/round-0002.safetensors", "checkpoints/round-0002.json"):
-        assert (local / name).read_bytes() == (ray / name).read_bytes(), name
+    kept = sorted(path.name for path in (local / "checkpoints").iterdir())
+    assert kept[-1] == "round-0002.safetensors"
+    assert sorted(path.name for path in (ray / "checkpoints").iterdir()) == kept
+    for name in kept:
+        assert (local / "checkpoints" / name).read_bytes() == (ray / "checkpoints" / name).read_bytes(), name
     assert measured(local) == measured(ray)
     assert any(row[3] == "probe_auc" for row in measured(ray))
-    changed_environment, problem = out.splitlines()
-    assert changed_environment == ""
-    assert problem == "only 1 of at least 2 sites sent an update that passed in round 1"
-    assert without_resource_warnings(err) == ""
+    lost = "only 1 of at least 2 sites sent an update that passed in round 3"
+    assert out.splitlines() == [lost, lost, "environment changed: []"]
+    assert [line["reason"] for line in events(ray, "update_refused")] == ["the site failed: FileExistsError"]
+    noise = [line for line in without_resource_warnings(err).splitlines() if "FileExistsError" not in line]
+    assert noise == []
     assert list((tmp_path / "home").rglob("*flwr*")) == []
 
 
