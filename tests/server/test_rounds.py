@@ -1,5 +1,6 @@
 """The round loop: order of arrival, quorum, stages, metrics, and going on after any stop."""
 
+import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -275,3 +276,18 @@ def test_messages_expire_some_time_after_the_deadline(tmp_path: Path) -> None:
     grid = LocalGrid({name: noting(node) for name, node in nodes().items()})
     run_study(grid, study, open_run(tmp_path, study), SEATS)
     assert set(lives) == {study.aggregation.round_deadline_s + mail.GRACE_S}
+
+
+def test_norms_are_compared_within_a_stage_only(tmp_path: Path) -> None:
+    def node(message: Message, context: Any) -> Message:
+        """Hardly moves in the first stage, and far more in the second."""
+        later = message.metadata.message_type == "train" and message.metadata.group_id == "3"
+        return honest(str(context.node_config["site"]), scale=0.05 if later else 1e-4)(message, context)
+
+    study = tiny_study(stages=[SIMCLR, {**SIMCLR, "rounds": 1, "projection": 4}])
+    run = open_run(tmp_path, study)
+    run_study(LocalGrid(dict.fromkeys(SITES, node)), study, run, dict.fromkeys(SITES, 10))
+    norms = {line["round"]: line["norm"] for line in events(run, "update_accepted")}
+    assert norms[3] > study.aggregation.norm_limit * norms[2]
+    stored = [json.loads(path.read_text())["norms"] for path in sorted(run.checkpoints.glob("*.json"))]
+    assert [len(norms) for norms in stored] == [3, 6, 3]
