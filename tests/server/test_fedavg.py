@@ -50,10 +50,11 @@ def slow_mean(start: Update, updates: list[Update], weights: list[int]) -> dict[
     st.integers(0, 2**32),
     st.lists(st.integers(1, 65_536), min_size=1, max_size=6),
     st.sampled_from([1e-6, 1e-3, 1.0, 30.0]),
+    st.sampled_from([0.0, 1.0]),  # from zero, the rounding to fixed point is all that is left
 )
-def test_is_the_weighted_mean(seed: int, weights: list[int], scale: float) -> None:
+def test_is_the_weighted_mean(seed: int, weights: list[int], scale: float, size: float) -> None:
     rng = np.random.default_rng(seed)
-    start = draw(rng, SHAPES)
+    start = draw(rng, SHAPES, size)
     updates = [draw(rng, SHAPES, scale) for _ in weights]
     new, exact = fold(start, updates, weights), slow_mean(start, updates, weights)
     for name, value in new.items():
