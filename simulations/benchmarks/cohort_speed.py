@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="processes that open it")
     parser.add_argument("--syntaxes", type=int, default=5, help="consecutive phantom sites differ in transfer syntax")
     parser.add_argument("--patients", type=int, default=100, help="for each transfer syntax, 1 to 4 images each")
-    parser.add_argument("--large-files", type=int, default=32, help="for each transfer syntax")
+    parser.add_argument("--large-files", type=int, default=64, help="for each transfer syntax")
     parser.add_argument("--factor", type=int, default=10, help="by which they are enlarged: to about 2000 x 2000")
     parser.add_argument("--out", type=Path, default=RESULTS / "cohort_speed.json")
     wanted = parser.parse_args()
