@@ -30,12 +30,13 @@ lock: $(READY) ## resolve pyproject.toml anew into requirements.lock, with hashe
 clean: ## remove ./.venv, caches and builds; runs/ stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
 
-# pip only fetches the locked uv, which installs the rest in parallel and checks every hash.
+# pip only fetches the locked uv, which installs the rest in parallel and checks every hash. It compiles as it installs:
+# else each process would, wherever PYTHONDONTWRITEBYTECODE is set (4 s for torch and torchvision).
 $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"error: {sys.executable} is Python " \
 		f"{sys.version.split()[0]}; Polyclinic needs 3.11 or later\n  fix: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep -oE '^uv==[0-9.]+' requirements.lock)
-	$(UV) --require-hashes -r requirements.lock
+	$(UV) --compile-bytecode --require-hashes -r requirements.lock
 	$(UV) --no-deps --editable .
 	touch $@

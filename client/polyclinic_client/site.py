@@ -4,9 +4,12 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from polyclinic.cohort import Cohort, open_cohort
-from polyclinic.cohort.sampling import split_patients
+from polyclinic.cohort.index import read_meta
+from polyclinic.errors import CohortError, Refused
+from polyclinic.evaluation import split_patients
 from polyclinic.files import storage, write_atomic
 from polyclinic.seeding import seed_for
 from polyclinic.study import Study
@@ -26,18 +29,40 @@ class Site:
 
 
 def write_site(folder: Path, name: str, cohort: Path, patients: list[int] | None = None) -> None:
-    """Make a state folder that `open_site` opens: a site over all patients of a built cohort, or over some."""
+    """Make a state folder that `open_site` opens: a site over all patients of a built cohort, or over some.
+
+    Raises:
+        Refused: the folder is of a site with other patients. They would be split anew, and who trained would test.
+    """
+    facts = {"name": name, "cohort": str(cohort), "patients": patients, "digest": read_meta(cohort)["digest"]}
+    path = folder / "site.json"
+    if path.exists() and not _same(json.loads(path.read_text()), facts):
+        raise Refused(
+            f"the patients or images of site {name!r} have changed since this run began",
+            "start a new run with another --out, or put the cohort back as it was",
+        )
     with storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "site.json", json.dumps({"name": name, "cohort": str(cohort), "patients": patients}))
+    write_atomic(path, json.dumps(facts))
     open_site.cache_clear()
+
+
+def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a site is the one it was; where its cohort is kept may change."""
+    return all(before[key] == now[key] for key in ("name", "patients", "digest"))
 
 
 @lru_cache(maxsize=8)
 def open_site(folder: Path) -> Site:
-    """The site that a state folder describes. Cached: a process that serves many messages opens it once."""
+    """The site that a state folder describes. Cached: a process that serves many messages opens it once.
+
+    Raises:
+        CohortError: the cohort is gone, or is no longer the one that the site was made with.
+    """
     facts = json.loads((folder / "site.json").read_text())
     cohort = open_cohort(Path(facts["cohort"]))
+    if read_meta(cohort.folder)["digest"] != facts["digest"]:
+        raise CohortError("the cohort has changed since the site was made", "make the site anew, for a new study")
     if facts["patients"] is not None:
         cohort = cohort.select(facts["patients"])
     return Site(facts["name"], cohort, folder)

@@ -32,10 +32,16 @@ class SiteState:
         found = _read(self.folder / f"update-{round:04d}.safetensors")
         return found if found is not None and found[1].get("model") == model else None
 
-    def moments(self, round: int, stage: int) -> dict[str, Tensor] | None:
-        """The optimizer's moments after `round`, if that round was of `stage`."""
-        found = _read(self.folder / f"moments-{round:04d}.safetensors")
-        return found[0] if found is not None and found[1].get("stage") == str(stage) else None
+    def moments_before(self, round: int, stage: int) -> dict[str, Tensor] | None:
+        """The optimizer's moments after the newest stored round before `round`, if one is of `stage`.
+
+        Usually the round before; an older one where the site has missed a round.
+        """
+        stored = {int(path.stem.partition("-")[2]): path for path in self.folder.glob("moments-*.safetensors")}
+        for made in sorted((made for made in stored if made < round), reverse=True):
+            if (found := _read(stored[made])) is not None:
+                return found[0] if found[1].get("stage") == str(stage) else None
+        return None
 
     def keep(
         self, round: int, stage: int, update: dict[str, Tensor], facts: dict[str, str], moments: dict[str, Tensor]

@@ -95,16 +95,17 @@ def _round(
         study.compute,
         stage_round=study.stage_of(order.round - 1)[1],
         seed=seed_for(study.seed, "round", site=site.name, stage=order.stage, round=order.round),
-        optimizer_state=state.moments(order.round - 1, order.stage),
+        optimizer_state=state.moments_before(order.round, order.stage),
         progress=progress,
     )
+    patients = min(training.n_patients, study.aggregation.max_patients)
     metrics = {"loss": trained.loss, "images": float(trained.images), "patients": float(training.n_patients)}
     metrics["seconds"] = time.monotonic() - started
     after = shared_tensors(method, module)
     update = {name: after[name] - tensors[name] for name in after}
-    facts = {"model": order.model, "facts": json.dumps({"patients": training.n_patients, "metrics": metrics})}
+    facts = {"model": order.model, "facts": json.dumps({"patients": patients, "metrics": metrics})}
     state.keep(order.round, order.stage, {n: torch.from_numpy(u) for n, u in update.items()}, facts, moments)
-    return training.n_patients, metrics, update
+    return patients, metrics, update
 
 
 def evaluate(encoder: nn.Module, training: Cohort, testing: Cohort, study: Study) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The command `polyclinic`: its groups come from entry points, and every error ends as two lines and an exit code."""
 
+import logging
 import os
 import sys
 import traceback
@@ -88,7 +89,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help=f"Show the traceback of an error; so does {DEBUG}=1.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=f"Show tracebacks and logs; so does {DEBUG}=1.")] = False,
 ) -> None:
     """Train one medical-image encoder across hospitals whose images never leave them.
 
@@ -97,6 +98,10 @@ def _root(
     """
     if debug:
         os.environ[DEBUG] = "1"
+    if os.environ.get(DEBUG):
+        logging.basicConfig(format="%(name)s: %(message)s")
+        for package in ("polyclinic", "polyclinic_client", "polyclinic_server", "polyclinic_simulations"):
+            logging.getLogger(package).setLevel(logging.DEBUG)
 
 
 def register(app: typer.Typer) -> None:

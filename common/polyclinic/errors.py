@@ -6,10 +6,9 @@
     │   └── CohortError        2  the images or labels that a site points at
     ├── SiteFailed             1  a site raised while working on a round
     ├── QuorumLost             1  a round closed with fewer sites than `min_sites`
-    ├── Collapsed              1  the encoder gives every image the same features
     ├── CheckpointError        1  a checkpoint that cannot be read
-    └── StorageError           1  the disk is full or cannot be written
-    Ctrl-C                   130  interrupted; what was finished is kept
+    ├── StorageError           1  the disk is full or cannot be written
+    └── Interrupted          130  Ctrl-C, where there is more to say than that; what was finished is kept
 
 Each says what is wrong (`problem`, naming where) and what to do about it (`fix`).
 """
@@ -51,13 +50,15 @@ class QuorumLost(PolyclinicError):
     """A round closed with fewer accepted updates than `min_sites`."""
 
 
-class Collapsed(PolyclinicError):
-    """The encoder gives every image nearly the same features."""
-
-
 class CheckpointError(PolyclinicError):
     """A checkpoint cannot be read."""
 
 
 class StorageError(PolyclinicError):
     """The disk is full or cannot be written."""
+
+
+class Interrupted(PolyclinicError):
+    """Ctrl-C in what can be gone on with; `fix` says how."""
+
+    exit_code = 130

@@ -124,7 +124,7 @@ class Aggregation(Settings):
     norm_limit: float = Field(default=10.0, gt=1)
     """An update whose norm is above this many times the median of those accepted so far is refused."""
     max_patients: int = Field(default=65_536, ge=1, le=65_536)
-    """A site that claims more patients than this is refused."""
+    """A site counts for no more patients than this; one that claims more is refused."""
 
 
 class Compute(Settings):
@@ -246,9 +246,12 @@ class Study(Settings):
         """SHA-256 of the canonical form, hexadecimal."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
-    def to_toml(self) -> str:
-        """The resolved study as a file that `load_study` reads back to an equal study."""
-        return tomli_w.dumps(self.model_dump(mode="json"))
+    def to_toml(self, simulation: bool = True) -> str:
+        """The resolved study as a file that `load_study` reads back to an equal study.
+
+        Without `[simulation]`, which names folders of the machine it ran on, the hash is the same.
+        """
+        return tomli_w.dumps(self.model_dump(mode="json", exclude=None if simulation else {"simulation"}))
 
 
 def load_study(path: Path) -> Study:

@@ -125,7 +125,10 @@ def set_moments(optimizer: torch.optim.Optimizer, module: nn.Module, moments: di
     parameters = dict(module.named_parameters())
     for key, value in moments.items():
         name, slot = key.rsplit(".", 1)
-        optimizer.state[parameters[name]][slot] = value.to(parameters[name].device, copy=True)
+        parameter = parameters[name]
+        # A moment must lie in memory as its parameter does: fused optimizers walk both side by side.
+        like = parameter.detach() if value.shape == parameter.shape else value
+        optimizer.state[parameter][slot] = torch.empty_like(like, device=parameter.device).copy_(value)
 
 
 def batches(cohort: Cohort, stage: Stage, compute: Compute, device: torch.device, seed: int) -> Iterator[Batch]:

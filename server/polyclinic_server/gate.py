@@ -7,7 +7,7 @@ faulty or hostile site could spoil a round; a refusal costs that site its turn, 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median_low
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ class Gate:
     own: float = 0.0
 
     def open_round(self, tensors: Tensors) -> None:
-        """Take note of the global tensors' own norm, against which the first updates of a stage are measured."""
+        """Take note of the global tensors' own norm: no update of a stage's first round may be larger."""
         self.own = math.sqrt(sum(squares for value in tensors.values() for squares, _ in _chunks(value)))
 
     def check(self, order: Order, study_hash: str, reply: Reply, update: Packed | None, tensors: Tensors) -> float:
@@ -58,10 +58,15 @@ class Gate:
             raise RefusedUpdate("it does not say the loss of its training")
         self._form(update, tensors)
         norm = self._norm(update, tensors)
-        limit = max(self.settings.norm_limit * (median(self.norms) if self.norms else self.own), NORM_FLOOR * self.own)
-        if norm > limit:
-            raise RefusedUpdate(f"its norm {norm:.3g} is above the limit {limit:.3g}")
+        if norm > self.limit:
+            raise RefusedUpdate(f"its norm {norm:.3g} is above the limit {self.limit:.3g}")
         return norm
+
+    @property
+    def limit(self) -> float:
+        """Largest norm that passes: the study's multiple of the median so far. Of two, the lower one is the median."""
+        limit = self.settings.norm_limit * median_low(self.norms) if self.norms else self.own
+        return max(limit, NORM_FLOOR * self.own)
 
     def _weight(self, reply: Reply) -> None:
         allowed = min(self.seats[reply.site], self.settings.max_patients)

@@ -24,6 +24,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self._listen = listen
         self._measured: set[tuple[str, ...]] = set()
+        self._told = False
 
     def create(self, study: Study) -> None:
         """Make the directory with the resolved study in it."""
@@ -38,6 +39,9 @@ class RunDir:
 
     def event(self, name: str, **facts: Any) -> None:
         """Append an event, and tell whoever listens."""
+        if not self._told:
+            _drop_torn_line(self.path / "events.jsonl")
+            self._told = True
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **facts}
         with storage(self.path), (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -46,9 +50,8 @@ class RunDir:
 
     def rewind(self, round: int) -> None:
         """Forget the metrics of rounds after `round`: they will be made again. Called once, before any metric."""
-        for name in ("metrics.csv", "events.jsonl"):
-            _drop_torn_line(self.path / name)
         path = self.path / "metrics.csv"
+        _drop_torn_line(path)
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         kept = [row for row in list(csv.reader(text.splitlines()))[1:] if int(row[1]) <= round]
         self._measured = {tuple(row[:4]) for row in kept}

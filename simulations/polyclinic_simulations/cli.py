@@ -1,6 +1,7 @@
 """`polyclinic demo`, `simulate`, `compare`, `evaluate`, `export`. What imports torch loads inside the commands."""
 
 import json
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,12 +84,13 @@ def demo(
     from polyclinic_simulations.demo import demo_patients, demo_study
 
     study = demo_study(seed)
-    data = demo_patients(study, state)
+    with Console(stderr=True).status("writing invented patients as DICOM files"):
+        data = demo_patients(study, state)
     _run(study, out or _free(study.name), data, state, Engine.LOCAL, False, as_json)
 
 
 def compare(runs: Annotated[list[Path], typer.Argument(help="Run directories.")], as_json: Json = False) -> None:
-    """Put the federated rows of several runs side by side.
+    """Put the rows of several runs side by side.
 
     Example:
 
@@ -96,7 +98,7 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Run directories.")]
     """
     from polyclinic_simulations.display import comparison_table
 
-    rows = {f"{run.name} {name}": row for run in runs for name, row in _summary(run)["comparison"].items()}
+    rows = {f"{run} {name}": row for run in runs for name, row in _summary(run)["comparison"].items()}
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
@@ -140,20 +142,30 @@ def export(
     import shutil
 
     from polyclinic.errors import Refused
+    from polyclinic.files import write_atomic
+    from polyclinic.study import load_study
 
     _summary(run)
+    files = ("encoder.safetensors", "MODEL_CARD.md", "report.html")
+    if missing := [name for name in files if not (run / name).is_file()]:
+        raise Refused(f"{run} has no {missing[0]}", "make it again: polyclinic simulate ... --resume")
     if to.exists():
         raise Refused(f"{to} exists already", "give a folder that does not")
+    study = load_study(run / "study.toml")
     to.mkdir(parents=True)
-    for name in ("encoder.safetensors", "MODEL_CARD.md", "report.html", "study.toml"):
+    for name in files:
         shutil.copyfile(run / name, to / name)
+    write_atomic(to / "study.toml", study.to_toml(simulation=False))
     print(to)
 
 
 def _run(study: "Study", out: Path, data: Path, state: Path, engine: Engine, resume: bool, as_json: bool) -> None:
+    from polyclinic.errors import Interrupted, PolyclinicError, Refused
     from polyclinic_simulations.display import Display, comparison_table
     from polyclinic_simulations.simulate import simulate as run_it
 
+    again = ["polyclinic", "simulate", out / "study.toml", "--data", data, "--state", state, "--engine", engine.value]
+    how = shlex.join([*map(str, again), "--out", str(out), "--resume"])
     try:
         with Display() as display:
             summary = run_it(
@@ -168,7 +180,12 @@ def _run(study: "Study", out: Path, data: Path, state: Path, engine: Engine, res
                 progress=display.steps,
             )
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"\nstopped; go on with the same command and --out {out} --resume", highlight=False)
+        if not (out / "study.toml").exists():
+            raise
+        raise Interrupted("interrupted; what was finished is kept", f"go on with: {how}") from None
+    except PolyclinicError as error:
+        if not isinstance(error, Refused) and (out / "study.toml").exists():
+            error.fix += f"\n  then go on with: {how}"
         raise
     if as_json:
         print(json.dumps(summary, indent=2))
@@ -176,7 +193,7 @@ def _run(study: "Study", out: Path, data: Path, state: Path, engine: Engine, res
     console = Console()
     console.print(comparison_table(summary["comparison"]))
     for note in summary["notes"]:
-        console.print(note)
+        console.print(note, markup=False)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
 
 

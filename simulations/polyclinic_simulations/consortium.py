@@ -10,6 +10,7 @@ from polyclinic.errors import CohortError, StudyError
 from polyclinic.seeding import seed_for
 from polyclinic.study import Study
 from polyclinic_client.site import Site, open_site, write_site
+from polyclinic_server.rundir import RunDir
 from polyclinic_simulations.partition import partition
 
 Progress = Callable[[str, int, int], None]
@@ -66,22 +67,27 @@ def _named(site: str) -> Iterator[None]:
         raise CohortError(f"site {site!r}: {error.problem}", error.fix) from error
 
 
-def settle(members: list[Member], study: Study, run: Path) -> dict[str, Site]:
-    """Give every member its state folder under the run, and check that each can train and hold patients out."""
-    sites = {}
+def settle(members: list[Member], study: Study, run: RunDir) -> dict[str, Site]:
+    """Create the run, with a state folder for every member. Nothing is written if the study cannot be run.
+
+    Raises:
+        CohortError: a member cannot both train and hold patients out.
+        StudyError: there are too few members. Refused: a member is not what it was when the run began.
+    """
     for member in members:
-        folder = run / "sites" / member.name
-        write_site(folder, member.name, member.cohort.folder, member.patients)
-        site = open_site(folder)
+        chosen = member.cohort if member.patients is None else member.cohort.select(member.patients)
         with _named(member.name):
-            site.split(study)
-        sites[member.name] = site
-    if len(sites) < study.aggregation.min_sites:
+            Site(member.name, chosen, run.path).split(study)
+    if len(members) < study.aggregation.min_sites:
         raise StudyError(
-            f"{len(sites)} sites can never be aggregation.min_sites = {study.aggregation.min_sites}",
+            f"{len(members)} sites can never be aggregation.min_sites = {study.aggregation.min_sites}",
             "lower min_sites, or simulate more sites",
         )
-    return sites
+    run.create(study)
+    folders = {member.name: run.path / "sites" / member.name for member in members}
+    for member in members:
+        write_site(folders[member.name], member.name, member.cohort.folder, member.patients)
+    return {name: open_site(folder) for name, folder in folders.items()}
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ class Display:
             self._show(self._stage, f"{self._stage}, loss {event['loss']:.3f}", event["round"], None)
             if not row:
                 self._say(_round_line(event), bars=False)
+        elif name == "row_finished":
+            self._say(f"row {row}: AUC {event['auc']:.3f}", bars=False)
         elif name in ("update_refused", "site_missing"):
             why = event.get("reason", "no answer")
             self._say(f"[yellow]round {event['round']}: {event['site']} left out: {why}[/yellow]")

@@ -14,12 +14,12 @@ import torch
 
 from polyclinic.artifacts import write_model_card
 from polyclinic.cohort.card import make_card
-from polyclinic.errors import Refused, StudyError
+from polyclinic.errors import QuorumLost, Refused, StudyError
 from polyclinic.evaluation import NotMeasurable, classes_of
 from polyclinic.files import write_atomic
 from polyclinic.methods.base import Batch
 from polyclinic.model import build_stage
-from polyclinic.report import embedding_table, render_report, save_views_figure
+from polyclinic.report import embedding_table, read_run, render_report, save_views_figure
 from polyclinic.seeding import seed_for, torch_generator
 from polyclinic.study import Study
 from polyclinic_client.app import make_app
@@ -33,8 +33,8 @@ from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, settle
 from polyclinic_simulations.engines.local import LocalGrid
 
-EXAMPLES = 3
-"""Images a site in the figure of views."""
+EXAMPLES = 6
+"""Images in the figure of views."""
 PACKAGES = ("polyclinic", "torch", "torchvision", "timm", "flwr", "scikit-learn", "pydicom")
 
 
@@ -53,14 +53,13 @@ def simulate(
     """Run a study into the run directory `out`, or go on with it there. Returns the summary.
 
     Raises:
-        Refused: `out` holds something already, or, with `resume`, another study.
+        Refused: `out` holds something already, or, with `resume`, another study or other patients.
     """
     started = time.monotonic()
     run = RunDir(out, listen)
     _claim(run, study, resume)
-    sites = settle(gather(study, data, state, reading), study, out)
-    run.create(study)
-    _keep_cards(run, sites)
+    sites = settle(gather(study, data, state, reading), study, run)
+    _keep_cards(run, sites, warn=not resume)
     seats = {name: site.cohort.n_patients for name, site in sites.items()}
     write_atomic(out / "seats.json", json.dumps(seats))
     if engine == "ray":
@@ -80,6 +79,8 @@ def _given(site: Site, context: object) -> Site:
 
 def _claim(run: RunDir, study: Study, resume: bool) -> None:
     """Take the run directory: empty for a new run, of the same study for one that is resumed."""
+    if run.path.exists() and not run.path.is_dir():
+        raise Refused(f"{run.path} is a file", "give a folder as --out")
     stands = run.path.exists() and any(run.path.iterdir())
     if not resume:
         if stands:
@@ -93,12 +94,12 @@ def _claim(run: RunDir, study: Study, resume: bool) -> None:
         raise StudyError(f"{run.path} holds a run of another study", "resume with the study file it was started with")
 
 
-def _keep_cards(run: RunDir, sites: Mapping[str, Site]) -> None:
-    """The data-fitness card of every site's patients."""
+def _keep_cards(run: RunDir, sites: Mapping[str, Site], warn: bool) -> None:
+    """The data-fitness card of every site's patients; what it warns of is an event of a new run."""
     cards = {name: make_card(site.cohort.folder, site.cohort) for name, site in sites.items()}
     (run.path / "report").mkdir(exist_ok=True)
     write_atomic(run.path / "report" / "cards.json", json.dumps(cards))
-    for name, card in cards.items():
+    for name, card in cards.items() if warn else ():
         for text in card["warnings"]:
             run.event("warning", text=f"{name}: {text}")
 
@@ -120,11 +121,13 @@ def _conclude(
     for name in row_names(study, sites):
         run.event("row_started", row=name)
         try:
-            scores = row(name, study, sites, run.path, federated, None, progress)
-        except NotMeasurable as reason:
+            comparison[name] = row(name, study, sites, run.path, federated, _of_row(name, listen), progress).row()
+        except NotMeasurable as reason:  # of the labels, which all rows share
             notes.append(f"no comparison: {reason}")
             break
-        comparison[name] = {key: getattr(scores, key) for key in ("auc", "auc_low", "auc_high", "balanced_accuracy")}
+        except QuorumLost:  # a site that could not train has cost the study nothing but its own row
+            notes.append(f"no row {name}: the study could not be trained on it; see rows/ for the reason")
+            continue
         run.event("row_finished", row=name, **comparison[name])
     _pictures(study, run.path, sites, federated)
     summary = {
@@ -147,6 +150,11 @@ def _conclude(
     return summary
 
 
+def _of_row(name: str, listen: Listener | None) -> Listener | None:
+    """Tells `listen` the events of a row's own training, each with the row's name."""
+    return None if listen is None else lambda event: listen({**event, "row": name})
+
+
 def _pictures(study: Study, run: Path, sites: Mapping[str, Site], federated: Any) -> None:
     """The embedding map's table and the example views: simulation only, since both come from images."""
     encode = encoder_features(study, federated)
@@ -155,8 +163,9 @@ def _pictures(study: Study, run: Path, sites: Mapping[str, Site], federated: Any
     found = np.concatenate([encode(site.cohort) for site in sites.values()])
     table = embedding_table(found, np.array(names), np.array(labels), seed_for(study.seed, "embedding") % 2**31)
     write_atomic(run / "report" / "embedding.csv", table.to_csv(index=False))
-    shown = torch.cat([site.cohort.pixels(np.arange(min(len(site.cohort), EXAMPLES))) for site in sites.values()])
-    originals = shown[: EXAMPLES * 2].float() / 255
+    each = -(-EXAMPLES // len(sites))
+    shown = torch.cat([site.cohort.pixels(np.arange(min(len(site.cohort), each))) for site in sites.values()])
+    originals = shown[:EXAMPLES].float() / 255
     method, _ = build_stage(study, 0)
     batch = Batch(originals, torch.arange(len(originals)))
     drawn = [method.views(batch, torch_generator(seed_for(study.seed, "shown", round=n))).views[0] for n in range(3)]
@@ -165,8 +174,7 @@ def _pictures(study: Study, run: Path, sites: Mapping[str, Site], federated: Any
 
 def _warnings(run: Path) -> list[str]:
     """What the run warned of, each text once."""
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return list(dict.fromkeys(event["text"] for event in events if event["event"] == "warning"))
+    return list(dict.fromkeys(event["text"] for event in read_run(run).happened("warning")))
 
 
 def _bytes_sent(run: Path) -> int:

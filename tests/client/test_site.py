@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from polyclinic.cohort import build_cohort
+from polyclinic.errors import CohortError, Refused
 from polyclinic_client.site import open_site, write_site
 
 from ..tiny import tiny_study, write_cohort
@@ -27,11 +28,21 @@ def test_a_site_is_its_cohort_or_some_of_its_patients(cohort: Path, tmp_path: Pa
     assert open_site(tmp_path / "all") is everyone
 
 
-def test_a_site_that_is_written_anew_is_opened_anew(cohort: Path, tmp_path: Path) -> None:
-    write_site(tmp_path, "north", cohort)
-    assert open_site(tmp_path).cohort.n_patients == 8
-    write_site(tmp_path, "north", cohort, [0, 1])
-    assert open_site(tmp_path).cohort.n_patients == 2
+def test_a_site_whose_patients_have_changed_is_refused(tmp_path: Path) -> None:
+    """Another patient renumbers them all, and the split with them: who has trained would be tested on."""
+    images, state = write_cohort(tmp_path / "images", 4), tmp_path / "state"
+    write_site(tmp_path / "site", "north", build_cohort(images, STUDY.images, state, workers=1).folder)
+    with pytest.raises(Refused, match="have changed since this run began"):
+        write_site(tmp_path / "site", "north", build_cohort(images, STUDY.images, state, workers=1).folder, [0, 1])
+    moved = build_cohort(images, STUDY.images, tmp_path / "elsewhere", workers=1).folder  # other keys, the same content
+    write_site(tmp_path / "site", "north", moved)
+    next(images.rglob("*.png")).unlink()
+    changed = build_cohort(images, STUDY.images, tmp_path / "elsewhere", workers=1).folder
+    with pytest.raises(Refused, match="have changed since this run began"):
+        write_site(tmp_path / "site", "north", changed)
+    open_site.cache_clear()
+    with pytest.raises(CohortError, match="changed since the site was made"):
+        open_site(tmp_path / "site")
 
 
 def test_the_split_is_by_patient_and_the_sites_own(cohort: Path, tmp_path: Path) -> None:

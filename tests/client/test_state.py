@@ -35,9 +35,17 @@ def test_an_update_comes_back_for_the_tensors_it_was_trained_from_only(tmp_path:
 def test_moments_belong_to_a_round_and_its_stage(tmp_path: Path) -> None:
     state = SiteState(tmp_path)
     keep(state, 3, stage=1)
-    assert same(state.moments(3, 1), -3)
-    assert state.moments(3, 0) is None
-    assert state.moments(2, 1) is None
+    assert same(state.moments_before(4, 1), -3)
+    assert state.moments_before(4, 0) is None
+    assert state.moments_before(3, 1) is None
+
+
+def test_a_site_that_missed_a_round_goes_on_from_the_one_before_it(tmp_path: Path) -> None:
+    state = SiteState(tmp_path)
+    keep(state, 9_999)
+    keep(state, 10_000)
+    assert same(state.moments_before(10_002, 0), -10_000)
+    assert same(state.moments_before(10_000, 0), -9_999)
 
 
 def test_the_last_rounds_are_kept_and_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:
@@ -58,4 +66,4 @@ def test_a_damaged_file_is_as_if_the_round_had_not_been_made(kind: str, share: f
     path = tmp_path / f"{kind}-0001.safetensors"
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     assert (state.update(1, "m") is None) == (kind == "update")
-    assert (state.moments(1, 0) is None) == (kind == "moments")
+    assert (state.moments_before(2, 0) is None) == (kind == "moments")

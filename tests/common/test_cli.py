@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from polyclinic import __version__, cli
-from polyclinic.errors import Collapsed, StudyError
+from polyclinic.errors import QuorumLost, StudyError
 from polyclinic.study import load_study
 
 STUDY = """
@@ -73,7 +73,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, *groups: Group | BrokenGroup) -> 
     ("error", "code", "said"),
     [
         (StudyError("rounds is -1", "give at least 1"), 2, "error: rounds is -1\n  fix: give at least 1\n"),
-        (Collapsed("all features are equal", "lower the rate"), 1, "error: all features are equal\n  fix: lower the"),
+        (QuorumLost("all features are equal", "lower the rate"), 1, "error: all features are equal\n  fix: lower the"),
         (KeyboardInterrupt(), 130, "error: interrupted; what was finished is kept"),
         (typer.Abort(), 130, "error: interrupted"),
         (

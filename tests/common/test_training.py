@@ -135,7 +135,7 @@ def test_batches_hold_every_image_once_an_epoch_scaled_with_its_patient() -> Non
     method, images = Counting(), cohort(9, 3)
     stage = Stage(rounds=1, batch_size=8, local_epochs=2)
     training.train(scale(), method, images, stage, FP32, stage_round=0, seed=0)
-    assert [len(batch.images) for batch in method.seen] == [8, 8, 8, 3] * 2
+    assert [len(batch.images) for batch in method.seen] == [7, 7, 7, 6] * 2
     for epoch in (method.seen[:4], method.seen[4:]):
         patients = torch.cat([batch.patients for batch in epoch])
         assert torch.equal(patients.sort().values, torch.arange(9).repeat_interleave(3))
@@ -301,6 +301,22 @@ def test_layouts_agree() -> None:
     channels_last, tensors = trained(stage, 1, FP32.model_copy(update={"layout": "channels_last"}))
     assert math.isclose(contiguous[0], channels_last[0], rel_tol=1e-3)
     assert all(value.is_contiguous() for name, value in tensors.items() if name.endswith("exp_avg"))
+
+
+def test_moments_come_back_to_lie_in_memory_as_their_weights_do() -> None:
+    """Fused optimizers walk both side by side: another order would give each weight another's moments."""
+    module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = training.make_optimizer(module, stage_of("simclr"))
+    module(torch.rand(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    moments = training.get_moments(optimizer, module)
+    assert moments["weight.exp_avg"].is_contiguous()
+    again = training.make_optimizer(module, stage_of("simclr"))
+    training.set_moments(again, module, moments)
+    for slot, value in again.state[module.weight].items():
+        assert torch.equal(value, moments[f"weight.{slot}"])
+    assert again.state[module.weight]["exp_avg"].stride() == module.weight.stride()
+    assert module.weight.stride() != moments["weight.exp_avg"].stride()
 
 
 def test_bf16_is_used_where_asked_for_and_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What people get wrong: each has its own message and exit code, and nothing is lost."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -122,21 +123,45 @@ def test_resuming_with_another_study(study: Path, patients: Path, tmp_path: Path
     assert "another study" in error
 
 
-def test_a_site_that_raises_and_a_site_that_never_answers(study: Path, patients: Path, tmp_path: Path) -> None:
-    code = """
+BROKEN = """
 from polyclinic_client import app
-from polyclinic_simulations.engines.local import LocalGrid
+from polyclinic_simulations.engines.local import LocalGrid, FIRST_NODE
 work, pull = app.answer, LocalGrid.pull_messages
 def answer(order, tensors, site, progress=None):
     if site.name == "beta":
         raise RuntimeError("/data/secret/path")
     return work(order, tensors, site, progress)
-app.answer = answer
+def silent(self, ids):
+    gamma = FIRST_NODE + 2
+    return [m for m in pull(self, ids) if m.metadata.src_node_id != gamma or m.metadata.message_type == "query"]
+app.answer, LocalGrid.pull_messages = answer, silent
 """
-    done = polyclinic(
-        "simulate", study, "--data", patients, "--state", tmp_path / "s", "--out", tmp_path / "run", code=code
-    )
+
+
+def test_a_site_that_raises_and_a_site_that_never_answers(patients: Path, tmp_path: Path) -> None:
+    rows = 'rows = ["pixels", "random", "alone"]\n\n[aggregation]\nmin_sites = 1\nround_deadline_s = 0.5'
+    (tmp_path / "s.toml").write_text(STUDY.replace('rows = ["pixels", "random"]', rows))
+    run = tmp_path / "run"
+    arguments = ("simulate", tmp_path / "s.toml", "--data", patients, "--state", tmp_path / "s", "--out", run)
+    done = polyclinic(*arguments, "--json", code=BROKEN)
     assert done.returncode == 0, done.stderr
-    events = (tmp_path / "run" / "events.jsonl").read_text()
-    assert '"site": "beta", "reason": "the site failed: RuntimeError"' in events
-    assert "secret" not in events
+    assert "beta left out: the site failed: RuntimeError" in done.stderr
+    assert "gamma left out: no answer" in done.stderr
+    summary = json.loads(done.stdout)
+    assert list(summary["comparison"]) == ["pixels", "random", "federated", "alone:alpha", "alone:gamma"]
+    assert [note for note in summary["notes"] if "no row alone:beta" in note]
+    events = (run / "events.jsonl").read_text()
+    assert events.count('"site_missing"') == 4  # three rounds and the last measurement
+    assert "secret" not in events + done.stderr
+
+
+def test_resuming_with_other_patients(study: Path, data: Path, tmp_path: Path) -> None:
+    stop = "from polyclinic_server import rounds\ndef stop(*a): raise KeyboardInterrupt\nrounds._close = stop"
+    arguments = ("simulate", study, "--data", data, "--state", tmp_path / "s", "--out", tmp_path / "run")
+    stopped = polyclinic(*arguments, code=stop)
+    assert stopped.returncode == 130
+    assert f"--out {tmp_path / 'run'} --resume" in stopped.stderr
+    shutil.rmtree(next(path for path in (data / "beta").iterdir() if path.is_dir()))
+    code, error = simulate(study, data, tmp_path, "--resume")
+    assert code == 2
+    assert "the patients or images of site 'beta' have changed" in error

@@ -1,5 +1,6 @@
 """The index: which stored image belongs to which patient, with its words. Written whole, opened in milliseconds."""
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -35,13 +36,16 @@ class Member:
 def write_index(folder: Path, members: Sequence[Member], stored: int, meta: dict[str, Any]) -> None:
     """Replace the index. Images are sorted by content, path and frame; patients by their first image.
 
-    So the order is the same whatever the key of the HMACs, the order of decoding, and the cohort's history.
+    So the order is the same whatever the key of the HMACs, the order of decoding, and the cohort's history. `meta`
+    gains `digest`, a SHA-256 of what a study sees: patients, the contents of their files, labels and splits.
     """
     members = sorted(members, key=lambda m: (m.sha, m.source.relative))
     numbers: dict[str, int] = {}
     of_patient = [numbers.setdefault(m.patient, len(numbers)) for m in members]
     order = sorted(range(len(members)), key=of_patient.__getitem__)  # stable: images keep their order
     counts = np.array([members[i].record.count for i in order])
+    seen = [[of_patient[i], members[i].sha, members[i].source.label, members[i].source.split] for i in order]
+    meta = {**meta, "digest": hashlib.sha256(json.dumps(seen).encode()).hexdigest()}
     rows = [np.arange(r.first, r.first + r.count) for r in (members[i].record for i in order)]
     arrays: dict[str, NDArray[Any]] = {
         "rows": np.concatenate(rows).astype(np.int64),
@@ -95,7 +99,7 @@ def read_facts(folder: Path) -> dict[str, NDArray[Any]]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """How the cohort was built: intake, files, files_used, quarantine, warnings, own_patients."""
+    """How the cohort was built: intake, files, files_used, quarantine, warnings, own_patients, digest."""
     meta: dict[str, Any] = json.loads(str(_load(folder)["meta"]))
     return meta
 

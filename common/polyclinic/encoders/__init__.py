@@ -1,19 +1,29 @@
-"""The encoders a study may name. A new one is a file with a builder and one line in ENCODERS."""
+"""The encoders a study may name. A new one is a file with a builder and one line in ENCODERS.
+
+A file is imported when one of its encoders is first built: torchvision and timm take as long to import as torch
+itself and 190 MB, and many commands and messages build no encoder.
+"""
 
 from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
 
 from torch import nn
 
 from polyclinic import study
-from polyclinic.encoders import resnet, vit
 from polyclinic.errors import StudyError
 
+
+def _file(name: str) -> ModuleType:
+    return import_module(f"polyclinic.encoders.{name}")
+
+
 ENCODERS: dict[str, Callable[[study.Encoder, study.Images], nn.Module]] = {
-    "resnet18": lambda encoder, images: resnet.resnet18(images.channels),
-    "resnet50": lambda encoder, images: resnet.resnet50(images.channels),
-    "vit_tiny": lambda encoder, images: vit.vit_tiny(images.size, images.channels, encoder.patch),
-    "vit_small": lambda encoder, images: vit.vit_small(images.size, images.channels, encoder.patch),
-    "vit_base": lambda encoder, images: vit.vit_base(images.size, images.channels, encoder.patch),
+    "resnet18": lambda encoder, images: _file("resnet").resnet18(images.channels),
+    "resnet50": lambda encoder, images: _file("resnet").resnet50(images.channels),
+    "vit_tiny": lambda encoder, images: _file("vit").vit_tiny(images.size, images.channels, encoder.patch),
+    "vit_small": lambda encoder, images: _file("vit").vit_small(images.size, images.channels, encoder.patch),
+    "vit_base": lambda encoder, images: _file("vit").vit_base(images.size, images.channels, encoder.patch),
 }
 
 

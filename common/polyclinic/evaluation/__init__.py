@@ -5,6 +5,7 @@ from polyclinic.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD, colla
 from polyclinic.evaluation.labels import NotMeasurable, classes_of
 from polyclinic.evaluation.probes import knn_probe, linear_probe
 from polyclinic.evaluation.scores import Scores
+from polyclinic.evaluation.split import split_patients
 
 __all__ = [
     "COLLAPSED_RANK",
@@ -18,4 +19,5 @@ __all__ = [
     "knn_probe",
     "linear_probe",
     "pixel_features",
+    "split_patients",
 ]

@@ -1,16 +1,21 @@
-"""The methods a stage may name. A new one is a file, its settings in stages.py and one line in METHODS."""
+"""The methods a stage may name. A new one is a file, its settings in stages.py and one line in METHODS.
+
+A file is imported when its method is first made, as those of encoders are.
+"""
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from polyclinic import study
 from polyclinic.errors import StudyError
 from polyclinic.methods.base import Method
-from polyclinic.methods.mae import MAE
-from polyclinic.methods.simclr import SimCLR
 from polyclinic.stages import Pretrain
 
-METHODS: dict[str, Callable[[Any], Method]] = {"simclr": SimCLR, "mae": MAE}
+METHODS: dict[str, Callable[[Any], Method]] = {
+    "simclr": lambda stage: import_module("polyclinic.methods.simclr").SimCLR(stage),
+    "mae": lambda stage: import_module("polyclinic.methods.mae").MAE(stage),
+}
 """Name of a method -> from its stage's settings to the method."""
 
 

@@ -3,15 +3,21 @@
 Chen et al., A simple framework for contrastive learning of visual representations, ICML 2020; for radiographs with the
 views of Azizi et al., Big self-supervised models advance medical image classification, ICCV 2021.
 
-    z = W2 relu(W1 f(x)),    loss of an image = NT-Xent of its two views (nt_xent.py)
+    z = W2 relu(W1 s(f(x))),    loss of an image = NT-Xent of its two views (nt_xent.py)
 
-f is the encoder; the head W has one hidden layer of the encoder's width and is federated while training, not shipped.
-Negatives are the site's own: nothing is compared across sites.
+f is the encoder; s standardises each feature over the views of the batch, without weights and without memory; the head
+W has one hidden layer of the encoder's width and is federated while training, not shipped. Negatives are the site's
+own: nothing is compared across sites.
+
+The paper normalises batches in encoder and head. Here the encoder has no batch statistics (resnet.py), and without s
+all features share one large component, all cosines are near 1, and learning starts slowly: on the phantom, 1,000 steps
+of 16 images took the probe's AUC from 0.73 to 0.78 without s, and 600 steps to 0.82 with it.
 """
 
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyclinic.augment import make_views
@@ -35,8 +41,9 @@ class Projector(nn.Module):
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, projection))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, channels, s, s) -> (n, projection)."""
-        projected: Tensor = self.head(self.encoder(images))
+        """(n, channels, s, s) -> (n, projection), n at least 2."""
+        standard = F.batch_norm(self.encoder(images), None, None, training=True)
+        projected: Tensor = self.head(standard)
         return projected
 
 

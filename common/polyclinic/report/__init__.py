@@ -2,5 +2,6 @@
 
 from polyclinic.report.pictures import embedding_table, save_views_figure
 from polyclinic.report.render import render_report
+from polyclinic.report.run import read_run
 
-__all__ = ["embedding_table", "render_report", "save_views_figure"]
+__all__ = ["embedding_table", "read_run", "render_report", "save_views_figure"]

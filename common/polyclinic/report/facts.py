@@ -102,8 +102,10 @@ def _collapses(run: Run) -> list[str]:
 
 def sites(run: Run) -> list[dict[str, Any]]:
     """A row for every site: size, part in the rounds, last loss and probe."""
-    events = ("update_accepted", "update_refused", "site_missing")
-    parts = {name: Counter(str(event.get("site")) for event in run.happened(name)) for name in events}
+    # A round that was made again after a resumption counts once, as it went the last time.
+    names = ("update_accepted", "update_refused", "site_missing")
+    last = {(e.get("round"), str(e.get("site"))): e["event"] for e in run.events if e.get("event") in names}
+    parts = {name: Counter(site for (_, site), event in last.items() if event == name) for name in names}
     colours = palette(run.sites)
     return [
         {
