@@ -27,6 +27,8 @@ class Round:
     number: int
     stage: int
     tensors: Tensors
+    packed: Packed
+    """The tensors as they are sent; `tensors` are views of its bytes."""
     orders: Mapping[str, Order]
 
 
@@ -79,14 +81,12 @@ def replies(
     names = {node: site for site, node in nodes.items()}
     pending = _send(grid, round, nodes, patience_s + GRACE_S)
     missing = set(nodes)
-    while pending:
-        arrived = list(grid.pull_messages(list(pending)))
-        if not arrived:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(POLL_S)
-        while arrived:
-            message = arrived.pop()
+    late = False
+    while pending and not late:
+        late = time.monotonic() > deadline
+        seen = False
+        for message in _arrived(grid, list(pending)):
+            seen = True
             if (sender := _sender(message, pending)) is not None:
                 missing.discard(names[sender])
                 yield names[sender], message
@@ -95,20 +95,29 @@ def replies(
             else:
                 run.event("warning", text="a reply to nothing that was asked was dropped")
             del message
+        if not seen and not late:
+            time.sleep(POLL_S)
     for site in sorted(missing):
         run.event("site_missing", round=round.number, site=site)
 
 
 def _send(grid: Grid, round: Round, nodes: Mapping[str, int], ttl: float) -> dict[str, int]:
     """Send every site its order: {message: node}. The messages share one copy of the tensors."""
-    packed = wire.pack_tensors(round.tensors)
     pending: dict[str, int] = {}
     for site, node in nodes.items():
         order = round.orders[site]
         kind = MessageType.TRAIN if order.train else MessageType.EVALUATE
-        message = Message(wire.pack_order(order, packed), node, kind, group_id=str(round.number), ttl=ttl)
+        message = Message(wire.pack_order(order, round.packed), node, kind, group_id=str(round.number), ttl=ttl)
         pending.update(dict.fromkeys(grid.push_messages([message]), node))
     return pending
+
+
+def _arrived(grid: Grid, asked: list[str]) -> Iterator[Message]:
+    """Replies that are there. One message is asked for at a time: for all at once, Flower would load all replies."""
+    for number in asked:
+        found = list(grid.pull_messages([number]))
+        while found:
+            yield found.pop()
 
 
 def _sender(reply: Message, pending: dict[str, int]) -> int | None:

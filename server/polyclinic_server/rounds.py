@@ -50,17 +50,19 @@ def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], e
         stage, _ = study.stage_of(number - 1)
         if stage != checkpoint.stage:
             tensors, gate.norms = initial_tensors(study, stage, tensors), []
-        orders = _orders(
-            study, number, stage, tensors, nodes, train=True, evaluate=evaluate and _due(study, number - 1)
-        )
-        tensors, norms = _round(grid, study, run, Round(number, stage, tensors, orders), nodes, gate)
+        packed = wire.pack_tensors(tensors)
+        tensors = wire.unpack_tensors(packed)  # views of what is sent: one copy in memory
+        due = evaluate and _due(study, number - 1)
+        orders = _orders(study, number, stage, tensors, nodes, train=True, evaluate=due)
+        tensors, norms = _round(grid, study, run, Round(number, stage, tensors, packed, orders), nodes, gate)
         gate.norms += norms
         checkpoint = Checkpoint(study.hash, number, stage, digest(tensors), list(gate.norms))
         checkpoints.save(run.checkpoints, checkpoint, tensors)
     if evaluate:
         stage = len(study.stages) - 1
         orders = _orders(study, study.rounds, stage, tensors, nodes, train=False, evaluate=True)
-        _measure(grid, study, run, Round(study.rounds, stage, tensors, orders), nodes, seats)
+        last = Round(study.rounds, stage, tensors, wire.pack_tensors(tensors), orders)
+        _measure(grid, study, run, last, nodes, seats)
     return tensors
 
 

@@ -1,9 +1,9 @@
 """Memory that a round takes at the coordinator, by number of sites: Polyclinic's fold against Flower's FedAvg.
 
 Each side runs a whole round with its own code, `run_study` and `FedAvg.start`, over the same stand-in for a network:
-what is sent leaves the process, and a reply comes to be when it is asked for, so that no site's memory is counted. The
-global weights are loaded first; the figure is the largest resident set of the round (VmHWM, reset as it starts) above
-what stood then. Every figure comes from a process of its own. It needs Linux.
+what is sent stays in memory as long as a message holds it, and a reply comes to be when it is asked for, so that no
+site's memory is counted. The global weights are loaded first; the figure is the largest resident set of the round
+(VmHWM, reset as it starts) above what stood then. Every figure comes from a process of its own. It needs Linux.
 
 As in empty_work.py, `initial_tensors` is replaced by one that gives tensors of the wanted size.
 """
@@ -12,7 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,19 +32,6 @@ from polyclinic_simulations.engines.local import LocalGrid
 
 VALUES = 1_000_000
 """Of a float32 tensor of 4 MB."""
-
-
-class Network(LocalGrid):
-    """As LocalGrid, but what is sent is gone: the sites make their replies without it."""
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue the messages without what they carry."""
-        return super().push_messages(_emptied(message) for message in messages)
-
-
-def _emptied(message: Message) -> Message:
-    message.content = RecordDict()
-    return message
 
 
 class Memory:
@@ -87,7 +74,7 @@ def polyclinic(sites: int, model: Mapping[str, NDArray[np.float32]], memory: Mem
     with TemporaryDirectory() as folder, patch("polyclinic_server.rounds.initial_tensors", return_value=model):
         run = RunDir(Path(folder), listen)
         run.create(study)
-        grid = Network(dict.fromkeys(names, answer))
+        grid = LocalGrid(dict.fromkeys(names, answer))
         return run_study(grid, study, run, dict.fromkeys(names, 1), evaluate=False)
 
 
@@ -100,7 +87,7 @@ def flower(sites: int, model: Mapping[str, NDArray[np.float32]], memory: Memory)
         return Message(content, reply_to=message)
 
     strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=sites, min_available_nodes=sites)
-    grid = Network({f"site-{k}": answer for k in range(sites)})
+    grid = LocalGrid({f"site-{k}": answer for k in range(sites)})
     weights = ArrayRecord({name: Array(value) for name, value in model.items()})
     memory.start()
     result = strategy.start(grid, weights, num_rounds=1)
@@ -113,7 +100,8 @@ CONTENDERS = {"polyclinic": polyclinic, "flower": flower}
 
 def measure(contender: str, sites: int, tensors: int) -> float:
     """Memory above the global weights, in models; the round must have added 1."""
-    model = {f"t{k:02d}": np.random.default_rng(k).standard_normal(VALUES, np.float32) for k in range(tensors)}
+    drawn = (np.random.default_rng(k).standard_normal(VALUES, np.float32) for k in range(tensors))
+    model = {f"t{k:02d}": 2 * value for k, value in enumerate(drawn)}  # adding 1 to smaller ones is no honest update
     memory = Memory()
     result = CONTENDERS[contender](sites, model, memory)
     if not all(abs(result[name] - model[name] - 1).max() < 1e-4 for name in model):

@@ -114,6 +114,7 @@ def measure(folder: Path, sites: int, patients: int, rounds: int, threads: int) 
     images = write_consortium(folder / "archives", sites, patients, seed=0)
     study = make_study(list(images), rounds, threads)
     members = gather(study, folder / "archives", folder / "state", lambda *_: None)
+    RunDir(folder / "run").create(study)
     seats = settle(members, study, RunDir(folder / "run"))
     bare = Bare(study, seats)
     bare.round(1)  # torch loads and plans at its first steps; neither side shall pay for that

@@ -2,7 +2,9 @@
 
 import json
 import shlex
+from contextlib import suppress
 from enum import StrEnum
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -207,8 +209,12 @@ def _summary(run: Path) -> dict[str, Any]:
 
 
 def _free(name: str) -> Path:
-    """The first runs/<name>-<n> that does not exist."""
-    number = 1
-    while (path := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return path
+    """The first runs/<name>-<n> that does not exist; made at once, so that no other process takes it."""
+    from polyclinic.files import storage
+
+    for number in count(1):
+        path = Path("runs") / f"{name}-{number}"
+        with storage(path), suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError("there are more numbers")

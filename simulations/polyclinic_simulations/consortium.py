@@ -1,11 +1,13 @@
 """The sites of a simulated study: cohorts built, patients dealt, one state folder a site."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from polyclinic.cohort import Cohort, build_cohort, union
+from polyclinic.cohort.index import read_meta
 from polyclinic.errors import CohortError, StudyError
 from polyclinic.seeding import seed_for
 from polyclinic.study import Study
@@ -68,13 +70,18 @@ def _named(site: str) -> Iterator[None]:
 
 
 def settle(members: list[Member], study: Study, run: RunDir) -> dict[str, Site]:
-    """Create the run, with a state folder for every member. Nothing is written if the study cannot be run.
+    """Give every member a state folder in the run. Nothing is written if the study cannot be run.
 
     Raises:
         CohortError: a member cannot both train and hold patients out.
-        StudyError: there are too few members. Refused: a member is not what it was when the run began.
+        StudyError: there are too few members, or two with the same patients: who trains at one would test at the other.
+        Refused: a member is not what it was when the run began.
     """
+    seen: dict[str, str] = {}
     for member in members:
+        patients = json.dumps([read_meta(member.cohort.folder)["digest"], member.patients])
+        if (other := seen.setdefault(patients, member.name)) != member.name:
+            raise StudyError(f"sites {other!r} and {member.name!r} have the same patients", "give each its own cohort")
         chosen = member.cohort if member.patients is None else member.cohort.select(member.patients)
         with _named(member.name):
             Site(member.name, chosen, run.path).split(study)
@@ -83,7 +90,6 @@ def settle(members: list[Member], study: Study, run: RunDir) -> dict[str, Site]:
             f"{len(members)} sites can never be aggregation.min_sites = {study.aggregation.min_sites}",
             "lower min_sites, or simulate more sites",
         )
-    run.create(study)
     folders = {member.name: run.path / "sites" / member.name for member in members}
     for member in members:
         write_site(folders[member.name], member.name, member.cohort.folder, member.patients)

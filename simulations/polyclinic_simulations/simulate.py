@@ -1,8 +1,12 @@
 """A whole study on this machine: cohorts, rounds, rows, report."""
 
+import fcntl
 import json
+import os
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +20,7 @@ from polyclinic.artifacts import write_model_card
 from polyclinic.cohort.card import make_card
 from polyclinic.errors import QuorumLost, Refused, StudyError
 from polyclinic.evaluation import NotMeasurable, classes_of
-from polyclinic.files import write_atomic
+from polyclinic.files import storage, write_atomic
 from polyclinic.methods.base import Batch
 from polyclinic.model import build_stage
 from polyclinic.report import embedding_table, read_run, render_report, save_views_figure
@@ -57,41 +61,66 @@ def simulate(
     """
     started = time.monotonic()
     run = RunDir(out, listen)
-    _claim(run, study, resume)
-    sites = settle(gather(study, data, state, reading), study, run)
-    _keep_cards(run, sites, warn=not resume)
-    seats = {name: site.cohort.n_patients for name, site in sites.items()}
-    write_atomic(out / "seats.json", json.dumps(seats))
-    if engine == "ray":
-        from polyclinic_simulations.engines.ray import run_ray
+    with _claimed(run, study, resume):
+        sites = settle(gather(study, data, state, reading), study, run)
+        _keep_cards(run, sites, warn=not resume)
+        seats = {name: site.cohort.n_patients for name, site in sites.items()}
+        write_atomic(out / "seats.json", json.dumps(seats))
+        if engine == "ray":
+            from polyclinic_simulations.engines.ray import run_ray
 
-        run_ray(run, [site.state for site in sites.values()], study.compute.threads)
-    else:
-        lead(LocalGrid({name: make_app(partial(_given, site), progress) for name, site in sites.items()}), run)
-    summary = _conclude(study, run, sites, engine, listen, progress, started)
-    run.event("report_written")
-    return summary
+            run_ray(run, [site.state for site in sites.values()], study.compute.threads)
+        else:
+            lead(LocalGrid({name: make_app(partial(_given, site), progress) for name, site in sites.items()}), run)
+        summary = _conclude(study, run, sites, engine, listen, progress, started)
+        run.event("report_written")
+        return summary
 
 
 def _given(site: Site, context: object) -> Site:
     return site
 
 
-def _claim(run: RunDir, study: Study, resume: bool) -> None:
-    """Take the run directory: empty for a new run, of the same study for one that is resumed."""
+@contextmanager
+def _claimed(run: RunDir, study: Study, resume: bool) -> Iterator[None]:
+    """The run directory, locked: empty for a new run, of the same study for one that is resumed.
+
+    A new run that is refused before any round leaves nothing behind.
+    """
     if run.path.exists() and not run.path.is_dir():
         raise Refused(f"{run.path} is a file", "give a folder as --out")
-    stands = run.path.exists() and any(run.path.iterdir())
-    if not resume:
-        if stands:
-            raise Refused(f"{run.path} is not empty", "give another --out, or --resume to go on with the run in it")
-        return
-    if not (run.path / "study.toml").exists():
+    stands = run.path.exists() and any(path.suffix != ".tmp" for path in run.path.iterdir())
+    if stands and not resume:
+        raise Refused(f"{run.path} is not empty", "give another --out, or --resume to go on with the run in it")
+    if resume and not (run.path / "study.toml").exists():
         raise Refused(
             f"there is no run to resume in {run.path}", "give the folder of a run as --out, or leave --resume out"
         )
-    if run.study != study:
+    if resume and run.study != study:
         raise StudyError(f"{run.path} holds a run of another study", "resume with the study file it was started with")
+    with storage(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+    with _locked(run.path):
+        run.create(study)
+        try:
+            yield
+        except Refused:
+            if not run.checkpoints.exists():
+                shutil.rmtree(run.path)
+            raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """No other process works in `folder` meanwhile; the lock ends with this process, however that ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise Refused(f"another process is working in {folder}", "wait for it, or give another --out") from error
+    finally:
+        os.close(handle)
 
 
 def _keep_cards(run: RunDir, sites: Mapping[str, Site], warn: bool) -> None:

@@ -30,20 +30,29 @@ def nodes() -> dict[str, Node]:
 
 
 class Shuffled(LocalGrid):
-    """All replies of a round at once, in random order."""
+    """The replies of a round in random order."""
 
     def __init__(self, apps: dict[str, Node], seed: int) -> None:
         super().__init__(apps)
         self._random = random.Random(seed)
         self.orders: list[tuple[int, ...]] = []
+        self._asked: list[str] = []
+        self._arrived: list[Message] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = list(super().push_messages(messages))
+        self._asked += ids
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        asked, arrived = list(message_ids), []
-        while one := list(super().pull_messages(asked)):
-            arrived += one
-        self._random.shuffle(arrived)
-        self.orders.append(tuple(message.metadata.src_node_id for message in arrived))
-        return arrived
+        if self._asked:
+            while one := list(super().pull_messages(self._asked)):
+                self._arrived += one
+            self._asked = []
+            self._random.shuffle(self._arrived)
+            self.orders.append(tuple(message.metadata.src_node_id for message in self._arrived))
+        due = self._arrived and self._arrived[-1].metadata.reply_to_message_id in set(message_ids)
+        return [self._arrived.pop()] if due else []
 
 
 @pytest.mark.parametrize("weighting", ["patients", "equal", "tempered"])
@@ -291,3 +300,19 @@ def test_norms_are_compared_within_a_stage_only(tmp_path: Path) -> None:
     assert norms[3] > study.aggregation.norm_limit * norms[2]
     stored = [json.loads(path.read_text())["norms"] for path in sorted(run.checkpoints.glob("*.json"))]
     assert [len(norms) for norms in stored] == [3, 6, 3]
+
+
+def test_replies_are_asked_for_one_at_a_time(tmp_path: Path) -> None:
+    """A grid that serves hospitals hands out every reply that is there: all updates at once, were all asked for."""
+    asked: list[int] = []
+
+    class Counting(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            ids = list(message_ids)
+            asked.append(len(ids))
+            return super().pull_messages(ids)
+
+    study = tiny_study()
+    run_study(Counting(nodes()), study, open_run(tmp_path, study), SEATS)
+    orders = len(SITES) * (study.rounds + 1)  # of every round, and of the last measurement
+    assert asked[-orders:] == [1] * orders

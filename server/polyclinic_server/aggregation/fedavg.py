@@ -17,7 +17,7 @@ STEP = 2.0**-28
 LARGEST_VALUE = 2.0**7
 """Bound on one value of an update: with weights below 2^28 in sum, no total can overflow."""
 LARGEST_WEIGHT = 2**28
-CHUNK = 1 << 16
+CHUNK = 1 << 14
 """Values handled at a time: temporaries stay in cache and out of the memory bill."""
 
 
