@@ -161,6 +161,8 @@ class SimulatedSite(Settings):
 
     name: Name
     cohort: str
+    allow_burned_in: bool = False
+    """Use what may show a patient's name in its pixels: ultrasound, secondary captures, files marked as annotated."""
 
 
 class Simulation(Settings):
@@ -168,6 +170,8 @@ class Simulation(Settings):
 
     sites: int = Field(default=0, ge=0, le=100_000)
     cohort: str = ""
+    allow_burned_in: bool = False
+    """As of a site, for the one cohort."""
     partition: Annotated[Iid | Dirichlet, Field(discriminator="kind")] = Iid()
     site: list[SimulatedSite] = Field(default_factory=list)
 

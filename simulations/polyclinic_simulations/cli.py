@@ -112,6 +112,9 @@ def evaluate(
     cohort: Annotated[
         Path, typer.Option(help="Images the run has not seen: a folder, a CSV or a tree of DICOM files.")
     ],
+    allow_burned_in: Annotated[
+        bool, typer.Option("--allow-burned-in", help="Use ultrasound, secondary captures and annotated files, too.")
+    ] = False,
     state: State = Path(".polyclinic"),
     as_json: Json = False,
 ) -> None:
@@ -124,7 +127,7 @@ def evaluate(
     from polyclinic_simulations.display import comparison_table
     from polyclinic_simulations.outside import evaluate_outside
 
-    rows = evaluate_outside(run, cohort, state)
+    rows = evaluate_outside(run, cohort, state, allow_burned_in)
     if as_json:
         print(json.dumps(rows, indent=2))
     else:

@@ -10,7 +10,7 @@ from polyclinic.cohort import Cohort, build_cohort, union
 from polyclinic.cohort.index import read_meta
 from polyclinic.errors import CohortError, StudyError
 from polyclinic.seeding import seed_for
-from polyclinic.study import Study
+from polyclinic.study import SimulatedSite, Simulation, Study
 from polyclinic_client.site import Site, open_site, write_site
 from polyclinic_server.rundir import RunDir
 from polyclinic_simulations.partition import partition
@@ -40,24 +40,31 @@ def gather(study: Study, data: Path, state: Path, progress: Progress) -> list[Me
     """
     wanted = study.simulation
     if wanted.site:
-        built = [(site.name, _build(site.name, site.cohort, study, data, state, progress)) for site in wanted.site]
-        return [Member(name, cohort, None) for name, cohort in built]
+        return [Member(s.name, _build(s.name, s, study, data, state, progress), None) for s in wanted.site]
     if not wanted.cohort:
         raise StudyError(
             "the study has no [simulation]: there is no cohort to play the sites",
             'add [simulation] with sites = 3 and cohort = "DIR", or one [[simulation.site]] a hospital',
         )
-    cohort = _build("all", wanted.cohort, study, data, state, progress)
+    cohort = _build("all", wanted, study, data, state, progress)
     parts = partition(cohort, wanted.sites, wanted.partition, seed_for(study.seed, "partition"))
     return [Member(f"site-{number}", cohort, part.tolist()) for number, part in enumerate(parts, start=1)]
 
 
-def _build(name: str, source: str, study: Study, data: Path, state: Path, progress: Progress) -> Cohort:
-    path = data / source
+def _build(
+    name: str, source: Simulation | SimulatedSite, study: Study, data: Path, state: Path, progress: Progress
+) -> Cohort:
+    path = data / source.cohort
     if not path.exists():
         raise CohortError(f"the cohort of {name!r} is not there: {path}", "correct its path, or give --data DIR")
     with _named(name):
-        return build_cohort(path, study.images, state, progress=lambda done, total: progress(name, done, total))
+        return build_cohort(
+            path,
+            study.images,
+            state,
+            allow_burned_in=source.allow_burned_in,
+            progress=lambda done, total: progress(name, done, total),
+        )
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from polyclinic_client.site import Site
 from polyclinic_simulations.compare import Features, encoder_features, probe
 
 
-def evaluate_outside(run: Path, cohort: Path, state: Path) -> dict[str, dict[str, float]]:
+def evaluate_outside(
+    run: Path, cohort: Path, state: Path, allow_burned_in: bool = False
+) -> dict[str, dict[str, float]]:
     """Rows pixels, random and federated, learnt and scored on the cohort's own patients.
 
     Raises:
@@ -22,7 +24,8 @@ def evaluate_outside(run: Path, cohort: Path, state: Path) -> dict[str, dict[str
     study = load_study(run / "study.toml")
     if not cohort.exists():
         raise CohortError(f"the cohort is not there: {cohort}", "correct --cohort")
-    sites = {"outside": Site("outside", build_cohort(cohort, study.images, state), state)}
+    built = build_cohort(cohort, study.images, state, allow_burned_in=allow_burned_in)
+    sites = {"outside": Site("outside", built, state)}
     device = pick_device()
     encoder = load_encoder(run / "encoder.safetensors").to(device)
     rows: dict[str, Features] = {
