@@ -196,7 +196,8 @@ def _run(study: "Study", out: Path, data: Path, state: Path, engine: Engine, res
         print(json.dumps(summary, indent=2))
         return
     console = Console()
-    console.print(comparison_table(summary["comparison"]))
+    if summary["comparison"]:
+        console.print(comparison_table(summary["comparison"]))
     for note in summary["notes"]:
         console.print(note, markup=False)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
