@@ -7,7 +7,7 @@ PS3.4 N.2 (the order of the grey-scale transformations).
 """
 
 import io
-import re
+from collections.abc import Set
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,24 @@ BODY = [
     *(f"{c}PaletteColorLookupTableDescriptor" for c in ("Red", "Green", "Blue")),
     *(f"{s}{c}PaletteColorLookupTableData" for s in ("", "Segmented") for c in ("Red", "Green", "Blue")),
 ]  # fmt: skip
+
+MODALITIES = frozenset({
+    "ANN", "AR", "ASMT", "AU", "BDUS", "BI", "BMD", "CFM", "CR", "CT", "CTPROTOCOL", "DG", "DMS", "DOC", "DX", "ECG",
+    "EEG", "EMG", "EOG", "EPS", "ES", "FID", "GM", "HC", "HD", "IO", "IOL", "IVOCT", "IVUS", "KER", "KO", "LEN", "LS",
+    "M3D", "MG", "MR", "NM", "OAM", "OCT", "OP", "OPM", "OPT", "OPTBSV", "OPTENF", "OPV", "OSS", "OT", "PA", "PLAN",
+    "POS", "PR", "PT", "PX", "REG", "RESP", "RF", "RG", "RTDOSE", "RTIMAGE", "RTINTENT", "RTPLAN", "RTRAD", "RTRECORD",
+    "RTSEGANN", "RTSTRUCT", "RWV", "SEG", "SM", "SMR", "SR", "SRF", "STAIN", "TEXTUREMAP", "TG", "US", "VA", "XA",
+    "XAPROTOCOL", "XC", "AS", "CD", "CF", "CP", "CS", "DD", "DF", "DM", "DS", "EC", "FA", "FS", "LP", "MA", "MS", "OPR",
+    "ST", "VF",
+})  # fmt: skip
+"""Modality (PS3.3 C.7.3.1.1.1): its defined terms, from AS on the retired ones."""
+VIEWS = frozenset({
+    "AP", "PA", "LL", "RL", "RLD", "LLD", "RLO", "LLO", "LAT", "LATERAL", "LAO", "RAO", "LPO", "RPO", "CC", "MLO", "ML",
+    "LM", "LMO", "FB", "SIO", "ISO", "XCC", "XCCL", "XCCM", "CV", "AT",
+})  # fmt: skip
+"""View Position: the defined terms of PS3.3 C.8.1.1 up to LLO, usual words for lateral and oblique views, and from CC
+on the abbreviations of the mammographic views (PS3.16 CID 4014 and 4015)."""
+PHOTOMETRIC = frozenset(term.value for term in PhotometricInterpretation)
 
 SOP = "1.2.840.10008.5.1.4.1.1."
 SECONDARY_CAPTURE = (f"{SOP}7", f"{SOP}7.1", f"{SOP}7.2", f"{SOP}7.3", f"{SOP}7.4")
@@ -79,9 +97,9 @@ def _facts(header: Dataset, key: bytes) -> Facts:
     return Facts(
         kind="dicom",
         patient=_patient(header, key),
-        modality=_code(header, "Modality", r"[A-Z0-9]{2,8}"),
-        photometric=_code(header, "PhotometricInterpretation", "|".join(PhotometricInterpretation)),
-        view=_code(header, "ViewPosition", r"[A-Z0-9 ]{1,16}"),
+        modality=_code(header, "Modality", MODALITIES),
+        photometric=_code(header, "PhotometricInterpretation", PHOTOMETRIC),
+        view=_code(header, "ViewPosition", VIEWS),
         transfer_syntax=str(syntax) if syntax.is_transfer_syntax and not syntax.is_private else "",
         height=_number(header, "Rows"),
         width=_number(header, "Columns"),
@@ -94,10 +112,10 @@ def _patient(header: Dataset, key: bytes) -> str:
     return keyed(key, "patient", f"{issuer}\0{patient}" if issuer else patient) if patient else ""
 
 
-def _code(header: Dataset, name: str, pattern: str) -> str:
-    """A code string that looks like one of the element's terms; "" for anything else, which might be a name."""
+def _code(header: Dataset, name: str, terms: Set[str]) -> str:
+    """A code string that is one of the element's terms; "" for anything else, which might be a name."""
     value = str(header.get(name) or "").strip()
-    return value if re.fullmatch(pattern, value) else ""
+    return value if value in terms else ""
 
 
 def _number(header: Dataset, name: str) -> int:
@@ -121,6 +139,8 @@ def _refuse(header: Dataset, facts: Facts, intake: Intake) -> None:
     pixels = facts.height * facts.width
     if pixels > limits.MAX_PIXELS or pixels * frames * samples > limits.MAX_VOLUME:
         raise Unusable(Reason.TOO_LARGE)
+    if header.get("HighBit") is not None and header.HighBit != header.BitsStored - 1:  # PS3.5 section 8.1.1
+        raise Unusable(Reason.UNSUPPORTED)
 
 
 def _images(dataset: Dataset, intake: Intake) -> list[NDArray[np.uint8]]:

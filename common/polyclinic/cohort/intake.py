@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-VERSION = 1
-"""Goes up when the same file would give other pixels: cohorts are then built anew."""
+VERSION = 2
+"""Goes up when the same file would give other pixels or facts: cohorts are then built anew."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Facts:
     """What is kept of a file beside its pixels: nothing that could name a patient.
 
     `patient` is a keyed HMAC, empty where the file has no identifier. `modality`, `photometric`, `view` and
-    `transfer_syntax` are code strings (DICOM PS3.5 section 6.2, CS and UI), never free text. `height` and `width`
-    are the original's, in pixels.
+    `transfer_syntax` are terms of closed sets, never free text. `height` and `width` are the original's, in pixels.
     """
 
     kind: Literal["dicom", "raster", ""] = ""

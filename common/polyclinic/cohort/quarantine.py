@@ -51,10 +51,10 @@ MEANING = {
     Reason.DERIVED: "computed from images: a segmentation, dose or parametric map",
     Reason.TOO_LARGE: "more bytes or pixels than are decoded (see limits.py)",
     Reason.NO_DECODER: "no decoder for its transfer syntax is installed",
-    Reason.UNSUPPORTED: "a photometric interpretation or pixel format outside the documented order",
+    Reason.UNSUPPORTED: "a photometric interpretation or bit layout outside the documented order",
     Reason.DAMAGED: "cannot be parsed, or its pixels cannot be decoded",
     Reason.CONSTANT: "every pixel has the same value",
-    Reason.TIMEOUT: "its decoder did not finish in time",
+    Reason.TIMEOUT: "could not be read and decoded in time",
     Reason.CRASHED: "its decoder ended the worker process",
 }
 

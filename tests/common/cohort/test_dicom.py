@@ -1,5 +1,6 @@
 """DICOM intake against an independent twin: pydicom's own functions in float64, through the documented order."""
 
+import csv
 import io
 import struct
 import zlib
@@ -257,6 +258,8 @@ def test_burned_in_text_is_for_the_site_to_allow(
         ({"PhotometricInterpretation": "HSV"}, Reason.UNSUPPORTED),
         ({"PhotometricInterpretation": "JOHN DOE"}, Reason.DAMAGED),
         ({"Modality": "SEG"}, Reason.DERIVED),
+        ({"HighBit": 14}, Reason.UNSUPPORTED),
+        ({"BitsStored": 12, "HighBit": 15}, Reason.UNSUPPORTED),
     ],
 )
 def test_refusals(tmp_path: Path, dicom: Write, elements: dict[str, Any], reason: Reason) -> None:
@@ -306,6 +309,16 @@ def test_facts_hold_codes_and_no_text(tmp_path: Path, dicom: Write) -> None:
     assert len(facts.patient) == 32 and "4711" not in str(facts)
     _, facts = read(dicom(tmp_path / "b", Modality="MUSTERMANN ERIKA", PatientID=" "))
     assert (facts.modality, facts.view, facts.patient) == ("", "", "")
+    for name in ("LEE", "SMITH", "SMITH JOHN", "JSMITH", "P1"):  # as code strings go
+        _, facts = read(dicom(tmp_path / "c", Modality=name, ViewPosition=name))
+        assert (facts.modality, facts.view) == ("", "")
+    for view in ("PA", "LATERAL", "MLO"):
+        assert read(dicom(tmp_path / "d", ViewPosition=view))[1].view == view
+
+
+def test_terms_of_the_samples_pass(samples: Path) -> None:
+    for row in csv.DictReader((samples / "index.csv").read_text().splitlines()):
+        assert row["modality"] in intake_dicom.MODALITIES | {""}
 
 
 def test_issuers_tell_equal_identifiers_apart(tmp_path: Path, dicom: Write) -> None:
