@@ -23,7 +23,8 @@ MOST = 20
 def make_card(folder: Path, cohort: Cohort | None = None) -> dict[str, Any]:
     """The card of a built cohort, ready for JSON; of some of its patients if `cohort` is a selection from it.
 
-    `files`, `files_used`, `quarantine` and `warnings` are always those of the whole cohort.
+    `files`, `files_used`, `quarantine` and `warnings` are always those of the whole cohort; `selection` says that the
+    rest is not.
 
     Raises:
         CohortError: there is no cohort in `folder`.
@@ -34,6 +35,7 @@ def make_card(folder: Path, cohort: Cohort | None = None) -> dict[str, Any]:
     position[whole.rows] = np.arange(len(whole))
     facts = {name: values[position[cohort.rows]] for name, values in facts.items()}
     return {
+        "selection": len(cohort) < len(whole),
         "files": meta["files"],
         "files_used": meta["files_used"],
         "images": len(cohort),
@@ -98,20 +100,21 @@ def _histogram(cohort: Cohort) -> list[float]:
 
 
 def _near_duplicates(cohort: Cohort) -> dict[str, int]:
-    first, second = near_duplicates(cohort).T
-    return {
-        "pairs": len(first),
-        "across_patients": int((cohort.patients[first] != cohort.patients[second]).sum()),
-        "across_labels": int((cohort.labels[first] != cohort.labels[second]).sum()),
-        "bits": NEAR,
-    }
+    _, labels = np.unique(cohort.labels, return_inverse=True)  # numbers for words: blocks hold many pairs
+    pairs = across_patients = across_labels = 0
+    for first, second in near_duplicates(cohort):
+        pairs += len(first)
+        across_patients += int((cohort.patients[first] != cohort.patients[second]).sum())
+        across_labels += int((labels[first] != labels[second]).sum())
+    return {"pairs": pairs, "across_patients": across_patients, "across_labels": across_labels, "bits": NEAR}
 
 
 def card_html(card: Mapping[str, Any]) -> str:
     """The card as a fragment of HTML, with an inline SVG histogram and no scripts, styles or addresses."""
     duplicates, sizes, per = card["near_duplicates"], card["sizes"], card["images_per_patient"]
+    files = "files of the whole source" if card.get("selection") else "files"
     numbers = {
-        "files": f"{card['files']}, {card['files_used']} used",
+        files: f"{card['files']}, {card['files_used']} used",
         "images": card["images"],
         "patients": card["patients"],
         "images per patient": f"{per['mean']} on average, at most {per['most']}",
@@ -123,7 +126,7 @@ def card_html(card: Mapping[str, Any]) -> str:
         _table("cohort", numbers),
         _table("labels (images)", {word: count["images"] for word, count in card["labels"].items()}),
         *(_table(name, card[name]) for name in ("modalities", "views", "sites", "photometric")),
-        _table("quarantine (files)", card["quarantine"]),
+        _table(f"quarantine ({files})", card["quarantine"]),
     ]
     warnings = "".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in card["warnings"])
     return f'<div class="card">{warnings}{"".join(tables)}{_svg(card["histogram"])}</div>'

@@ -1,5 +1,7 @@
 """Images that are nearly the same, by perceptual hash: a patient who appears twice can stand in training and test."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,7 +12,8 @@ SIDE = 12
 """The hash has 12 x 12 - 1 bits: the lowest frequencies without the mean."""
 NEAR = 8
 """Bits of 143. Re-saved, rescaled and re-exposed copies differ by fewer; different chest films of one view by more."""
-BLOCK = 1024
+BLOCK = 512
+"""Images compared with as many others at once."""
 
 
 def perceptual_hashes(cohort: Cohort) -> NDArray[np.bool_]:
@@ -31,15 +34,16 @@ def _cosines(size: int) -> NDArray[np.float32]:
     return np.cos(np.pi * np.arange(SIDE)[:, None] * (2 * np.arange(size) + 1) / (2 * size)).astype(np.float32)
 
 
-def near_duplicates(cohort: Cohort) -> NDArray[np.int64]:
-    """(pairs, 2) numbers of images whose hashes differ by at most NEAR bits, the smaller first.
+def near_duplicates(cohort: Cohort) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Numbers (first, second) of the images whose hashes differ by at most NEAR bits, first < second.
 
-    All pairs are compared, as a matrix product of signs in blocks: 10,000 images take about a second.
+    They come block by block, at most BLOCK * BLOCK pairs at once, for copies make pairs by the square. All pairs are
+    compared, as matrix products of signs: 10,000 images take about a second.
     """
     signs = np.where(perceptual_hashes(cohort), np.float32(1), np.float32(-1))
     agree = signs.shape[1] - 2 * NEAR  # the product of two sign vectors is bits minus twice the distance
-    pairs = [np.empty((0, 2), np.int64)]
-    for start in range(0, len(signs), BLOCK):
-        first, second = np.nonzero(signs[start : start + BLOCK] @ signs[start:].T >= agree)
-        pairs.append(np.stack([first, second], axis=1)[first < second] + start)
-    return np.concatenate(pairs)
+    for row in range(0, len(signs), BLOCK):
+        for column in range(row, len(signs), BLOCK):
+            near = signs[row : row + BLOCK] @ signs[column : column + BLOCK].T >= agree
+            first, second = np.nonzero(np.triu(near, row - column + 1))
+            yield first + row, second + column

@@ -1,7 +1,9 @@
 """The data-fitness card, and the command that prints it."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from scipy.fft import dctn
 
 from polyclinic.cohort import Cohort, build_cohort, cli
-from polyclinic.cohort.card import card_html, make_card
+from polyclinic.cohort.card import _near_duplicates, card_html, make_card
 from polyclinic.cohort.duplicates import NEAR, near_duplicates, perceptual_hashes
 from polyclinic.errors import PolyclinicError, Refused, StudyError
 from polyclinic.study import Images
@@ -59,7 +61,8 @@ def test_card_of_some_patients(folder: Path, tmp_path: Path, images: Images) -> 
     film = cohort.patients[cohort.labels == ""][0]
     card = make_card(cohort.folder, cohort.select([film]))
     assert (card["images"], card["patients"], card["modalities"]) == (4, 1, {"XA": 3, "DX": 1})
-    assert card["files"] == 11
+    assert card["files"] == 11 and card["selection"] and not make_card(cohort.folder)["selection"]
+    assert "files of the whole source" in card_html(card)
 
 
 def smooth(n: int, size: int = 32) -> np.ndarray:
@@ -76,6 +79,10 @@ def made(images: np.ndarray) -> Cohort:
     return Cohort(Path("here"), images, np.arange(n), np.arange(n, dtype=np.int32), words, words, words, words)
 
 
+def pairs(cohort: Cohort) -> list[tuple[int, int]]:
+    return sorted(pair for first, second in near_duplicates(cohort) for pair in zip(first, second, strict=True))
+
+
 def test_hashes_and_pairs_against_a_plain_twin() -> None:
     images = smooth(60)
     images[40] = np.clip(images[3] * 0.8 + 20, 0, 255)  # another exposure
@@ -88,16 +95,31 @@ def test_hashes_and_pairs_against_a_plain_twin() -> None:
     assert (perceptual_hashes(cohort) != np.array(hashes)).mean() < 0.01  # ties of rounding at the median
     distance = (perceptual_hashes(cohort)[:, None] != perceptual_hashes(cohort)[None]).sum(axis=2)
     expected = [(i, j) for i in range(60) for j in range(i + 1, 60) if distance[i, j] <= NEAR]
-    assert sorted(map(tuple, near_duplicates(cohort).tolist())) == expected
+    assert pairs(cohort) == expected
     assert {(3, 40), (3, 41), (40, 41)} <= set(expected) and len(expected) < 8
 
 
 def test_pairs_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     images = np.concatenate([smooth(30), smooth(30)])
-    whole = sorted(map(tuple, near_duplicates(made(images)).tolist()))
+    whole = pairs(made(images))
     monkeypatch.setattr("polyclinic.cohort.duplicates.BLOCK", 7)
-    assert sorted(map(tuple, near_duplicates(made(images)).tolist())) == whole
+    assert pairs(made(images)) == whole
     assert {(k, k + 30) for k in range(30)} <= set(whole)
+
+
+def test_copies_are_counted_without_keeping_their_pairs() -> None:
+    """4,000 equal images make eight million pairs: 128 MB if they were kept."""
+    n = 4000
+    copies = made(np.repeat(smooth(1), n, axis=0))
+    copies = replace(copies, patients=np.arange(n) // 2, labels=np.array(["x" * 64, "y", "y", "y"] * (n // 4)))
+    tracemalloc.start()
+    counted = _near_duplicates(copies)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    every = n * (n - 1) // 2
+    across = {"across_patients": every - n // 2, "across_labels": (n // 4) * (3 * n // 4)}
+    assert counted == {"pairs": every, **across, "bits": NEAR}
+    assert peak < 32 << 20
 
 
 def run(*arguments: object) -> None:
