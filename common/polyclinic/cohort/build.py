@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from polyclinic.cohort.identity import keyed, load_key
 from polyclinic.cohort.index import open_cohort, write_index
 from polyclinic.cohort.intake import Facts, Intake
 from polyclinic.cohort.pool import Pool, installed_decoders
-from polyclinic.cohort.quarantine import Reason, counts, write_quarantine
+from polyclinic.cohort.quarantine import BURNED_IN_REASONS, Reason, counts, write_quarantine
 from polyclinic.cohort.scan import Scan, Source, locate, scan
 from polyclinic.cohort.store import Record, Store
 from polyclinic.errors import CohortError
@@ -60,17 +59,18 @@ def build_cohort(
         timeout_s: seconds for one file.
 
     Raises:
-        CohortError: there is no such source, or nothing in it can be used; it counts the reasons.
+        CohortError: there is no such source, the state lies within it, or nothing in it can be used; it counts the
+            reasons.
         StorageError: the disk is full or cannot be written; what was read so far is kept.
     """
-    path, state = locate(source), state.resolve()
+    path, state = locate(source, state), state.resolve()
     intake = Intake(images.size, images.channels, images.window, allow_burned_in)
     key = load_key(state)
     folder = state / "cohorts" / keyed(key, "cohort", json.dumps([os.fspath(path), asdict(intake)]))
     with storage(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _locked(folder):
-        found = scan(path, state)
+        found = scan(path)
         with Store(folder, intake.stride, installed_decoders()) as store:
             unread = _read(found, store, key, intake, max(1, workers or _processors()), timeout_s, progress)
         _conclude(folder, found, store, unread, key, intake)
@@ -107,35 +107,42 @@ def _read(
     ]
     total = len(found.sources)
     setup = {"intake": asdict(intake), "key": key.hex(), "known": list(store.records)}
-    replies = Pool(setup, workers, timeout_s).read([found.root / found.sources[p].relative for p in new])
+    replies = _replies(setup, workers, timeout_s, [found.root / found.sources[p].relative for p in new])
     with closing(replies):  # and with it the workers, whatever happens here
         for done, (number, reply, pixels) in enumerate(replies, start=total - len(new) + 1):
-            if reason := _keep(found.sources[new[number]], reply, pixels, found, store, key):
+            if reason := _keep(found.sources[new[number]], reply, pixels, store, key):
                 unread[new[number]] = reason
             if progress:
                 progress(done, total)
     return unread
 
 
-def _keep(source: Source, reply: dict[str, Any], pixels: bytes, found: Scan, store: Store, key: bytes) -> Reason | None:
+def _replies(
+    setup: dict[str, Any], workers: int, timeout_s: float, paths: Sequence[Path]
+) -> Generator[tuple[int, dict[str, Any], bytes], None, None]:
+    """What Pool.read gives; the content that ended a worker is then hashed by another, to be known next time."""
+    ended: dict[int, Reason] = {}
+    with closing(Pool(setup, workers, timeout_s).read(paths)) as replies:
+        for number, reply, pixels in replies:
+            if reply.get("reason") in (Reason.TIMEOUT, Reason.CRASHED) and not reply.get("killed"):
+                ended[number] = reply["reason"]
+            else:
+                yield number, reply, pixels
+    numbers = list(ended)
+    with closing(Pool({**setup, "known": None}, workers, timeout_s).read([paths[n] for n in numbers])) as replies:
+        for position, reply, _ in replies:
+            yield numbers[position], {**reply, "reason": ended[numbers[position]]}, b""
+
+
+def _keep(source: Source, reply: dict[str, Any], pixels: bytes, store: Store, key: bytes) -> Reason | None:
     """Store one reply; a reason where the file's content remains unknown and is to be tried again next time."""
     reason = Reason(reply.pop("reason")) if "reason" in reply else None
-    killed = reply.pop("killed", False)
-    stat, sha = tuple(reply.pop("stat", source.stat)), reply.pop("sha", "")
-    if not sha and (killed or reason not in (Reason.TIMEOUT, Reason.CRASHED)):
+    if "sha" not in reply:
         return reason
-    try:
-        sha = sha or _hash(found.root / source.relative)
-    except OSError:
-        return Reason.UNREADABLE
+    sha, stat = reply.pop("sha"), tuple(reply.pop("stat"))
     record = Record(Facts(**reply), reason=reason) if reason or reply else None
     store.add(keyed(key, "path", source.relative), stat, sha, record, pixels)
     return None
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _conclude(folder: Path, found: Scan, store: Store, unread: dict[int, Reason], key: bytes, intake: Intake) -> None:
@@ -155,7 +162,9 @@ def _conclude(folder: Path, found: Scan, store: Store, unread: dict[int, Reason]
     write_quarantine(folder / QUARANTINE, admission.quarantine)
     if not admission.members:
         problem = f"none of the {len(found.sources)} files of the cohort can be used: {summary(admission.quarantine)}"
-        raise CohortError(problem if found.sources else "the cohort holds no files", _FIX)
+        burned_in = sum(entry.reason in BURNED_IN_REASONS for entry in admission.quarantine)
+        fix = _ALLOW if 2 * burned_in > len(admission.quarantine) else _FIX
+        raise CohortError(problem if found.sources else "the cohort holds no files", fix)
     meta = {
         "intake": asdict(intake),
         "files": len(found.sources),
@@ -168,3 +177,7 @@ def _conclude(folder: Path, found: Scan, store: Store, unread: dict[int, Reason]
 
 
 _FIX = f"{QUARANTINE}, in the cohort's folder under the state directory, lists each file with what its reason means"
+_ALLOW = (
+    "if the burned-in text is harmless, allow it: "
+    "--allow-burned-in, or allow_burned_in = true under the site in the study"
+)

@@ -92,8 +92,8 @@ def which(
     from polyclinic.cohort.identity import keyed, load_key
     from polyclinic.cohort.scan import locate, scan
 
+    found = scan(locate(source, state))
     key = load_key(state)
-    found = scan(locate(source), state.resolve())
     names = [s.relative for s in found.sources if keyed(key, "path", s.relative) == identity]
     if not names:
         raise Refused(

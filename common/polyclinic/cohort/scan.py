@@ -12,6 +12,8 @@ from polyclinic.cohort.quarantine import Reason
 from polyclinic.errors import CohortError
 
 LABELS = "labels.csv"
+OURS = ({"identity.key"}, {"study.toml", "events.jsonl"})
+"""Files by which a state directory and a run are known."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +53,31 @@ class Scan:
     has_patients: bool
 
 
-def locate(source: Path) -> Path:
+def locate(source: Path, state: Path) -> Path:
     """The CSV file or the directory that `source` means, resolved.
 
     Raises:
-        CohortError: there is nothing there.
+        CohortError: there is nothing there, or `state` lies in its folder, where nothing is to be written.
     """
     path = source.resolve()
-    if path.is_dir():
-        table = path / LABELS
-        return table if table.is_file() else path
-    if path.is_file() and path.suffix.lower() == ".csv":
-        return path
-    problem = "is neither a directory nor a CSV file" if path.exists() else "does not exist"
-    raise CohortError(
-        f"the cohort {source} {problem}", "give a directory of images or a CSV file with an `image` column"
-    )
+    folder = path if path.is_dir() else path.parent
+    if not (path.is_dir() or (path.is_file() and path.suffix.lower() == ".csv")):
+        problem = "is neither a directory nor a CSV file" if path.exists() else "does not exist"
+        raise CohortError(
+            f"the cohort {source} {problem}", "give a directory of images or a CSV file with an `image` column"
+        )
+    if state.resolve().is_relative_to(folder):
+        raise CohortError(
+            f"the state directory {state} lies in the folder of the cohort {source}, where nothing is to be written",
+            "keep it elsewhere: --state DIR",
+        )
+    return path / LABELS if (path / LABELS).is_file() else path
 
 
-def scan(path: Path, state: Path) -> Scan:
-    """The files of a located cohort, those below `state` (resolved) left out. Takes a stat a file and reads none."""
+def scan(path: Path) -> Scan:
+    """The files of a located cohort; states and runs in its directory are left out. Takes a stat a file, reads none."""
     if path.is_dir():
-        return Scan(path, sorted(_walk(path, state), key=lambda s: s.relative), from_csv=False, has_patients=False)
+        return Scan(path, sorted(_walk(path), key=lambda s: s.relative), from_csv=False, has_patients=False)
     sources = sorted(_read_csv(path), key=lambda s: s.relative)
     return Scan(path.parent, sources, from_csv=True, has_patients=any(s.patient for s in sources))
 
@@ -86,15 +91,18 @@ def clean(text: str, longest: int = limits.MAX_TEXT) -> str:
     return " ".join("".join(c for c in text if c.isprintable() or c.isspace()).split())[:longest]
 
 
-def _walk(root: Path, state: Path) -> Iterator[Source]:
-    """Every file below `root` but those below `state`; its label is the first directory on its way.
+def _walk(root: Path) -> Iterator[Source]:
+    """Every file below `root` but those of states and runs; its label is the first directory on its way.
 
     A directory that cannot be listed or is a link stands for what may be in it, with the reason.
     """
     unlisted: list[str] = []
     for folder, folders, names in os.walk(root, onerror=lambda error: unlisted.append(os.fspath(error.filename))):
         here = Path(folder)
-        folders[:] = sorted(name for name in folders if here / name != state)
+        if any(marks <= set(names) for marks in OURS):
+            folders.clear()
+            continue
+        folders.sort()
         links = [name for name in folders if (here / name).is_symlink()]
         for name in [*names, *links]:
             relative = os.path.relpath(here / name, root)

@@ -24,6 +24,8 @@ IMAGES = "images.u8"
 JOURNAL = "journal.jsonl"
 BATCH = 64
 """Files between two commits: what a killed build may have to decode again."""
+BATCH_BYTES = 64 << 20
+"""Bytes of images after which a commit comes sooner: what a build holds in memory."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Store:
         self.memo: dict[str, tuple[tuple[int, ...], str]] = {}
         self.images = 0
         self._pixels: list[bytes] = []
+        self._pending = 0
         self._lines: list[bytes] = []
 
     def __enter__(self) -> Self:
@@ -112,9 +115,10 @@ class Store:
             else:
                 entry |= {"first": self.images, "count": len(pixels) // self._stride}
                 self._pixels.append(pixels)
+                self._pending += len(pixels)
         self._learn(entry)
         self._lines.append(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
-        if len(self._lines) >= BATCH:
+        if len(self._lines) >= BATCH or self._pending >= BATCH_BYTES:
             self.commit()
 
     def commit(self) -> None:
@@ -123,16 +127,17 @@ class Store:
         Raises:
             StorageError: the disk is full; what was committed before stands.
         """
-        pixels, lines = b"".join(self._pixels), b"".join(self._lines)
-        self._pixels, self._lines = [], []
+        pixels, lines = self._pixels, self._lines
+        self._pixels, self._pending, self._lines = [], 0, []
         with storage(self._folder):
             _append(self._data, pixels)
             _append(self._journal, lines)
 
 
-def _append(file: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
-    if data:
+def _append(file: BinaryIO, parts: list[bytes]) -> None:
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            view = view[file.write(view) :]
+    if parts:
         os.fsync(file.fileno())

@@ -32,7 +32,8 @@ def main() -> None:
     replies = _silence()
     sys.modules["requests"] = None  # type: ignore[assignment]  # pydicom would import it, slowly, to download test files
     setup = json.loads(sys.stdin.buffer.readline())
-    intake, key, known = Intake.from_json(setup["intake"]), bytes.fromhex(setup["key"]), frozenset(setup["known"])
+    intake, key = Intake.from_json(setup["intake"]), bytes.fromhex(setup["key"])
+    known = None if setup["known"] is None else frozenset(setup["known"])
     _send(replies, {}, [])  # started
     for line in sys.stdin.buffer:
         # Kills this process should its parent be gone when a decoder hangs; the parent itself is stricter.
@@ -63,12 +64,12 @@ def _silence() -> BinaryIO:
 
 
 def answer(
-    path: str, intake: Intake, key: bytes, known: Container[str]
+    path: str, intake: Intake, key: bytes, known: Container[str] | None
 ) -> tuple[dict[str, Any], list[NDArray[np.uint8]]]:
     """The reply to one request and its images, each (channels, size, size).
 
     The reply holds `reason` if the file is unusable; `sha` and `stat` once it has been read; its facts unless its
-    content is known already.
+    content is among the `known`, or those are None: then nothing is decoded.
     """
     try:
         data, stat = _read(path)
@@ -79,7 +80,7 @@ def answer(
     except MemoryError:
         return {"reason": Reason.TOO_LARGE}, []
     identity: dict[str, Any] = {"sha": hashlib.sha256(data).hexdigest(), "stat": stat}
-    if identity["sha"] in known:
+    if known is None or identity["sha"] in known:
         return identity, []
     try:
         images, facts = decode(data, intake, key)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from pydicom.encaps import encapsulate
 from polyclinic.cohort import Cohort, build, build_cohort, open_cohort, pool, store, union
 from polyclinic.cohort.identity import load_key
 from polyclinic.cohort.index import read_meta
+from polyclinic.cohort.intake import Facts
+from polyclinic.cohort.scan import Scan, scan
 from polyclinic.errors import CohortError, PolyclinicError, StorageError
 from polyclinic.study import Images
 
@@ -179,6 +182,17 @@ def test_nothing_to_use_is_an_error_with_counts(tmp_path: Path, images: Images) 
         build_cohort(tmp_path / "empty", images, tmp_path / "state")
 
 
+def test_burned_in_text_alone_says_how_to_allow_it(tmp_path: Path, dicom: Write, images: Images) -> None:
+    for k, modality in enumerate(("US", "US", "SEG")):
+        dicom(tmp_path / "a" / f"{k}", k, Modality=modality)
+    with pytest.raises(CohortError, match=r"--allow-burned-in, or allow_burned_in = true") as error:
+        build_cohort(tmp_path / "a", images, tmp_path / "state")
+    assert "2 ultrasound, 1 derived" in error.value.problem
+    dicom(tmp_path / "a" / "3", 3, Modality="SEG")
+    with pytest.raises(CohortError, match=r"quarantine\.csv"):
+        build_cohort(tmp_path / "a", images, tmp_path / "state")
+
+
 def test_second_build_reads_nothing(
     chest: Path, tmp_path: Path, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,11 +248,11 @@ def test_settings_have_caches_of_their_own(chest: Path, tmp_path: Path, images: 
     assert len(folders) == 4
 
 
-def test_state_may_lie_within_the_source(tmp_path: Path, png: Write, images: Images) -> None:
+def test_nothing_is_written_into_the_source(tmp_path: Path, png: Write, images: Images) -> None:
     png(tmp_path / "x" / "1.png")
-    for _ in range(2):
-        cohort = build_cohort(tmp_path, images, tmp_path / ".polyclinic")
-        assert read_meta(cohort.folder)["files"] == 1
+    with pytest.raises(CohortError, match="--state DIR"):
+        build_cohort(tmp_path, images, tmp_path / ".polyclinic")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_journal_cut_anywhere_is_completed(chest: Path, tmp_path: Path, images: Images) -> None:
@@ -264,12 +278,12 @@ def test_full_disk_loses_nothing(chest: Path, tmp_path: Path, images: Images, mo
     monkeypatch.setattr(store, "BATCH", 8)
     append, calls = store._append, []
 
-    def full(file: object, data: bytes) -> None:
-        calls.append(data)
+    def full(file: BinaryIO, parts: list[bytes]) -> None:
+        calls.append(parts)
         if len(calls) > 5:
-            append(file, data[: len(data) // 2])  # type: ignore[arg-type]
+            append(file, [part[: len(part) // 2] for part in parts])
             raise OSError(28, "No space left on device")
-        append(file, data)  # type: ignore[arg-type]
+        append(file, parts)
 
     monkeypatch.setattr(store, "_append", full)
     with pytest.raises(StorageError, match="no space left"):
@@ -278,6 +292,18 @@ def test_full_disk_loses_nothing(chest: Path, tmp_path: Path, images: Images, mo
     (folder,) = (tmp_path / "state" / "cohorts").iterdir()
     assert (folder / store.JOURNAL).read_bytes().count(b"\n") >= 16  # the two whole batches
     assert same(build_cohort(chest, images, tmp_path / "state"), build_cohort(chest, images, tmp_path / "fresh"))
+
+
+def test_many_bytes_are_committed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few files can hold much; the disk has them before the next one is read."""
+    monkeypatch.setattr(store, "BATCH_BYTES", 30)
+    with store.Store(tmp_path, stride=10) as opened:
+        sizes = []
+        for k in range(5):
+            opened.add(str(k), (k, 0, 0), f"sha{k}", store.Record(Facts(), count=1), bytes(20))
+            sizes.append((tmp_path / store.IMAGES).stat().st_size)
+    assert sizes == [0, 40, 40, 80, 80] and (tmp_path / store.IMAGES).stat().st_size == 100
+    assert (tmp_path / store.JOURNAL).read_bytes().count(b"\n") == 5
 
 
 def test_a_state_directory_that_cannot_be_made(chest: Path, tmp_path: Path, images: Images) -> None:
@@ -310,6 +336,30 @@ def test_hanging_and_crashing_decoders_are_quarantined_for_good(
     assert len(cohort) == 20 and read_meta(cohort.folder)["quarantine"] == {"crashed": 1, "timeout": 1}
     no_reading(monkeypatch)
     assert read_meta(build_cohort(folder, images, tmp_path / "state").folder)["files"] == 22
+
+
+def test_a_pipe_in_the_place_of_a_file_costs_its_deadline(
+    tmp_path: Path, png: Write, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It blocks whoever opens it: no process but a worker may, and nothing is remembered of it."""
+    folder = tmp_path / "scans"
+    for k in range(3):
+        png(folder / "x" / f"{k}.png", k)
+    pipe, kept = folder / "x" / "1.png", (folder / "x" / "1.png").read_bytes()
+
+    def scan_then_swap(path: Path) -> Scan:
+        found = scan(path)
+        pipe.unlink()
+        os.mkfifo(pipe)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "scan", scan_then_swap)
+        cohort = build_cohort(folder, images, tmp_path / "state", timeout_s=1.0)
+    assert len(cohort) == 2 and read_meta(cohort.folder)["quarantine"] == {"timeout": 1}
+    pipe.unlink()
+    pipe.write_bytes(kept)
+    assert len(build_cohort(folder, images, tmp_path / "state")) == 3
 
 
 BUILD = """

@@ -11,12 +11,13 @@ from polyclinic.cohort.scan import Source, clean, locate, scan
 from polyclinic.errors import CohortError
 
 Png = Callable[..., Path]
+ELSEWHERE = Path("/no/such/state")
 
 
 def table(folder: Path, text: str) -> dict[str, Source]:
     folder.mkdir(exist_ok=True)
     (folder / "labels.csv").write_text(text, encoding="utf-8")
-    return {source.relative: source for source in scan(locate(folder), folder / "state").sources}
+    return {source.relative: source for source in scan(locate(folder, ELSEWHERE)).sources}
 
 
 def test_columns_mean_what_they_say(tmp_path: Path, png: Png) -> None:
@@ -81,7 +82,7 @@ def test_rows_without_a_file(tmp_path: Path, png: Png, row: str, reason: Reason)
 def test_a_file_listed_twice_counts_once(tmp_path: Path, png: Png) -> None:
     png(tmp_path / "a.png")
     (tmp_path / "labels.csv").write_text("image,label\na.png,x\n./a.png,y\n")
-    sources = scan(tmp_path / "labels.csv", tmp_path / "state").sources
+    sources = scan(tmp_path / "labels.csv").sources
     assert [(s.label, s.reason) for s in sources] == [("x", None), ("y", Reason.LISTED_TWICE)]
 
 
@@ -91,7 +92,7 @@ def test_a_file_listed_twice_counts_once(tmp_path: Path, png: Png) -> None:
 def test_csv_files_that_cannot_be_read_say_so(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "labels.csv").write_bytes(content)
     with pytest.raises(CohortError, match=r"labels\.csv"):
-        scan(locate(tmp_path), tmp_path / "state")
+        scan(locate(tmp_path, ELSEWHERE))
 
 
 def test_ragged_rows_do_no_harm(tmp_path: Path, png: Png) -> None:
@@ -103,16 +104,35 @@ def test_ragged_rows_do_no_harm(tmp_path: Path, png: Png) -> None:
 
 def test_sources_that_are_none(tmp_path: Path, png: Png) -> None:
     with pytest.raises(CohortError, match="does not exist"):
-        locate(tmp_path / "nowhere")
+        locate(tmp_path / "nowhere", ELSEWHERE)
     with pytest.raises(CohortError, match="neither"):
-        locate(png(tmp_path / "a.png"))
+        locate(png(tmp_path / "a.png"), ELSEWHERE)
 
 
-def test_directories_are_walked_whole_but_for_the_state(tmp_path: Path, png: Png) -> None:
-    for name in ("x/1.png", "x/deep/2.png", "y/3.png", "4.png", "state/cache.png"):
+@pytest.mark.parametrize("state", [".", "state", "x/deep/.polyclinic"])
+@pytest.mark.parametrize("source", [".", "labels.csv"])
+def test_a_state_within_the_cohort_is_refused(tmp_path: Path, source: str, state: str) -> None:
+    (tmp_path / "labels.csv").write_text("image\n")
+    with pytest.raises(CohortError, match=r"nothing is to be written\n.*--state DIR"):
+        locate(tmp_path / source, tmp_path / state)
+    assert locate(tmp_path, tmp_path.parent / "state") == tmp_path / "labels.csv"
+
+
+def test_directories_are_walked_whole_but_for_states_and_runs(tmp_path: Path, png: Png) -> None:
+    for name in (
+        "x/1.png",
+        "x/deep/2.png",
+        "y/3.png",
+        "4.png",
+        "x/state/cohorts/a/5.png",
+        "run/6.png",
+        "run/all/7.png",
+    ):
         png(tmp_path / name)
+    for name in ("x/state/identity.key", "run/study.toml", "run/events.jsonl"):
+        (tmp_path / name).touch()
     (tmp_path / "z").symlink_to(tmp_path / "x")
-    found = scan(tmp_path, tmp_path / "state")
+    found = scan(tmp_path)
     assert [(s.relative, s.label) for s in found.sources if not s.reason] == [
         ("4.png", ""), ("x/1.png", "x"), ("x/deep/2.png", "x"), ("y/3.png", "y"),
     ]  # fmt: skip
@@ -129,16 +149,14 @@ def test_a_directory_that_cannot_be_listed_is_not_forgotten(tmp_path: Path, monk
         return listing(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert [(s.relative, s.reason) for s in scan(tmp_path, tmp_path / "state").sources] == [
-        ("locked", Reason.UNREADABLE)
-    ]
+    assert [(s.relative, s.reason) for s in scan(tmp_path).sources] == [("locked", Reason.UNREADABLE)]
 
 
 def test_names_that_are_not_utf8(tmp_path: Path, png: Png) -> None:
     folder = tmp_path / os.fsdecode(b"\xe9t\xe9")
     folder.mkdir()
     png(tmp_path / "1.png").rename(folder / os.fsdecode(b"\xff.png"))
-    (source,) = scan(tmp_path, tmp_path / "state").sources
+    (source,) = scan(tmp_path).sources
     assert source.reason is None and source.label == "t"
 
 
