@@ -109,7 +109,8 @@ def _folds(y: NDArray[np.intp], patients: Patients, seed: int) -> NDArray[np.int
 
 def _held_out_loss(x: Floats, y: NDArray[np.intp], held_out: NDArray[np.bool_], strength: float) -> float:
     model = _logistic(strength).fit(x[~held_out], y[~held_out])
-    likelihood = model.predict_log_proba(x[held_out])[np.arange(held_out.sum()), y[held_out]]
+    probability = model.predict_proba(x[held_out])[np.arange(held_out.sum()), y[held_out]]
+    likelihood = np.log(np.maximum(probability, np.finfo(np.float64).tiny))  # a certainty may be rounded to 0
     present = np.unique(y[held_out])
     return -float(np.mean([likelihood[y[held_out] == k].mean() for k in present]))
 
