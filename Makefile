@@ -35,7 +35,7 @@ clean: ## remove ./.venv, caches and builds; runs/ stays
 $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"error: {sys.executable} is Python " \
 		f"{sys.version.split()[0]}; Polyclinic needs 3.11 or later\n  fix: make PYTHON=python3.12 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep -oE '^uv==[0-9.]+' requirements.lock)
 	$(UV) --compile-bytecode --require-hashes -r requirements.lock
 	$(UV) --no-deps --editable .

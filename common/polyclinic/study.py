@@ -305,6 +305,8 @@ def resolve(data: Any, where: str = "the study") -> Study:
     except ValidationError as error:
         problem, fix = explain(error, Study)
         raise StudyError(f"{where}: {problem}", fix) from error
+    except ValueError as error:  # what JSON cannot hold, such as a number of thousands of digits
+        raise StudyError(f"{where} holds a value that no study has: {error}", "give plain numbers and texts") from error
 
 
 def _refuse_long(text: str, where: str) -> None:

@@ -388,3 +388,8 @@ def test_the_canonical_form_is_sorted_and_compact() -> None:
 def test_defaults_stay_as_they_were_approved() -> None:
     # A changed default is another study: sites must approve it anew. Change this hash only when that is meant.
     assert resolve(SMALL).hash == "c7b35cc9649eda0a92a6061fce5d2015209c587d9ee8e178bdf7c9bc0010f5f3"
+
+
+def test_a_number_of_thousands_of_digits_is_a_bad_study() -> None:
+    with pytest.raises(StudyError, match="holds a value that no study has"):
+        parse_study('[study]\nname = "x"\nseed = 0x' + "f" * 3900, "here")

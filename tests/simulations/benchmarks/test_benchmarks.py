@@ -43,7 +43,6 @@ def test_overhead(run: Any) -> None:
     assert len(kept["bare_s"]) == 2
     assert kept["images_a_site_and_round"] > 2
     assert kept["ratio_of_totals"] == pytest.approx(sum(kept["engine_s"]) / sum(kept["bare_s"]), rel=0.05)
-    assert kept["ratio_of_totals"] > 1
     assert {"ratio_median_of_rounds", "ratio_of_processor_totals", "extra_s_a_site_and_round"} < set(kept)
 
 
