@@ -46,14 +46,21 @@ class SiteState:
     def keep(
         self, round: int, stage: int, update: dict[str, Tensor], facts: dict[str, str], moments: dict[str, Tensor]
     ) -> None:
-        """Store a finished round, the update last: where it stands, the moments stand too. Older rounds go."""
+        """Store a finished round, the update last: where it stands, the moments stand too. Older rounds go.
+
+        Nothing waits for the disk: a file that a power cut damages is refused by its hash, and its round made again.
+        """
         with storage(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(self.folder / f"moments-{round:04d}.safetensors", moments, {"stage": str(stage)})
-        save_tensors(self.folder / f"update-{round:04d}.safetensors", update, facts)
+        self._write("moments", round, moments, {"stage": str(stage)})
+        self._write("update", round, update, facts)
         for path in self.folder.iterdir():
             if (made := _FILE.match(path.name)) is None or int(made["round"]) <= round - KEPT:
                 path.unlink(missing_ok=True)  # an old round, or what a killed process left half written
+
+    def _write(self, kind: str, round: int, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+        new, old = (self.folder / f"{kind}-{number:04d}.safetensors" for number in (round, round - KEPT))
+        save_tensors(new, tensors, facts, durable=False, recycle=old)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:

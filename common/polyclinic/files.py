@@ -24,18 +24,28 @@ def storage(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path`, durably, when the block ends without an error."""
+def atomic(path: Path, durable: bool = True, recycle: Path | None = None) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` when the block ends without an error.
+
+    It outlives a killed process in any case, and a power cut if `durable`. `recycle` names a file that is no longer
+    needed and is written over: memory that the system has at hand for its pages is faster than new memory.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage(path):
         try:
-            with temporary.open("wb") as file:
+            if recycle is not None and recycle.exists():
+                recycle.replace(temporary)
+            with temporary.open("r+b" if temporary.exists() else "wb") as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
+                file.truncate()
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+        if not durable:
+            return
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

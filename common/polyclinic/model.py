@@ -1,5 +1,8 @@
 """From a study to the module that a stage trains, and between modules and the tensors that travel."""
 
+import copy
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import nn
@@ -8,17 +11,28 @@ from polyclinic.encoders import build_encoder
 from polyclinic.methods import make_method
 from polyclinic.methods.base import Method
 from polyclinic.seeding import forked, seed_for
-from polyclinic.study import Study
+from polyclinic.study import Encoder, Images, Study
 from polyclinic.wire import Malformed, Tensors
 
 
 def build_stage(study: Study, stage: int) -> tuple[Method, nn.Module]:
     """The method of a stage and its module, initialised from the study's seed: alike wherever it is built."""
     method = make_method(study.stages[stage], study.images)
-    with forked(seed_for(study.seed, "encoder")):
-        encoder = build_encoder(study.encoder, study.images)
+    encoder = _untrained(study)
     with forked(seed_for(study.seed, "heads", stage=stage)):
         return method, method.build(encoder)
+
+
+def _untrained(study: Study) -> nn.Module:
+    """The encoder as it is initialised; the caller's own."""
+    return copy.deepcopy(_initialised(study.encoder, study.images, seed_for(study.seed, "encoder")))
+
+
+@lru_cache(maxsize=1)
+def _initialised(settings: Encoder, images: Images, seed: int) -> nn.Module:
+    """Kept, since drawing weights takes several times as long as copying them, and a site asks every round."""
+    with forked(seed):
+        return build_encoder(settings, images)
 
 
 def initial_tensors(study: Study, stage: int, previous: Tensors | None) -> Tensors:
@@ -52,8 +66,7 @@ def load_tensors(module: nn.Module, tensors: Tensors) -> None:
 
 def encoder_of(study: Study, tensors: Tensors | None) -> nn.Module:
     """The encoder in global tensors (None: as it is initialised), in evaluation mode."""
-    with forked(seed_for(study.seed, "encoder")):
-        encoder = build_encoder(study.encoder, study.images)
+    encoder = _untrained(study)
     if tensors is not None:
         load_tensors(encoder, {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")})
     return encoder.eval()

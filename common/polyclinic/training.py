@@ -5,10 +5,13 @@ kernels, which repeats bits in practice on one GPU; torch's stricter switch is n
 operations for the sake of a few that this loop calls in ways that are deterministic anyway.
 """
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,8 @@ MOMENTUM = 0.9
 """Of SGD."""
 CLIP = 3.0
 """Largest norm of a step's gradient: several times the usual one, so that only outliers are cut (DINO's figure)."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""glibc's numbers for what `mallopt` sets."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,19 @@ def use_threads(compute: Compute) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have this process keep what a step frees for the next one, where its allocator is glibc's.
+
+    By itself that one gives large blocks back to the system and then pays a page fault for every 4 KB of them, step
+    after step: a quarter of the time of SimCLR with a ResNet-18 where it was measured. At most 2 GB are kept.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest that is documented
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -110,10 +128,10 @@ def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
 
 
 def get_moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as "<parameter>.<slot>": copies on the CPU."""
+    """The optimizer's state as "<parameter>.<slot>", on the CPU; not copied if it is there."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     return {
-        f"{names[parameter]}.{slot}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        f"{names[parameter]}.{slot}": value.detach().cpu().contiguous()
         for parameter, slots in optimizer.state.items()
         for slot, value in slots.items()
         if isinstance(value, Tensor)
@@ -171,6 +189,7 @@ def train(
         CohortError: no batch holds anything that the method could learn from.
         PolyclinicError: the loss is no longer a number.
     """
+    keep_freed_memory()
     device = pick_device()
     module.to(device).train()
     if compute.layout == "channels_last":

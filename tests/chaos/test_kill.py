@@ -122,8 +122,8 @@ MOMENTS = {
     "the last measurement": ["polyclinic_client.work:evaluate", 17, "before"],
     "before the encoder is saved": ["polyclinic_server.app:save_encoder", 1, "before"],
     "the encoder is saved and nobody told": ["polyclinic_server.app:save_encoder", 1, "after"],
-    "as a file is made durable, later": [FSYNC, 33, "before"],
-    "as a file has been made durable": [FSYNC, 42, "after"],
+    "as a file is made durable, later": [FSYNC, 9, "before"],
+    "as a file has been made durable": [FSYNC, 14, "after"],
 }
 
 

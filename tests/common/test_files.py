@@ -66,3 +66,18 @@ def test_a_disk_that_may_not_be_written_is_a_storage_error(number: int) -> None:
 def test_other_errors_of_the_operating_system_pass_unchanged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomic(tmp_path / "missing" / "result", "x")
+
+
+def test_a_file_no_longer_needed_is_written_over(tmp_path: Path) -> None:
+    old, new = tmp_path / "round-1", tmp_path / "round-3"
+    old.write_bytes(b"the longer content of old")
+    place = old.stat().st_ino
+    with atomic(new, recycle=old) as file:
+        assert not old.exists()
+        file.write(b"new")
+    assert new.read_bytes() == b"new"
+    assert new.stat().st_ino == place
+    with atomic(tmp_path / "round-4", recycle=tmp_path / "round-2") as file:  # there is none
+        file.write(b"newer")
+    assert (tmp_path / "round-4").read_bytes() == b"newer"
+    assert len(list(tmp_path.iterdir())) == 2

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -337,6 +338,32 @@ def test_the_processors_bf16_units_are_those_it_lists() -> None:
     words = set(Path("/proc/cpuinfo").read_text().split())
     assert training.has_bf16(torch.device("cpu")) == bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
     assert not training.has_bf16(torch.device("mps"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_that_a_step_frees_is_there_for_the_next() -> None:
+    code = """
+import sys, torch
+from polyclinic.training import keep_freed_memory
+
+def heap():
+    line = next(line for line in open("/proc/self/maps") if line.endswith("[heap]\\n"))
+    return [int(end, 16) for end in line.split()[0].split("-")]
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+block = torch.ones(6 << 20)  # 24 MB
+low, high = heap()
+print(low <= block.data_ptr() < high)
+del block
+print(heap()[1] == high)
+"""
+    said = {
+        how: subprocess.run([sys.executable, "-c", code, how], check=True, capture_output=True, text=True).stdout
+        for how in ("kept", "by itself")
+    }
+    assert said["kept"].split() == ["True", "True"]
+    assert said["by itself"].split()[0] == "False"
 
 
 def test_threads_are_the_studys_and_put_back() -> None:
