@@ -11,7 +11,7 @@ from polyclinic.files import storage
 from polyclinic.study import Study, load_study
 from polyclinic_simulations.phantom import write_site
 
-PATIENTS = 60
+PATIENTS = 80
 """At each site."""
 
 

@@ -53,6 +53,17 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("state")
 
 
+@pytest.fixture(scope="session")
+def finished(patients: Path, state: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed; what it printed stands beside it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "tiny.toml").write_text(STUDY)
+    done = polyclinic("simulate", folder / "tiny.toml", "--data", patients, "--state", state, "--out", folder / "run")
+    assert done.returncode == 0, done.stderr
+    (folder / "printed.txt").write_text(done.stdout + done.stderr)
+    return folder / "run"
+
+
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     """The study file."""

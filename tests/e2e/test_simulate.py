@@ -13,23 +13,12 @@ import torch
 from polyclinic.artifacts import load_encoder, load_tensors
 from polyclinic_simulations.phantom import identifiers
 
-from .conftest import SITES, STUDY, polyclinic
+from .conftest import SITES, polyclinic
 
 RUN_FILES = {
     "study.toml", "summary.json", "metrics.csv", "events.jsonl", "checkpoints", "encoder.safetensors",
     "MODEL_CARD.md", "report.html",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def finished(patients: Path, state: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed; what it printed stands beside it."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "tiny.toml").write_text(STUDY)
-    done = polyclinic("simulate", folder / "tiny.toml", "--data", patients, "--state", state, "--out", folder / "run")
-    assert done.returncode == 0, done.stderr
-    (folder / "printed.txt").write_text(done.stdout + done.stderr)
-    return folder / "run"
 
 
 def encoder_bytes(run: Path) -> bytes:

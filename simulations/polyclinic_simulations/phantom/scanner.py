@@ -22,6 +22,8 @@ WATER = 0.019
 """Attenuation of water at 100 kV, per mm."""
 SYNTAXES = (ExplicitVRLittleEndian, RLELossless, JPEGLSLossless, JPEG2000Lossless, ImplicitVRLittleEndian)
 BITS = (12, 8, 16, 10)
+LARGE = 15.0
+"""Structures that compression takes for large, standard deviation in pixels."""
 LETTERS = {
     -1: ("1110", "1001", "1001", "1110", "1010", "1001", "1001"),
     1: ("1000", "1000", "1000", "1000", "1000", "1000", "1111"),
@@ -44,6 +46,8 @@ class Scanner:
     """Unsharp masking after it, fraction."""
     noise: float
     """Standard deviation at the mean exposure, as a fraction of the signal."""
+    compression: float
+    """Of large structures, fraction: the vendor's tissue equalisation, which keeps details and evens out the rest."""
     bits: int
     inverted: bool
     """MONOCHROME1: low values are white."""
@@ -62,10 +66,11 @@ class Scanner:
             rows=int(rng.integers(184, 224)),
             columns=int(rng.integers(176, 204)),
             gain=rng.uniform(0.5, 4.5),
-            gamma=rng.uniform(0.7, 1.4),
+            gamma=rng.uniform(0.6, 1.7),
             blur=rng.uniform(0.5, 1.1),
             boost=rng.uniform(0.0, 1.2),
             noise=rng.uniform(0.01, 0.05),
+            compression=float(rng.choice([0.0, 0.35, 0.6, 0.8])),
             bits=BITS[turn % len(BITS)],
             inverted=turn % 2 == 1,
             border=rng.uniform(0.0, 0.09),
@@ -104,6 +109,7 @@ class Scanner:
         down, across = np.fft.fftfreq(signal.shape[0])[:, None], np.fft.rfftfreq(signal.shape[1])[None, :]
         squared = (2 * np.pi) ** 2 * (down**2 + across**2)
         transfer = np.exp(-squared * self.blur**2 / 2) * (1 + self.boost * (1 - np.exp(-squared * 4.5)))
+        transfer *= 1 - self.compression * np.exp(-squared * LARGE**2 / 2)
         filtered: Map = np.fft.irfft2(np.fft.rfft2(signal) * transfer.astype(np.float32), s=signal.shape)
         return filtered
 
