@@ -9,9 +9,11 @@ The second time the memory of its whole process tree is sampled, which takes tim
 which a page that several processes share is counted once (so nothing else on the machine should have the same libraries
 in memory). It needs Linux.
 
-The `local` sites are functions that take an order and give an update, since there is no model to train; and because a
-study's tensors come from its encoder, `initial_tensors` is replaced in that process by one that gives tensors of the
-wanted size. All else is as in a run without evaluation.
+Both simulators send every message through a ClientApp of Flower's. Polyclinic's is its own, with `answer` replaced by
+one that adds 1, since there is no model to train; and because a study's tensors come from its encoder, so is
+`initial_tensors`, by one that gives tensors of the wanted size. So a real run pays on top: importing its encoder's
+library (torchvision or timm), opening the cohorts, and at each site and round building the model, hashing the tensors
+that came, and keeping the update and the optimizer's moments on disk; then the training and the evaluation.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -58,39 +61,33 @@ def bare(sites: int, megabytes: int, rounds: int) -> Times:
 
 
 def local(sites: int, megabytes: int, rounds: int) -> Times:
-    """Polyclinic's round loop on LocalGrid."""
+    """Polyclinic's round loop on LocalGrid, its ClientApp at every site."""
     import numpy as np
-    from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
-    from polyclinic import wire
     from polyclinic.study import resolve
+    from polyclinic.wire import Order, Reply, Tensors
+    from polyclinic_client.app import make_app
     from polyclinic_server.rounds import run_study
     from polyclinic_server.rundir import RunDir
-    from polyclinic_simulations.engines.local import LocalGrid, Node
+    from polyclinic_simulations.engines.local import LocalGrid
 
     imported = time.monotonic()
     stages = [{"kind": "pretrain", "method": "simclr", "rounds": rounds}]
     study = resolve({"study": {"name": "empty"}, "stages": stages})
     model = dict(_model(megabytes))
 
-    def site(name: str) -> Node:
-        def answer(message: Message, context: Context) -> Message:
-            if message.metadata.message_type == MessageType.QUERY:
-                return Message(RecordDict({"site": ConfigRecord({"site": name})}), reply_to=message)
-            order, tensors = wire.unpack_order(message.content)
-            update = {n: np.full_like(v, 1 if n == "t0" else 0) for n, v in tensors.items()}
-            reply = wire.Reply(study.hash, order.stage, order.round, name, 1, {"loss": 0.0}, {})
-            return Message(wire.pack_reply(reply, update), reply_to=message)
-
-        return answer
+    def add_one(order: Order, tensors: Tensors, *_: object) -> tuple[Reply, Tensors]:
+        update = {n: np.full_like(v, 1 if n == "t0" else 0) for n, v in tensors.items()}
+        return Reply(study.hash, order.stage, order.round, order.site, 1, {"loss": 0.0}, {}), update
 
     names = [f"site-{k}" for k in range(sites)]
-    with TemporaryDirectory() as folder, patch("polyclinic_server.rounds.initial_tensors", return_value=model):
+    grid = LocalGrid({name: make_app(lambda _, name=name: SimpleNamespace(name=name)) for name in names})
+    given = patch("polyclinic_server.rounds.initial_tensors", return_value=model)
+    with TemporaryDirectory() as folder, given, patch("polyclinic_client.app.answer", add_one):
         run = RunDir(Path(folder))
         run.create(study)
-        grid, seats = LocalGrid({name: site(name) for name in names}), dict.fromkeys(names, 1)
         first_round = time.monotonic()
-        result = run_study(grid, study, run, seats, evaluate=False)
+        result = run_study(grid, study, run, dict.fromkeys(names, 1), evaluate=False)
     _check(result["t0"], model["t0"], rounds)
     return {"imported": imported, "first_round": first_round}
 
