@@ -20,10 +20,12 @@ import argparse
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -173,27 +175,43 @@ def run(options: list[str], watch: bool) -> tuple[float, float, Times, int]:
         started = time.monotonic()
         with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
             while watch and process.poll() is None:
-                peak = max(peak, tree_memory(os.getpid()))
+                peak = max(peak, tree_memory())
                 time.sleep(SAMPLE_S)
             code = process.wait()
         ended = time.monotonic()
+        _end_family()
         if code:
             raise SystemExit(f"a contender failed; run it by itself to see why: {' '.join(command)}")
         return started, ended, json.loads((Path(folder) / "times.json").read_text()), peak
 
 
-def tree_memory(root: int) -> int:
-    """Proportional set size of all descendants of a process, bytes."""
+def tree_memory() -> int:
+    """Proportional set size of all descendants of this process, bytes."""
+    return sum(proportional(pid) for pid in _family())
+
+
+def _family() -> set[int]:
+    """All descendants of this process."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
         except OSError:  # it has ended
             continue
-    family = {root}
+    family = {os.getpid()}
     while found := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= found
-    return sum(proportional(pid) for pid in family - {root})
+    return family - {os.getpid()}
+
+
+def _end_family() -> None:
+    """End what a contender has left running (Ray's daemons): it would count as the next one's memory."""
+    while left := _family():
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(-1, 0)
 
 
 def proportional(pid: int) -> int:
