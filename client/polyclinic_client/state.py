@@ -4,6 +4,7 @@ One folder a study, one file a round and kind. A round that is asked for again, 
 answered with the update that was stored; from others it is trained again, from the moments of the round before.
 """
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 from polyclinic.artifacts import load_tensors, save_tensors
 from polyclinic.errors import CheckpointError
 from polyclinic.files import storage
+
+log = logging.getLogger(__name__)
 
 KEPT = 2
 """Rounds kept: the newest, and the one that a repeated round starts from."""
@@ -39,8 +42,10 @@ class SiteState:
         """
         stored = {int(path.stem.partition("-")[2]): path for path in self.folder.glob("moments-*.safetensors")}
         for made in sorted((made for made in stored if made < round), reverse=True):
-            if (found := _read(stored[made])) is not None:
-                return found[0] if found[1].get("stage") == str(stage) else None
+            found = _read(stored[made])
+            if found is not None and found[1].get("round") == str(made):
+                return found[0] if found[1]["stage"] == str(stage) else None
+            log.warning("the optimizer's moments after round %d are damaged; older ones are used, or none", made)
         return None
 
     def keep(
@@ -48,11 +53,13 @@ class SiteState:
     ) -> None:
         """Store a finished round, the update last: where it stands, the moments stand too. Older rounds go.
 
-        Nothing waits for the disk: a file that a power cut damages is refused by its hash, and its round made again.
+        Nothing waits for the disk. A file that a power cut leaves damaged is refused by its hash, one that it leaves
+        with the content of an older round by the round (or the global tensors) it was written for. If the round is
+        asked for again it is made again; if it was closed, the next one starts from older moments, or none.
         """
         with storage(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._write("moments", round, moments, {"stage": str(stage)})
+        self._write("moments", round, moments, {"stage": str(stage), "round": str(round)})
         self._write("update", round, update, facts)
         for path in self.folder.iterdir():
             if (made := _FILE.match(path.name)) is None or int(made["round"]) <= round - KEPT:

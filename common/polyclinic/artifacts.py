@@ -36,8 +36,12 @@ DTYPES = {
 }
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], **how: Any) -> None:
-    """Write a safetensors file, all or nothing; the same content gives the same bytes. `how` as in `files.atomic`.
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], durable: bool = True, recycle: Path | None = None
+) -> None:
+    """Write a safetensors file, all or nothing; the same content gives the same bytes.
+
+    `durable` and `recycle` are those of `files.atomic`.
 
     The library's own writer puts metadata in random order and holds a second copy of the tensors; this one sorts and
     streams. The metadata gains a SHA-256 of header and data, so that a damaged file is refused, not loaded.
@@ -58,7 +62,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         digest.update(block)
     header["__metadata__"][DIGEST] = digest.hexdigest()
     text = _canonical(header)
-    with atomic(path, **how) as file:
+    with atomic(path, durable, recycle) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for block in _blocks(tensors, names):
             file.write(block)

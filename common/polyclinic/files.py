@@ -28,7 +28,8 @@ def atomic(path: Path, durable: bool = True, recycle: Path | None = None) -> Ite
     """A binary file that takes the place of `path` when the block ends without an error.
 
     It outlives a killed process in any case, and a power cut if `durable`. `recycle` names a file that is no longer
-    needed and is written over: memory that the system has at hand for its pages is faster than new memory.
+    needed and is written over, which is faster, as its pages are in memory already. Without `durable` a power cut can
+    leave the old content under the new name: the file must say what it is.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage(path):

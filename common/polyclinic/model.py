@@ -30,7 +30,7 @@ def _untrained(study: Study) -> nn.Module:
 
 @lru_cache(maxsize=1)
 def _initialised(settings: Encoder, images: Images, seed: int) -> nn.Module:
-    """Kept, since drawing weights takes several times as long as copying them, and a site asks every round."""
+    """Kept, since a simulation asks for it at every site and round, and drawing weights takes longer than a copy."""
     with forked(seed):
         return build_encoder(settings, images)
 

@@ -169,25 +169,20 @@ def run(options: list[str], watch: bool) -> tuple[float, float, Times, int]:
     """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    peak = 0
+    others, peak = _family(), 0
     with TemporaryDirectory() as folder:
         command = [sys.executable, __file__, *options, "--out", str(Path(folder) / "times.json")]
         started = time.monotonic()
         with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
             while watch and process.poll() is None:
-                peak = max(peak, tree_memory())
+                peak = max(peak, sum(proportional(pid) for pid in _family() - others))
                 time.sleep(SAMPLE_S)
             code = process.wait()
         ended = time.monotonic()
-        _end_family()
+        _end(others)
         if code:
             raise SystemExit(f"a contender failed; run it by itself to see why: {' '.join(command)}")
         return started, ended, json.loads((Path(folder) / "times.json").read_text()), peak
-
-
-def tree_memory() -> int:
-    """Proportional set size of all descendants of this process, bytes."""
-    return sum(proportional(pid) for pid in _family())
 
 
 def _family() -> set[int]:
@@ -204,14 +199,14 @@ def _family() -> set[int]:
     return family - {os.getpid()}
 
 
-def _end_family() -> None:
+def _end(others: set[int]) -> None:
     """End what a contender has left running (Ray's daemons): it would count as the next one's memory."""
-    while left := _family():
+    while left := _family() - others:
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            os.waitpid(-1, 0)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def proportional(pid: int) -> int:

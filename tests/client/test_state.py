@@ -1,5 +1,6 @@
 """What a site keeps between messages: found again, forgotten in time, and never trusted when damaged."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,15 @@ def test_a_damaged_file_is_as_if_the_round_had_not_been_made(kind: str, share: f
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     assert (state.update(1, "m") is None) == (kind == "update")
     assert (state.moments_before(2, 0) is None) == (kind == "moments")
+
+
+def test_moments_that_a_power_cut_left_under_a_newer_name_are_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that was written over keeps its old content, with a hash that fits, until the disk has the new one."""
+    state = SiteState(tmp_path)
+    for round in (1, 2):
+        keep(state, round)
+    shutil.copyfile(tmp_path / "moments-0001.safetensors", tmp_path / "moments-0003.safetensors")
+    assert same(state.moments_before(4, 0), -2)
+    assert "after round 3 are damaged" in caplog.text

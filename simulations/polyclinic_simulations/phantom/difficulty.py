@@ -2,8 +2,8 @@
 
 Meant: a straight line on pixels, or on an untrained encoder, should do poorly, while an encoder that has looked at the
 images should do better. So grey levels say little (scanners, HAZE, DOMES, poses), and shapes and textures say much. But
-what differs between images whatever the label must not be all that tells them apart: with more HAZE and freer poses
-SimCLR told images apart by those alone, and its probe gained nothing from more steps or more patients.
+what differs between images whatever the label must not be enough to tell them apart, or contrastive training learns
+nothing else.
 """
 
 SHARES = {"normal": 0.4, "nodule": 0.2, "consolidation": 0.2, "effusion": 0.2}

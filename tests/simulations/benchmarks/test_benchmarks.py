@@ -67,7 +67,6 @@ def test_simclr_speed(run: Any) -> None:
     in_bf16 = max(rows[f"lightly, group norm, {workers} workers, bf16"] for workers in (0, 2))
     assert kept["ratio"] == round(ours / documented, 2)
     assert kept["ratio_in_bf16"] == round(ours / in_bf16, 2)
-    assert kept["ratio_of_bests"] <= min(kept["ratio"], kept["ratio_in_bf16"])
 
 
 def test_empty_work(run: Any) -> None:
