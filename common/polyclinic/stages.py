@@ -72,14 +72,14 @@ class Pretrain(Stage):
     """Self-supervised pretraining: the method's class adds its own settings."""
 
     kind: Literal["pretrain"] = "pretrain"
+    method: str
     views: Views | None = None
     """Defaults by channels: see RADIOGRAPH and COLOUR."""
 
 
-class SimCLRStage(Pretrain):
-    """Settings of methods/simclr.py."""
+class Contrastive(Pretrain):
+    """Settings that SimCLR and MICLe share."""
 
-    method: Literal["simclr"]
     learning_rate: float = Field(default=3e-4, gt=0, le=100)
     """At 1e-3 a group-normalised ResNet starts by collapsing and recovers slowly (tried on radiographs)."""
     temperature: float = Field(default=0.1, gt=0, le=10)
@@ -87,10 +87,34 @@ class SimCLRStage(Pretrain):
     """Width of the projection that the loss compares."""
 
 
-class MAEStage(Pretrain):
-    """Settings of methods/mae.py."""
+class SimCLRStage(Contrastive):
+    """Settings of methods/simclr.py."""
 
-    method: Literal["mae"]
+    method: Literal["simclr"]
+
+
+class MICLeStage(Contrastive):
+    """Settings of methods/micle.py. `batch_size` counts patients, each with two images."""
+
+    method: Literal["micle"]
+
+
+class MLVICXStage(Pretrain):
+    """Settings of methods/mlvicx.py."""
+
+    method: Literal["mlvicx"]
+    learning_rate: float = Field(default=3e-4, gt=0, le=100)
+    weight: float = Field(default=1.0, ge=0, le=1_000)
+    """Of the places beside the whole image; 0 leaves VICReg."""
+    projection: int = Field(default=512, ge=1, le=65_536)
+    """Width of the projections that the loss compares. The paper's is 4,096."""
+    common: int = Field(default=128, ge=1, le=65_536)
+    """Channels to which every level is mapped. The paper's are 512."""
+
+
+class Masked(Pretrain):
+    """Settings that MAE and SSSD share."""
+
     learning_rate: float = Field(default=1e-3, gt=0, le=100)
     weight_decay: float = Field(default=0.05, ge=0, le=10)
     mask: float = Field(default=0.75, gt=0, lt=1)
@@ -101,16 +125,36 @@ class MAEStage(Pretrain):
     """Defaults to crop and flip only: the masking is the augmentation."""
 
 
+class MAEStage(Masked):
+    """Settings of methods/mae.py."""
+
+    method: Literal["mae"]
+
+
+class SSSDStage(Masked):
+    """Settings of methods/sssd.py."""
+
+    method: Literal["sssd"]
+    weight: float = Field(default=1.0, ge=0, le=1_000)
+    """Of the distillation beside the reconstruction."""
+
+
 MAE_VIEWS = Views(crop=(0.5, 1.0), rotation=0.0, jitter=0.0)
 
-AnyStage = Annotated[SimCLRStage | MAEStage, Field(discriminator="method")]
-METHOD_STAGES: dict[str, type[Pretrain]] = {"simclr": SimCLRStage, "mae": MAEStage}
-TOKEN_METHODS = frozenset({"mae"})
+AnyStage = Annotated[SimCLRStage | MICLeStage | MLVICXStage | MAEStage | SSSDStage, Field(discriminator="method")]
+METHOD_STAGES: dict[str, type[Pretrain]] = {
+    "simclr": SimCLRStage,
+    "micle": MICLeStage,
+    "mlvicx": MLVICXStage,
+    "mae": MAEStage,
+    "sssd": SSSDStage,
+}
+TOKEN_METHODS = frozenset({"mae", "sssd"})
 """Methods whose encoder must be able to skip tokens: Vision Transformers only."""
 
 
 def with_defaults(stage: dict[str, Any], channels: int) -> dict[str, Any]:
     """`stage` with the views that its method and the number of channels call for, under the user's own."""
-    base = MAE_VIEWS if stage.get("method") == "mae" else COLOUR if channels == 3 else RADIOGRAPH
+    base = MAE_VIEWS if str(stage.get("method")) in TOKEN_METHODS else COLOUR if channels == 3 else RADIOGRAPH
     views = stage.get("views", {})
     return {**stage, "views": {**base.model_dump(), **views}} if isinstance(views, dict) else stage

@@ -80,6 +80,8 @@ class Encoder(Settings):
     init: Literal["random"] = "random"
     patch: int = Field(default=8, ge=2, le=64)
     """Side of a Vision Transformer's patches, pixels; not used by a ResNet."""
+    context: bool = False
+    """Context bottlenecks behind every level (encoders/context.py). On by default where a stage trains mlvicx."""
 
 
 class Evaluation(Settings):
@@ -211,6 +213,11 @@ class Study(Settings):
                     f"stages.{number} trains {stage.method!r}, which needs an encoder that can skip tokens, and "
                     f"encoder.name is {self.encoder.name!r}: use vit_tiny, vit_small or vit_base"
                 )
+            if stage.method in TOKEN_METHODS and self.encoder.context:
+                raise ValueError(
+                    f"stages.{number} trains {stage.method!r}, which skips tokens, and encoder.context looks at all: "
+                    "leave encoder.context out, or train this stage in a study of its own"
+                )
         if vit and self.images.size % self.encoder.patch:
             raise ValueError(
                 f"encoder.patch is {self.encoder.patch} and does not divide images.size {self.images.size}: "
@@ -329,6 +336,9 @@ def _with_stage_defaults(data: Any, where: str) -> Any:
                 f"{where}: stages.{number} is a finetune stage, which this version cannot run",
                 "leave it out; the encoder that pretraining exports can be fine-tuned elsewhere",
             )
+    encoder = data.get("encoder", {})
+    if isinstance(encoder, dict) and any(isinstance(s, dict) and s.get("method") == "mlvicx" for s in stages):
+        data = {**data, "encoder": {"context": True, **encoder}}
     images = data.get("images")
     channels = images.get("channels", 1) if isinstance(images, dict) else 1
     return {**data, "stages": [with_defaults(s, channels) if isinstance(s, dict) else s for s in stages]}

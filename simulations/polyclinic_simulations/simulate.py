@@ -63,7 +63,7 @@ def simulate(
     run = RunDir(out, listen)
     with _claimed(run, study, resume):
         sites = settle(gather(study, data, state, reading), study, run)
-        _keep_cards(run, sites, warn=not resume)
+        _keep_cards(run, study, sites, warn=not resume)
         seats = {name: site.cohort.n_patients for name, site in sites.items()}
         write_atomic(out / "seats.json", json.dumps(seats))
         if engine == "ray":
@@ -123,13 +123,18 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _keep_cards(run: RunDir, sites: Mapping[str, Site], warn: bool) -> None:
+def _keep_cards(run: RunDir, study: Study, sites: Mapping[str, Site], warn: bool) -> None:
     """The data-fitness card of every site's patients; what it warns of is an event of a new run."""
     cards = {name: make_card(site.cohort.folder, site.cohort) for name, site in sites.items()}
     (run.path / "report").mkdir(exist_ok=True)
     write_atomic(run.path / "report" / "cards.json", json.dumps(cards))
+    micle = any(stage.method == "micle" for stage in study.stages)
     for name, card in cards.items() if warn else ():
-        for text in card["warnings"]:
+        single = len(sites[name].cohort) == sites[name].cohort.n_patients
+        for text in [
+            *card["warnings"],
+            *(["no patient has two images: micle trains as simclr"] if micle and single else []),
+        ]:
             run.event("warning", text=f"{name}: {text}")
 
 
@@ -196,7 +201,8 @@ def _pictures(study: Study, run: Path, sites: Mapping[str, Site], federated: Any
     shown = torch.cat([site.cohort.pixels(np.arange(min(len(site.cohort), each))) for site in sites.values()])
     originals = shown[:EXAMPLES].float() / 255
     method, _ = build_stage(study, 0)
-    batch = Batch(originals, torch.arange(len(originals)))
+    given = originals.repeat_interleave(2, dim=0) if method.pairs else originals  # a pair of the same: two views of it
+    batch = Batch(given, torch.arange(len(given)))
     drawn = [method.views(batch, torch_generator(seed_for(study.seed, "shown", round=n))).views[0] for n in range(3)]
     save_views_figure(run / "report" / "views.png", originals, drawn)
 

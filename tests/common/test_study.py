@@ -135,7 +135,7 @@ def test_the_bounds_above_are_many() -> None:
         ("stages", [STAGE] * 101, "stages is [{", "at most 100 items"),
         ("stages", {"rounds": 1}, "stages is a table", "a list"),
         ("stages.0.kind", "pretrian", "stages.0.kind is 'pretrian'", "'pretrain'"),
-        ("stages.0.method", "simcl", "stages.0.method is 'simcl'", "one of 'simclr', 'mae'"),
+        ("stages.0.method", "simcl", "stages.0.method is 'simcl'", "one of 'simclr', 'micle', 'mlvicx', 'mae', 'sssd'"),
         ("stages.0.rounds", "2", "stages.0.rounds is '2'", "a whole number"),
         ("stages.0.learning_rate", float("nan"), "stages.0.learning_rate is nan", "a finite number"),
         ("stages.0.learning_rate", float("inf"), "stages.0.learning_rate is inf", "a finite number"),
@@ -385,9 +385,25 @@ def test_the_canonical_form_is_sorted_and_compact() -> None:
     assert "simulation" not in json.loads(text)
 
 
+MLVICX = {"kind": "pretrain", "method": "mlvicx", "rounds": 1}
+
+
+def test_mlvicx_brings_its_bottlenecks_into_the_encoder_unless_told_not_to() -> None:
+    assert not resolve(SMALL).encoder.context
+    assert resolve({**SMALL, "stages": [*SMALL["stages"], MLVICX]}).encoder.context
+    assert not resolve({**SMALL, "stages": [MLVICX], "encoder": {"context": False}}).encoder.context
+
+
+@pytest.mark.parametrize("method", ["mae", "sssd"])
+def test_bottlenecks_and_skipped_tokens_do_not_go_together(method: str) -> None:
+    skipping = {"kind": "pretrain", "method": method, "rounds": 1}
+    with pytest.raises(StudyError, match="skips tokens"):
+        resolve({**SMALL, "encoder": {"name": "vit_tiny"}, "stages": [MLVICX, skipping]})
+
+
 def test_defaults_stay_as_they_were_approved() -> None:
     # A changed default is another study: sites must approve it anew. Change this hash only when that is meant.
-    assert resolve(SMALL).hash == "c7b35cc9649eda0a92a6061fce5d2015209c587d9ee8e178bdf7c9bc0010f5f3"
+    assert resolve(SMALL).hash == "f514bb93401d68d17607e16fab2fab28c479c7d788cf11922dcab4e3c89db73f"
 
 
 def test_a_number_of_thousands_of_digits_is_a_bad_study() -> None:

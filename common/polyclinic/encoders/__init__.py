@@ -7,6 +7,7 @@ itself and 190 MB, and many commands and messages build no encoder.
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -18,12 +19,16 @@ def _file(name: str) -> ModuleType:
     return import_module(f"polyclinic.encoders.{name}")
 
 
+def _patches(encoder: study.Encoder, images: study.Images) -> dict[str, Any]:
+    return {"size": images.size, "channels": images.channels, "patch": encoder.patch, "context": encoder.context}
+
+
 ENCODERS: dict[str, Callable[[study.Encoder, study.Images], nn.Module]] = {
-    "resnet18": lambda encoder, images: _file("resnet").resnet18(images.channels),
-    "resnet50": lambda encoder, images: _file("resnet").resnet50(images.channels),
-    "vit_tiny": lambda encoder, images: _file("vit").vit_tiny(images.size, images.channels, encoder.patch),
-    "vit_small": lambda encoder, images: _file("vit").vit_small(images.size, images.channels, encoder.patch),
-    "vit_base": lambda encoder, images: _file("vit").vit_base(images.size, images.channels, encoder.patch),
+    "resnet18": lambda encoder, images: _file("resnet").resnet18(images.channels, encoder.context),
+    "resnet50": lambda encoder, images: _file("resnet").resnet50(images.channels, encoder.context),
+    "vit_tiny": lambda encoder, images: _file("vit").vit_tiny(**_patches(encoder, images)),
+    "vit_small": lambda encoder, images: _file("vit").vit_small(**_patches(encoder, images)),
+    "vit_base": lambda encoder, images: _file("vit").vit_base(**_patches(encoder, images)),
 }
 
 

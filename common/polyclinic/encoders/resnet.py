@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet  # type: ignore[import-untyped]
 
+from polyclinic.encoders.context import bottlenecks
 from polyclinic.encoders.normalise import Normalise
 
 GROUPS = 32
@@ -44,28 +45,45 @@ class GroupNormResNet(ResNet):  # type: ignore[misc]
 
     Attributes:
         dim: length of a feature vector.
+        widths: channels of each level: stem and four stages.
     """
 
-    def __init__(self, block: type[Basic | Deep], layers: list[int], channels: int) -> None:
+    def __init__(self, block: type[Basic | Deep], layers: list[int], channels: int, context: bool) -> None:
         super().__init__(block, layers, norm_layer=group_norm)
         if channels != 3:
             self.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.relu, self.fc = nn.ReLU(), nn.Identity()
         self.dim: int = 512 * block.expansion
+        self.widths = [64, *(width * block.expansion for width in (64, 128, 256, 512))]
         self.normalise = Normalise(channels)
+        self.context = bottlenecks(self.widths, context)
+
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """(n, channels, s, s) in [0, 1] -> (n, width, t, t) maps of stem and stages, t from s / 2 to s / 32."""
+        x = self.context[0](F.relu(self.bn1(self.conv1(self.normalise(images)))))
+        found = [x]
+        x = self.maxpool(x)
+        for stage, context in zip((self.layer1, self.layer2, self.layer3, self.layer4), self.context[1:], strict=True):
+            x = context(stage(x))
+            found.append(x)
+        return found
+
+    def pool(self, last: Tensor) -> Tensor:
+        """The last level -> (n, dim) float32 features."""
+        pooled: Tensor = self.avgpool(last)
+        return pooled.flatten(1).float()
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, s, s) in [0, 1] -> (n, dim) float32 features."""
-        features: Tensor = super().forward(self.normalise(images))
-        return features.float()
+        return self.pool(self.levels(images)[-1])
 
 
-def resnet18(channels: int) -> GroupNormResNet:
+def resnet18(channels: int, context: bool = False) -> GroupNormResNet:
     """11 M parameters, 512 features."""
-    return GroupNormResNet(Basic, [2, 2, 2, 2], channels)
+    return GroupNormResNet(Basic, [2, 2, 2, 2], channels, context)
 
 
-def resnet50(channels: int) -> GroupNormResNet:
+def resnet50(channels: int, context: bool = False) -> GroupNormResNet:
     """24 M parameters, 2,048 features."""
-    return GroupNormResNet(Deep, [3, 4, 6, 3], channels)
+    return GroupNormResNet(Deep, [3, 4, 6, 3], channels, context)

@@ -6,11 +6,15 @@ sines and cosines, kept as a buffer; no module holds both a buffer and a paramet
 gradients need.
 """
 
+import math
+from collections.abc import Iterator
+
 import torch
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from polyclinic.encoders.context import bottlenecks
 from polyclinic.encoders.normalise import Normalise
 
 
@@ -47,11 +51,15 @@ class VisionTransformer(nn.Module):
         patch: side of a patch, pixels.
         grid: patches along a side of the image.
         channels: of the image.
+        ends: the last block of each level, counted from 1: at a quarter, a half, three quarters and all of the depth.
+        widths: channels of each level as a map.
     """
 
     positions: Tensor
 
-    def __init__(self, size: int, channels: int, patch: int, dim: int, heads: int, depth: int = 12) -> None:
+    def __init__(
+        self, size: int, channels: int, patch: int, dim: int, heads: int, depth: int = 12, context: bool = False
+    ) -> None:
         super().__init__()
         self.dim, self.patch, self.grid, self.channels = dim, patch, size // patch, channels
         self.normalise = Normalise(channels)
@@ -62,6 +70,26 @@ class VisionTransformer(nn.Module):
         self.apply(initialise)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as the matrix that it is
         nn.init.zeros_(self.patch_embed.proj.get_parameter("bias"))
+        self.ends = sorted({math.ceil(depth * quarter / 4) for quarter in (1, 2, 3, 4)})
+        self.widths = [dim] * len(self.ends)
+        self.context = bottlenecks(self.widths, context)
+
+    def _through(self, x: Tensor) -> Iterator[Tensor]:
+        """(n, k, dim) embedded patches -> the tokens at the end of each level."""
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if number in self.ends:
+                context = self.context[self.ends.index(number)]
+                x = x if isinstance(context, nn.Identity) else self._tokens(context(self._map(x)))
+                yield x
+
+    def _map(self, tokens: Tensor) -> Tensor:
+        """(n, patches, dim) in rows -> (n, dim, grid, grid)."""
+        return tokens.transpose(1, 2).reshape(len(tokens), self.dim, self.grid, self.grid)
+
+    def _tokens(self, image: Tensor) -> Tensor:
+        """The inverse of `_map`."""
+        return image.flatten(2).transpose(1, 2)
 
     def tokens(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """(n, channels, s, s) in [0, 1] -> (n, k, dim): what the patches named by `kept` (n, k) become.
@@ -72,26 +100,35 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(self.normalise(images)) + self.positions  # (n, patches, dim)
         if kept is not None:
             x = pick(x, kept)
-        for block in self.blocks:
-            x = block(x)
-        normed: Tensor = self.norm(x)
+        *_, last = self._through(x)
+        normed: Tensor = self.norm(last)
         return normed
+
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """(n, channels, s, s) in [0, 1] -> (n, dim, grid, grid) maps of the four levels."""
+        embedded = self.patch_embed(self.normalise(images)) + self.positions
+        return [self._map(tokens) for tokens in self._through(embedded)]
+
+    def pool(self, last: Tensor) -> Tensor:
+        """The last level -> (n, dim) float32 features."""
+        normed: Tensor = self.norm(self._tokens(last))
+        return normed.mean(dim=1).float()
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, s, s) in [0, 1] -> (n, dim) float32 features: the mean over patches."""
         return self.tokens(images).mean(dim=1).float()
 
 
-def vit_tiny(size: int, channels: int, patch: int) -> VisionTransformer:
+def vit_tiny(size: int, channels: int, patch: int, context: bool = False) -> VisionTransformer:
     """5.4 M parameters, 192 features."""
-    return VisionTransformer(size, channels, patch, dim=192, heads=3)
+    return VisionTransformer(size, channels, patch, dim=192, heads=3, context=context)
 
 
-def vit_small(size: int, channels: int, patch: int) -> VisionTransformer:
+def vit_small(size: int, channels: int, patch: int, context: bool = False) -> VisionTransformer:
     """21 M parameters, 384 features."""
-    return VisionTransformer(size, channels, patch, dim=384, heads=6)
+    return VisionTransformer(size, channels, patch, dim=384, heads=6, context=context)
 
 
-def vit_base(size: int, channels: int, patch: int) -> VisionTransformer:
+def vit_base(size: int, channels: int, patch: int, context: bool = False) -> VisionTransformer:
     """85 M parameters, 768 features."""
-    return VisionTransformer(size, channels, patch, dim=768, heads=12)
+    return VisionTransformer(size, channels, patch, dim=768, heads=12, context=context)

@@ -14,7 +14,10 @@ from polyclinic.stages import Pretrain
 
 METHODS: dict[str, Callable[[Any], Method]] = {
     "simclr": lambda stage: import_module("polyclinic.methods.simclr").SimCLR(stage),
+    "micle": lambda stage: import_module("polyclinic.methods.micle").MICLe(stage),
+    "mlvicx": lambda stage: import_module("polyclinic.methods.mlvicx").MLVICX(stage),
     "mae": lambda stage: import_module("polyclinic.methods.mae").MAE(stage),
+    "sssd": lambda stage: import_module("polyclinic.methods.sssd").SSSD(stage),
 }
 """Name of a method -> from its stage's settings to the method."""
 
@@ -25,7 +28,6 @@ def make_method(stage: Pretrain, images: study.Images) -> Method:
     Raises:
         StudyError: no method has that name.
     """
-    name = getattr(stage, "method", "")
-    if name not in METHODS:
-        raise StudyError(f"no method is called {name!r}", f"use one of {', '.join(METHODS)}")
-    return METHODS[name](stage)
+    if stage.method not in METHODS:
+        raise StudyError(f"no method is called {stage.method!r}", f"use one of {', '.join(METHODS)}")
+    return METHODS[stage.method](stage)

@@ -41,6 +41,9 @@ class Method(Protocol):
     separable: bool
     """Is the loss a sum over patients? Decides what differential privacy may do with it."""
 
+    pairs: bool
+    """Does a batch hold two images of every patient, side by side? Else it holds images, whosever they are."""
+
     def build(self, encoder: nn.Module) -> nn.Module:
         """A module whose attribute `encoder` is `encoder`, with the method's heads beside it."""
         ...

@@ -21,7 +21,7 @@ from polyclinic.augment import make_views
 from polyclinic.encoders.vit import VisionTransformer, initialise, pick, sincos_positions
 from polyclinic.errors import StudyError
 from polyclinic.methods.base import Batch, ViewBatch
-from polyclinic.stages import MAE_VIEWS, MAEStage
+from polyclinic.stages import MAE_VIEWS, Masked
 
 HEAD_WIDTH = 32
 """Of an attention head in the decoder."""
@@ -57,8 +57,12 @@ class Decoder(nn.Module):
         self.apply(initialise)
         nn.init.normal_(self.mask_token.weight, std=0.02)
 
-    def forward(self, visible: Tensor, order: Tensor) -> Tensor:
-        """visible (n, k, dim) of patches order[:, :k] -> (n, patches - k, pixels) of patches order[:, k:]."""
+    def forward(self, visible: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """visible (n, k, dim) of patches order[:, :k] -> what it has to say of all patches.
+
+        Returns:
+            (n, patches - k, pixels) of patches order[:, k:], and (n, k, width), its last tokens of order[:, :k].
+        """
         k = visible.shape[1]
         hidden = self.mask_token(torch.zeros_like(order[:, k:]))  # (n, patches - k, width)
         embedded = self.embed(visible)
@@ -66,31 +70,43 @@ class Decoder(nn.Module):
         x = pick(shuffled, order.argsort(dim=1)) + self.positions  # back in rows
         for block in self.blocks:
             x = block(x)
-        predicted: Tensor = self.pixels(self.norm(pick(x, order[:, k:])))
-        return predicted
+        return self.pixels(self.norm(pick(x, order[:, k:]))), pick(x, order[:, :k])
 
 
 class MaskedAutoencoder(nn.Module):
     """An encoder with its decoder."""
 
-    def __init__(self, encoder: VisionTransformer, stage: MAEStage, kept: int) -> None:
+    def __init__(self, encoder: VisionTransformer, stage: Masked, kept: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = Decoder(encoder, stage.decoder_width, stage.decoder_depth)
         self.kept = kept
 
-    def forward(self, images: Tensor, order: Tensor) -> Tensor:
-        """images (n, channels, s, s), order (n, patches): the first `kept` are seen -> (n, masked, pixels)."""
-        predicted: Tensor = self.decoder(self.encoder.tokens(images, order[:, : self.kept]), order)
-        return predicted
+    def forward(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images (n, channels, s, s), order (n, patches), of which the first `kept` are seen.
+
+        Returns:
+            (n, masked, pixels) guesses; (n, kept, dim) tokens of the encoder, and (n, kept, width) of the decoder.
+        """
+        visible = self.encoder.tokens(images, order[:, : self.kept])
+        predicted, known = self.decoder(visible, order)
+        return predicted, visible, known
+
+
+def reconstruction(predicted: Tensor, views: ViewBatch, patch: int) -> Tensor:
+    """(images,) the masked autoencoder's loss, given (images, masked, pixels) guesses."""
+    targets = pick(normalised(patchify(views.views[0], patch)), views.extra["order"][:, -predicted.shape[1] :])
+    losses: Tensor = (predicted.to(targets.dtype) - targets).square().mean(dim=(1, 2))
+    return losses
 
 
 class MAE:
     """The method; see the module's docstring. One term an image: a sum over patients, so separable."""
 
     separable = True
+    pairs = False
 
-    def __init__(self, stage: MAEStage) -> None:
+    def __init__(self, stage: Masked) -> None:
         self.stage = stage
         self.settings = stage.views or MAE_VIEWS
         self.patches = 0  # until `build` has seen the encoder
@@ -102,10 +118,14 @@ class MAE:
             StudyError: the encoder cannot skip tokens, or its image is a single patch.
         """
         if not isinstance(encoder, VisionTransformer):
-            raise StudyError("mae needs an encoder that can skip tokens", "use vit_tiny, vit_small or vit_base")
+            raise StudyError(
+                f"{self.stage.method} needs an encoder that can skip tokens", "use vit_tiny, vit_small or vit_base"
+            )
         self.patches = encoder.grid**2
         if self.patches < 2:
-            raise StudyError("mae needs at least two patches in an image", "make encoder.patch smaller")
+            raise StudyError(
+                f"{self.stage.method} needs at least two patches in an image", "make encoder.patch smaller"
+            )
         kept = min(max(round(self.patches * (1 - self.stage.mask)), 1), self.patches - 1)
         return MaskedAutoencoder(encoder, self.stage, kept)
 
@@ -117,12 +137,8 @@ class MAE:
 
     def loss(self, module: nn.Module, views: ViewBatch) -> Tensor:
         """(images,) losses."""
-        images, order = views.views[0], views.extra["order"]
-        predicted = module(images, order)  # (n, masked, pixels)
-        encoder = cast(VisionTransformer, module.get_submodule("encoder"))
-        targets = pick(normalised(patchify(images, encoder.patch)), order[:, -predicted.shape[1] :])
-        losses: Tensor = (predicted.to(targets.dtype) - targets).square().mean(dim=(1, 2))
-        return losses
+        predicted, *_ = module(views.views[0], views.extra["order"])
+        return reconstruction(predicted, views, cast(VisionTransformer, module.get_submodule("encoder")).patch)
 
     def shared(self, module: nn.Module) -> list[str]:
         """Encoder and decoder; the positions are constants and no part of the state."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from polyclinic.augment import make_views
 from polyclinic.methods.base import Batch, ViewBatch
 from polyclinic.methods.nt_xent import nt_xent
-from polyclinic.stages import SimCLRStage, Views
+from polyclinic.stages import Contrastive, Views
 
 
 class Projector(nn.Module):
@@ -51,8 +51,9 @@ class SimCLR:
     """The method; see the module's docstring. One term an image: not a sum over patients, so not separable."""
 
     separable = False
+    pairs = False
 
-    def __init__(self, stage: SimCLRStage) -> None:
+    def __init__(self, stage: Contrastive) -> None:
         self.temperature, self.projection = stage.temperature, stage.projection
         self.settings = stage.views or Views()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-METHODS = {"simclr": "SimCLR", "mae": "MAE"}
+METHODS = {"simclr": "SimCLR", "micle": "MICLe", "mlvicx": "MLVICX", "mae": "MAE", "sssd": "SSSD"}
 ENCODERS = {
     "resnet18": "ResNet-18",
     "resnet50": "ResNet-50",
