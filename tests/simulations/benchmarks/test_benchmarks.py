@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,14 +22,14 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(tmp_path: Path) -> Any:
     """Runs a benchmark by name with options, as from the command line; returns what it has kept."""
-    monkeypatch.syspath_prepend(str(FOLDER))
 
     def run(name: str, options: str) -> Any:
         out = tmp_path / "kept" / f"{name}.json"
-        monkeypatch.setattr(sys, "argv", [name, *options.split(), "--out", str(out)])
-        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        command = [sys.executable, FOLDER / f"{name}.py", *options.split(), "--out", out]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
         kept = json.loads(out.read_text())
         machine = kept.pop("machine")
         assert {"date", "cpu", "cores", "units", "memory_gb", "load", "python", "versions"} == set(machine)
@@ -67,6 +68,12 @@ def test_simclr_speed(run: Any) -> None:
     in_bf16 = max(rows[f"lightly, group norm, {workers} workers, bf16"] for workers in (0, 2))
     assert kept["ratio"] == round(ours / documented, 2)
     assert kept["ratio_in_bf16"] == round(ours / in_bf16, 2)
+
+
+def test_pool_first(run: Any) -> None:
+    kept = run("pool_first", "--batch 2 --repeats 1")
+    assert set(kept["seconds"]) == {"literal", "pool first"}
+    assert kept["ratio"] > 0
 
 
 def test_empty_work(run: Any) -> None:
