@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -14,12 +14,17 @@ from torch import Tensor, nn
 
 from polyclinic import wire
 from polyclinic.cohort import Cohort
+from polyclinic.stages import AnyStage, Stage
 from polyclinic.study import Study, resolve
 from polyclinic_client.app import make_app
 from polyclinic_client.site import Site
 from polyclinic_server.rundir import RunDir
 from polyclinic_simulations.engines.local import LocalGrid, Node
 
+METHOD_STAGES: dict[str, type[Stage]] = {
+    get_args(model.model_fields["method"].annotation)[0]: model for model in get_args(get_args(AnyStage)[0])
+}
+"""Every method with the class of its settings."""
 SIZE = 16
 SITES = ("east", "north", "west")
 SIMCLR = {"kind": "pretrain", "method": "simclr", "rounds": 2, "batch_size": 8, "projection": 8}
@@ -86,8 +91,11 @@ def write_cohort(folder: Path, patients: int, seed: int = 0, images: int = 2) ->
     return folder
 
 
-def honest(name: str, patients: int = 10, scale: float = 1e-3) -> Node:
-    """A node that answers well without training: its update is drawn from its name and the round."""
+def honest(name: str, patients: int = 10, scale: float = 1e-3, validation: Mapping[int, float] | None = None) -> Node:
+    """A node that answers well without training: its update is drawn from its name and the round.
+
+    `validation` is the loss on validation patients that it measures in each round on the tensors that came.
+    """
 
     def node(message: Message, context: Context) -> Message:
         if message.metadata.message_type == MessageType.QUERY:
@@ -104,6 +112,8 @@ def honest(name: str, patients: int = 10, scale: float = 1e-3) -> Node:
             train={"loss": float(rng.random()), "patients": float(patients)} if order.train else {},
             evaluation={"effective_rank": float(1 + rng.random())} if order.evaluate else {},
         )
+        if order.round in (validation or {}):
+            reply.evaluation["validation_loss"] = dict(validation or {})[order.round]
         update = {n: (scale * rng.standard_normal(v.shape)).astype(np.float32) for n, v in tensors.items()}
         return Message(wire.pack_reply(reply, update if order.train else None), reply_to=message)
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -15,15 +16,29 @@ from torch import nn
 
 from polyclinic.cohort import Cohort
 from polyclinic.errors import Refused
-from polyclinic.evaluation import NotMeasurable, classes_of, features, health, knn_probe, linear_probe
+from polyclinic.evaluation import (
+    NotMeasurable,
+    classes_of,
+    features,
+    health,
+    knn_probe,
+    labelled_patients,
+    linear_probe,
+    score_classifier,
+    targets_of,
+)
 from polyclinic.methods.base import Method
 from polyclinic.model import build_stage, load_tensors, shared_tensors
 from polyclinic.seeding import seed_for
+from polyclinic.stages import Finetune
 from polyclinic.study import Study, parse_canonical
 from polyclinic.training import pick_device, train, use_threads
 from polyclinic.wire import EVALUATION, Malformed, Order, Reply, Tensors, digest
 from polyclinic_client.site import Site
 from polyclinic_client.state import SiteState
+
+if TYPE_CHECKING:
+    from polyclinic.methods.supervised import Supervised  # with timm, which only some encoders need
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +66,20 @@ def answer(
         load_tensors(module, tensors)
         module.to(pick_device())
         training, testing = site.split(study)
-        reply = Reply(study.hash, order.stage, order.round, site.name, 0, {}, {})
+        stage = study.stages[order.stage]
+        measured: dict[str, float] = {}
         if order.evaluate:
-            reply = replace(reply, evaluation=evaluate(module.get_submodule("encoder"), training, testing, study))
+            measured |= evaluate(module.get_submodule("encoder"), training, testing, study)
+        if isinstance(stage, Finetune):
+            trained = not order.train or study.stage_of(order.round - 1)[1] > 0  # else the head knows nothing yet
+            if order.evaluate and trained:
+                measured |= _noted(lambda: _classifier(module, testing, study, stage))
+            if order.train:
+                seed = seed_for(study.seed, "labels", site=site.name)
+                training, validation = labelled_patients(training, study.evaluation, stage, seed)
+                if trained and validation is not None:
+                    measured |= _validation(method, module, validation, study, stage)
+        reply = Reply(study.hash, order.stage, order.round, site.name, 0, {}, _that_may_leave(measured))
         if not order.train:
             return reply, None
         patients, metrics, update = _round(order, tensors, study, method, module, site, training, progress)
@@ -87,14 +113,19 @@ def _round(
         facts = json.loads(stored[1]["facts"])
         return facts["patients"], facts["metrics"], {name: value.numpy() for name, value in stored[0].items()}
     started = time.monotonic()
+    stage, targets = study.stages[order.stage], None
+    if isinstance(stage, Finetune):
+        targets = _targets(training, study, stage)
+        cast("Supervised", method).balance(targets)
     trained, moments = train(
         module,
         method,
         training,
-        study.stages[order.stage],
+        stage,
         study.compute,
         stage_round=study.stage_of(order.round - 1)[1],
         seed=seed_for(study.seed, "round", site=site.name, stage=order.stage, round=order.round),
+        targets=targets,
         optimizer_state=state.moments_before(order.round, order.stage),
         progress=progress,
     )
@@ -116,7 +147,10 @@ def evaluate(encoder: nn.Module, training: Cohort, testing: Cohort, study: Study
     """
     with use_threads(study.compute), threadpool_limits(study.compute.threads):
         train_x, test_x = (features(encoder, half, study.compute, pick_device()) for half in (training, testing))
-        measured = _noted(lambda: health(train_x)) | _noted(lambda: _probes(train_x, test_x, training, testing, study))
+        return _noted(lambda: health(train_x)) | _noted(lambda: _probes(train_x, test_x, training, testing, study))
+
+
+def _that_may_leave(measured: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in measured.items() if name in EVALUATION and math.isfinite(value)}
 
 
@@ -142,3 +176,25 @@ def _probes(
         "probe_balanced_accuracy": linear.balanced_accuracy,
         "knn_auc": near.auc,
     }
+
+
+def _targets(cohort: Cohort, study: Study, stage: Finetune) -> torch.Tensor:
+    """(images, classes), as in Batch."""
+    return torch.from_numpy(targets_of(cohort.labels, study.evaluation.labels, stage.multi_label))
+
+
+def _classifier(module: nn.Module, testing: Cohort, study: Study, stage: Finetune) -> dict[str, float]:
+    """Scores of the whole module on the site's test patients."""
+    scores = score_classifier(module, [testing], study, stage)
+    return {f"classifier_{name}": value for name, value in scores.row().items()}
+
+
+def _validation(
+    method: Method, module: nn.Module, validation: Cohort, study: Study, stage: Finetune
+) -> dict[str, float]:
+    """The loss of the tensors as they came on the site's validation patients, classes weighted as there."""
+    targets = _targets(validation, study, stage)
+    cast("Supervised", method).balance(targets)
+    logits = torch.from_numpy(features(module, validation, study.compute, pick_device()))
+    known = ~targets.isnan().any(dim=1)
+    return {"validation_loss": float(cast("Supervised", method).losses(logits[known], targets[known]).mean())}

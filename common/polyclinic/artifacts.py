@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from polyclinic import __version__
 from polyclinic.encoders import build_encoder
-from polyclinic.errors import CheckpointError
+from polyclinic.errors import CheckpointError, StudyError
 from polyclinic.files import atomic, write_atomic
 from polyclinic.seeding import forked
-from polyclinic.study import Encoder, Images, Study
+from polyclinic.study import Encoder, Images, Study, Weights
 
 ENCODER = "encoder.safetensors"
 MODEL_CARD = "MODEL_CARD.md"
@@ -111,6 +111,21 @@ def _verify(path: Path) -> None:
             digest.update(block)
     if expected is not None and digest.hexdigest() != expected:
         raise ValueError("its content does not match its SHA-256")
+
+
+def load_weights(init: Weights) -> dict[str, Tensor]:
+    """The tensors of `[encoder] init`.
+
+    Raises:
+        StudyError: the study does not say where the file is here. CheckpointError: it cannot be read, or is another.
+    """
+    if not init.file:
+        raise StudyError("the study's initial weights are not here", "name their file as encoder.init.file")
+    tensors, _ = load_tensors(path := Path(init.file))
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != init.sha256:
+            raise CheckpointError(f"{path.name} is not the file that the study names", "put that file there")
+    return tensors
 
 
 def save_encoder(path: Path, encoder: nn.Module, study: Study) -> None:

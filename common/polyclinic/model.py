@@ -5,9 +5,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from polyclinic.encoders import build_encoder
+from polyclinic.encoders.weights import adopt
 from polyclinic.methods import make_method
 from polyclinic.methods.base import Method
 from polyclinic.seeding import forked, seed_for
@@ -17,7 +18,7 @@ from polyclinic.wire import Malformed, Tensors
 
 def build_stage(study: Study, stage: int) -> tuple[Method, nn.Module]:
     """The method of a stage and its module, initialised from the study's seed: alike wherever it is built."""
-    method = make_method(study.stages[stage], study.images)
+    method = make_method(study.stages[stage], len(study.evaluation.classes))
     encoder = _untrained(study)
     with forked(seed_for(study.seed, "heads", stage=stage)):
         return method, method.build(encoder)
@@ -35,9 +36,19 @@ def _initialised(settings: Encoder, images: Images, seed: int) -> nn.Module:
         return build_encoder(settings, images)
 
 
-def initial_tensors(study: Study, stage: int, previous: Tensors | None) -> Tensors:
-    """The global tensors that a stage starts from: fresh heads on the encoder that the stage before left."""
+def initial_tensors(
+    study: Study, stage: int, previous: Tensors | None, weights: dict[str, Tensor] | None = None
+) -> Tensors:
+    """The global tensors that a stage starts from: fresh heads on the encoder that the stage before left.
+
+    The first stage starts from `weights`, those of `[encoder] init`, or where that is random from an untrained encoder.
+
+    Raises:
+        StudyError: the weights do not fit the encoder.
+    """
     method, module = build_stage(study, stage)
+    if weights is not None and study.encoder.init != "random":
+        adopt(module.get_submodule("encoder"), weights, study.encoder.init.family)
     if previous is not None:
         encoder = {k.removeprefix("encoder."): v for k, v in previous.items() if k.startswith("encoder.")}
         load_tensors(module.get_submodule("encoder"), encoder)

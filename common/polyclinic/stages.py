@@ -139,22 +139,49 @@ class SSSDStage(Masked):
     """Of the distillation beside the reconstruction."""
 
 
-MAE_VIEWS = Views(crop=(0.5, 1.0), rotation=0.0, jitter=0.0)
+class Finetune(Stage):
+    """Settings of methods/supervised.py: a classifier of the classes in `[evaluation] labels`, encoder and all."""
 
-AnyStage = Annotated[SimCLRStage | MICLeStage | MLVICXStage | MAEStage | SSSDStage, Field(discriminator="method")]
-METHOD_STAGES: dict[str, type[Pretrain]] = {
-    "simclr": SimCLRStage,
-    "micle": MICLeStage,
-    "mlvicx": MLVICXStage,
-    "mae": MAEStage,
-    "sssd": SSSDStage,
-}
+    kind: Literal["finetune"]
+    method: Literal["supervised"]
+    learning_rate: float = Field(default=5e-4, gt=0, le=100)
+    weight_decay: float = Field(default=0.05, ge=0, le=10)
+    label_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Of each site's training patients with a label, class by class, at least one of each."""
+    multi_label: bool = False
+    """An image may be of several classes, its labels separated by "|", or of none."""
+    probe_rounds: int = Field(default=1, ge=0, le=10_000)
+    """First rounds of the stage, in which the encoder is frozen: with few labels it would follow a random head [R]."""
+    layer_decay: float = Field(default=0.75, gt=0, le=1)
+    """Each layer's learning rate, as a fraction of the next one's: the first layers change least [H]."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of leaving out a Vision Transformer's block, for each sample."""
+    class_weights: Literal["balanced", "none"] = "balanced"
+    """`balanced`: a class counts as much as any other at the site, however rare."""
+    patience: int = Field(default=0, ge=0, le=10_000)
+    """Rounds without a lower loss on the sites' validation patients after which the stage ends, with the best
+    tensors it had; 0: it runs to its end, and nobody is kept for validation."""
+    validation_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Of each site's labelled training patients, with patience above 0."""
+    views: Views | None = None
+    """Defaults to gentle ones: crop, flip, rotation and jitter at half strength."""
+
+
+MAE_VIEWS = Views(crop=(0.5, 1.0), rotation=0.0, jitter=0.0)
+FINETUNE_VIEWS = Views(crop=(0.6, 1.0), rotation=10.0, jitter=0.2)
+
+AnyStage = Annotated[
+    SimCLRStage | MICLeStage | MLVICXStage | MAEStage | SSSDStage | Finetune, Field(discriminator="method")
+]
 TOKEN_METHODS = frozenset({"mae", "sssd"})
 """Methods whose encoder must be able to skip tokens: Vision Transformers only."""
 
 
 def with_defaults(stage: dict[str, Any], channels: int) -> dict[str, Any]:
     """`stage` with the views that its method and the number of channels call for, under the user's own."""
-    base = MAE_VIEWS if str(stage.get("method")) in TOKEN_METHODS else COLOUR if channels == 3 else RADIOGRAPH
+    if stage.get("kind") == "finetune":
+        base, stage = FINETUNE_VIEWS, {"method": "supervised", **stage}
+    else:
+        base = MAE_VIEWS if str(stage.get("method")) in TOKEN_METHODS else COLOUR if channels == 3 else RADIOGRAPH
     views = stage.get("views", {})
     return {**stage, "views": {**base.model_dump(), **views}} if isinstance(views, dict) else stage

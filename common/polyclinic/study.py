@@ -24,7 +24,7 @@ from pydantic import (
 
 from polyclinic.errors import StudyError
 from polyclinic.explain import explain
-from polyclinic.stages import TOKEN_METHODS, AnyStage, Settings, with_defaults
+from polyclinic.stages import TOKEN_METHODS, AnyStage, Finetune, Settings, with_defaults
 
 
 def _is_name(value: str) -> str:
@@ -35,8 +35,8 @@ def _is_name(value: str) -> str:
 
 Name = Annotated[str, AfterValidator(_is_name)]
 """Of a study or a site: fit for a file name."""
-EncoderName = Literal["resnet18", "resnet50", "vit_tiny", "vit_small", "vit_base"]
-Row = Literal["pixels", "random", "alone", "pooled"]
+EncoderName = Literal["resnet18", "resnet50", "bit_resnet50", "vit_tiny", "vit_small", "vit_base"]
+Row = Literal["pixels", "random", "alone", "pooled", "scratch"]
 Precision = Literal["fp32", "bf16"]
 
 MAX_CHARACTERS = 256_000
@@ -73,11 +73,29 @@ class Images(Settings):
     """How stored values become grey: 1st to 99th percentile, the file's own VOI window, or [centre, width] in HU."""
 
 
+def _init(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """One error for `Encoder.init` where it is neither "random" nor a table."""
+    if value == "random" or isinstance(value, dict | Weights):
+        return check(value)
+    raise ValueError('give "random" or { file = "weights.safetensors", family = "timm" }')
+
+
+class Weights(Settings):
+    """`[encoder] init`: weights of an encoder of the same shape, read where the rounds are led and sent from there."""
+
+    family: Literal["polyclinic", "torchvision", "timm"]
+    """Whose names the tensors have; timm's are those of ViTs, ResNets and BiT ResNet-v2."""
+    file: str = ""
+    """A safetensors file; relative to the study's folder. Not part of the study's hash."""
+    sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
+    """Of the file; filled in when the study is read."""
+
+
 class Encoder(Settings):
     """`[encoder]`."""
 
     name: EncoderName = "resnet18"
-    init: Literal["random"] = "random"
+    init: Annotated[Literal["random"] | Weights, WrapValidator(_init)] = "random"
     patch: int = Field(default=8, ge=2, le=64)
     """Side of a Vision Transformer's patches, pixels; not used by a ResNet."""
     context: bool = False
@@ -111,6 +129,11 @@ class Evaluation(Settings):
                     )
                 seen[word] = name
         return self
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes that `labels` names, in its order."""
+        return [name for name in self.labels if name != "ignore"]
 
 
 class Aggregation(Settings):
@@ -218,6 +241,11 @@ class Study(Settings):
                     f"stages.{number} trains {stage.method!r}, which skips tokens, and encoder.context looks at all: "
                     "leave encoder.context out, or train this stage in a study of its own"
                 )
+            if isinstance(stage, Finetune) and len(self.evaluation.classes) < (1 if stage.multi_label else 2):
+                raise ValueError(
+                    f"stages.{number} fine-tunes and evaluation.labels names {len(self.evaluation.classes)} classes: "
+                    'name them all there, such as labels = { positive = ["Pneumonia"], negative = ["NORMAL"] }'
+                )
         if vit and self.images.size % self.encoder.patch:
             raise ValueError(
                 f"encoder.patch is {self.encoder.patch} and does not divide images.size {self.images.size}: "
@@ -250,7 +278,14 @@ class Study(Settings):
 
     def canonical(self) -> str:
         """The form that is hashed, sent and approved: sorted JSON with every default, without `[simulation]`."""
-        return json.dumps(self.model_dump(mode="json", exclude={"simulation"}), sort_keys=True, separators=(",", ":"))
+        return json.dumps(self._without_paths(), sort_keys=True, separators=(",", ":"))
+
+    def _without_paths(self) -> dict[str, Any]:
+        """Plain values, less what names folders and files of the machine where the study was written."""
+        plain = self.model_dump(mode="json", exclude={"simulation"})
+        if isinstance(self.encoder.init, Weights):
+            del plain["encoder"]["init"]["file"]
+        return plain
 
     @cached_property
     def hash(self) -> str:
@@ -260,9 +295,10 @@ class Study(Settings):
     def to_toml(self, simulation: bool = True) -> str:
         """The resolved study as a file that `load_study` reads back to an equal study.
 
-        Without `[simulation]`, which names folders of the machine it ran on, the hash is the same.
+        Without `[simulation]` and the path of initial weights, which name folders of the machine it ran on, the hash
+        is the same.
         """
-        return tomli_w.dumps(self.model_dump(mode="json", exclude=None if simulation else {"simulation"}))
+        return tomli_w.dumps(self.model_dump(mode="json") if simulation else self._without_paths())
 
 
 def load_study(path: Path) -> Study:
@@ -276,7 +312,28 @@ def load_study(path: Path) -> Study:
             text = file.read(MAX_CHARACTERS * 4 + 1).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"cannot read the study file {path}: {error}", "give the path of a TOML file") from error
-    return parse_study(text, str(path))
+    return _with_weights(parse_study(text, str(path)), path)
+
+
+def _with_weights(study: Study, path: Path) -> Study:
+    """`study` with the absolute path and the SHA-256 of its initial weights, where it names a file of them."""
+    init = study.encoder.init
+    if init == "random" or not init.file:
+        return study
+    file = (path.parent / init.file).resolve()
+    try:
+        with file.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        if init.sha256:
+            return study  # only where the rounds begin are they needed
+        raise StudyError(
+            f"{path}: cannot read the initial weights {file}: {error.strerror}", "correct encoder.init.file"
+        ) from error
+    if init.sha256 not in ("", found):
+        raise StudyError(f"{path}: the initial weights {file} have SHA-256 {found}", "correct encoder.init.sha256")
+    weights = init.model_copy(update={"file": str(file), "sha256": found})
+    return study.model_copy(update={"encoder": study.encoder.model_copy(update={"init": weights})})
 
 
 def parse_study(text: str, where: str) -> Study:
@@ -306,7 +363,7 @@ def resolve(data: Any, where: str = "the study") -> Study:
     """A study from plain values (as TOML or the canonical JSON give them), defaults filled in."""
     try:
         # Through JSON: strict mode then still takes a list for a tuple.
-        return Study.model_validate_json(json.dumps(_with_stage_defaults(data, where), default=_refuse_date))
+        return Study.model_validate_json(json.dumps(_with_stage_defaults(data), default=_refuse_date))
     except RecursionError as error:
         raise StudyError(f"{where} nests tables or lists too deeply", "use only the tables of a study") from error
     except ValidationError as error:
@@ -325,17 +382,11 @@ def _refuse_date(value: Any) -> None:
     raise StudyError(f"the study holds the date or time {value}", "no key takes one; put a text in quotes")
 
 
-def _with_stage_defaults(data: Any, where: str) -> Any:
+def _with_stage_defaults(data: Any) -> Any:
     """`data` with the defaults that depend on a stage's method and on the channels; wrong types stay as they are."""
     stages = data.get("stages") if isinstance(data, dict) else None
     if not isinstance(stages, list):
         return data
-    for number, stage in enumerate(stages):
-        if isinstance(stage, dict) and stage.get("kind") == "finetune":
-            raise StudyError(
-                f"{where}: stages.{number} is a finetune stage, which this version cannot run",
-                "leave it out; the encoder that pretraining exports can be fine-tuned elsewhere",
-            )
     encoder = data.get("encoder", {})
     if isinstance(encoder, dict) and any(isinstance(s, dict) and s.get("method") == "mlvicx" for s in stages):
         data = {**data, "encoder": {"context": True, **encoder}}

@@ -7,6 +7,7 @@ operations for the sake of a few that this loop calls in ways that are determini
 
 import ctypes
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +21,7 @@ from polyclinic.cohort.sampling import epoch, pair_epoch
 from polyclinic.errors import CohortError, PolyclinicError
 from polyclinic.methods.base import Batch, Method
 from polyclinic.seeding import forked, numpy_generator, seed_for, torch_generator
-from polyclinic.stages import Stage
+from polyclinic.stages import Finetune, Stage
 from polyclinic.study import Compute
 
 BETAS = (0.9, 0.95)
@@ -31,6 +32,8 @@ CLIP = 3.0
 """Largest norm of a step's gradient: several times the usual one, so that only outliers are cut (DINO's figure)."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's numbers for what `mallopt` sets."""
+_LAYER = re.compile(r"encoder\.(?:layer|blocks\.|stages\.)(\d+)")
+_STEMS = ("encoder.conv1.", "encoder.bn1.", "encoder.stem.", "encoder.patch_embed.")
 
 
 @dataclass(frozen=True)
@@ -115,15 +118,32 @@ def learning_rate(stage: Stage, rounds: float) -> float:
 
 
 def make_optimizer(module: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum; weight decay spares biases and normalisation layers."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": stage.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    """AdamW, or SGD with momentum, for what is not frozen.
+
+    Weight decay spares biases and normalisation layers. Each group's `scale` is its share of the learning rate.
+    """
+    decay = stage.layer_decay if isinstance(stage, Finetune) else 1.0
+    layers = layers_behind(module)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            key = decay ** layers[name], stage.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault(key, []).append(parameter)
+    options = [{"params": p, "weight_decay": w, "scale": scale} for (scale, w), p in groups.items()]
     if stage.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=stage.learning_rate, momentum=MOMENTUM)
-    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=BETAS, fused=True)
+        return torch.optim.SGD(options, lr=stage.learning_rate, momentum=MOMENTUM)
+    return torch.optim.AdamW(options, lr=stage.learning_rate, betas=BETAS, fused=True)
+
+
+def layers_behind(module: nn.Module) -> dict[str, int]:
+    """{parameter: layers between it and the output}: 0 for heads, 1 for the encoder's last numbered layer, most for
+    its stem. What is neither (the last normalisation, context bottlenecks) goes with the last layer.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    numbers = {name: int(found[1]) for name in names if (found := _LAYER.match(name))}
+    first, last = min(numbers.values(), default=0), max(numbers.values(), default=0)
+    numbers |= {name: first - 1 for name in names if name.startswith(_STEMS)}
+    return {name: last + 1 - numbers.get(name, last) if name.startswith("encoder.") else 0 for name in names}
 
 
 def get_moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -149,7 +169,13 @@ def set_moments(optimizer: torch.optim.Optimizer, module: nn.Module, moments: di
 
 
 def batches(
-    cohort: Cohort, stage: Stage, compute: Compute, device: torch.device, seed: int, pairs: bool = False
+    cohort: Cohort,
+    stage: Stage,
+    compute: Compute,
+    device: torch.device,
+    seed: int,
+    pairs: bool = False,
+    targets: Tensor | None = None,
 ) -> Iterator[Batch]:
     """The round's batches, in an order drawn from `seed`: `local_epochs` times every image, or two of every patient."""
     generator = numpy_generator(seed_for(seed, "batches"))
@@ -160,7 +186,8 @@ def batches(
             if device.type == "cuda":
                 pixels = pixels.pin_memory()
             images = pixels.to(device, non_blocking=True).to(torch.float32, memory_format=layout).div_(255)
-            yield Batch(images, torch.from_numpy(cohort.patients[index].astype("int64")))
+            patients = torch.from_numpy(cohort.patients[index].astype("int64"))
+            yield Batch(images, patients, *([] if targets is None else [targets[torch.from_numpy(index)].to(device)]))
 
 
 def train(
@@ -172,6 +199,7 @@ def train(
     *,
     stage_round: int,
     seed: int,
+    targets: Tensor | None = None,
     optimizer_state: dict[str, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Trained, dict[str, Tensor]]:
@@ -180,6 +208,7 @@ def train(
     Args:
         stage_round: rounds of this stage that lie behind, for the learning rate.
         seed: of this study, site, stage and round; order, views and dropout are all drawn from it.
+        targets: (images, classes) as in Batch, where the method needs them.
         optimizer_state: what the round before returned; None starts afresh.
         progress: called with (steps done, steps of the round).
 
@@ -195,13 +224,15 @@ def train(
     module.to(device).train()
     if compute.layout == "channels_last":
         module.to(memory_format=torch.channels_last)
+    if isinstance(stage, Finetune):
+        module.get_submodule("encoder").requires_grad_(stage_round >= stage.probe_rounds)
     optimizer = make_optimizer(module, stage)
     set_moments(optimizer, module, optimizer_state or {})
     generator = torch_generator(seed_for(seed, "views"), device)
     steps = math.ceil((cohort.n_patients if method.pairs else len(cohort)) / stage.batch_size) * stage.local_epochs
     total, terms, images = torch.zeros((), device=device), 0, 0
     with use_threads(compute), repeatable(seed):
-        for step, batch in enumerate(batches(cohort, stage, compute, device, seed, method.pairs)):
+        for step, batch in enumerate(batches(cohort, stage, compute, device, seed, method.pairs, targets)):
             rate = learning_rate(stage, stage_round + (step + 0.5) / steps)
             losses = one_step(module, method, batch, optimizer, rate, compute, generator)
             total += losses.sum()
@@ -230,7 +261,7 @@ def one_step(
     torch.autograd.backward(losses.mean())
     torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     optimizer.step()
     return losses.detach()
 
@@ -238,8 +269,8 @@ def one_step(
 def _mean(total: Tensor, terms: int) -> float:
     if terms == 0:
         raise CohortError(
-            "no batch teaches anything: every batch holds images of one patient only",
-            "add patients, or train with a method that looks at one image at a time, such as mae",
+            "no batch teaches anything: every batch holds images of one patient only, or none with a label",
+            "add patients or labels, or train with a method that looks at one image at a time, such as mae",
         )
     mean = float(total) / terms
     if not math.isfinite(mean):

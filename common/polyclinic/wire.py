@@ -31,6 +31,10 @@ EVALUATION = {
     "probe_balanced_accuracy": 1.0,
     "effective_rank": LARGEST,
     "feature_spread": LARGEST,
+    "classifier_auc": 1.0,
+    "classifier_balanced_accuracy": 1.0,
+    "classifier_ece": 1.0,
+    "validation_loss": LARGEST,
 }
 """Numbers that may leave a site about the tensors that came, likewise."""
 METRICS = frozenset(TRAINING) | frozenset(EVALUATION)

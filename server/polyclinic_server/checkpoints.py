@@ -6,7 +6,7 @@ is written last and stands in the metadata of the tensors too: a pair that does 
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from polyclinic.files import storage, write_atomic
 from polyclinic.wire import Tensors
 
 KEPT = 3
+BEST = "best.safetensors"
 FACTS = "checkpoint"
 """Key of the JSON in the metadata of the tensors."""
 
@@ -31,6 +32,7 @@ class Checkpoint:
         stage: the stage whose tensors these are.
         model: digest of the tensors.
         norms: of the updates accepted in this stage so far, by round and in order of site name.
+        validation: loss on the sites' validation patients after each round of this stage but the newest.
     """
 
     study: str
@@ -38,6 +40,7 @@ class Checkpoint:
     stage: int
     model: str
     norms: list[float]
+    validation: list[float] = field(default_factory=list)
 
 
 def save(folder: Path, checkpoint: Checkpoint, tensors: Tensors) -> None:
@@ -56,6 +59,16 @@ def save(folder: Path, checkpoint: Checkpoint, tensors: Tensors) -> None:
     for old in sorted(folder.glob("*round-*")):  # .json before .safetensors: no checkpoint stands without its tensors
         if old.stem not in kept:
             old.unlink(missing_ok=True)
+
+
+def save_best(folder: Path, tensors: Tensors) -> None:
+    """Keep the tensors that did best so far in a stage that may stop early."""
+    save_tensors(folder / BEST, {name: torch.tensor(value) for name, value in tensors.items()}, {})
+
+
+def load_best(folder: Path) -> Tensors:
+    """The tensors that `save_best` kept last."""
+    return {name: value.numpy() for name, value in sorted(load_tensors(folder / BEST)[0].items())}
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -8,12 +8,15 @@ site sends that is not what it was asked for costs that site its turn, by name a
 import time
 from collections.abc import Mapping
 
+import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from polyclinic import wire
+from polyclinic.artifacts import load_weights
 from polyclinic.errors import QuorumLost, StudyError
 from polyclinic.model import initial_tensors
+from polyclinic.stages import Finetune
 from polyclinic.study import Study
 from polyclinic.wire import Order, Reply, Tensors, digest
 from polyclinic_server import checkpoints
@@ -46,17 +49,25 @@ def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], e
     nodes = find_sites(grid, run, seats, study.aggregation.round_deadline_s)
     _require(study, len(nodes), "were found")
     gate = Gate(study.aggregation, seats, list(checkpoint.norms))
-    for number in range(checkpoint.round + 1, study.rounds + 1):
-        stage, _ = study.stage_of(number - 1)
+    while checkpoint.round < study.rounds:
+        number = checkpoint.round + 1
+        stage, stage_round = study.stage_of(number - 1)
+        validation = list(checkpoint.validation)
+        if stage_round == getattr(study.stages[stage], "probe_rounds", None):
+            gate.norms = []  # the encoder is unfrozen: larger updates are to be expected
         if stage != checkpoint.stage:
-            tensors, gate.norms = initial_tensors(study, stage, tensors), []
+            tensors, gate.norms, validation = initial_tensors(study, stage, tensors), [], []
         packed = wire.pack_tensors(tensors)
         tensors = wire.unpack_tensors(packed)  # views of what is sent: one copy in memory
         due = evaluate and _due(study, number - 1)
         orders = _orders(study, number, stage, tensors, nodes, train=True, evaluate=due)
-        tensors, norms = _round(grid, study, run, Round(number, stage, tensors, packed, orders), nodes, gate)
+        round = Round(number, stage, tensors, packed, orders)
+        tensors, norms, loss = _round(grid, study, run, round, nodes, gate)
         gate.norms += norms
-        checkpoint = Checkpoint(study.hash, number, stage, digest(tensors), list(gate.norms))
+        if loss is not None:
+            validation.append(loss)
+            tensors, number = _stop_early(study, run, round, validation, tensors)
+        checkpoint = Checkpoint(study.hash, number, stage, digest(tensors), list(gate.norms), validation)
         checkpoints.save(run.checkpoints, checkpoint, tensors)
     if evaluate:
         stage = len(study.stages) - 1
@@ -64,6 +75,23 @@ def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], e
         last = Round(study.rounds, stage, tensors, wire.pack_tensors(tensors), orders)
         _measure(grid, study, run, last, nodes, seats)
     return tensors
+
+
+def _stop_early(
+    study: Study, run: RunDir, round: Round, validation: list[float], tensors: Tensors
+) -> tuple[Tensors, int]:
+    """(tensors, round) to go on from: `tensors` of `round`, or the stage's best and its last round if it is to end.
+
+    The newest of `validation` was measured on the tensors that `round` started from.
+    """
+    stage, best = study.stages[round.stage], int(np.argmin(validation))
+    if best == len(validation) - 1:
+        checkpoints.save_best(run.checkpoints, round.tensors)
+    if not isinstance(stage, Finetune) or len(validation) - 1 - best < stage.patience:
+        return tensors, round.number
+    first = sum(before.rounds for before in study.stages[: round.stage])
+    run.event("stopped_early", stage=round.stage, round=round.number, patience=stage.patience)
+    return checkpoints.load_best(run.checkpoints), first + stage.rounds
 
 
 def _due(study: Study, made: int) -> bool:
@@ -89,7 +117,8 @@ def _start(study: Study, run: RunDir) -> tuple[Checkpoint, Tensors]:
     if found is None:
         run.rewind(0)
         run.event("run_started", study=study.name, hash=study.hash, rounds=study.rounds)
-        tensors = initial_tensors(study, 0, None)
+        init = study.encoder.init
+        tensors = initial_tensors(study, 0, None, None if init == "random" else load_weights(init))
         found = Checkpoint(study.hash, 0, 0, digest(tensors), []), tensors
         checkpoints.save(run.checkpoints, *found)
     else:
@@ -107,8 +136,8 @@ def _orders(
 
 def _round(
     grid: Grid, study: Study, run: RunDir, round: Round, nodes: Mapping[str, int], gate: Gate
-) -> tuple[Tensors, list[float]]:
-    """The new global tensors, and the norms of the updates in them by site name."""
+) -> tuple[Tensors, list[float], float | None]:
+    """The new global tensors, the norms of the updates in them by site name, and the old ones' validation loss."""
     started = time.monotonic()
     run.event("round_started", round=round.number, stage=round.stage, sites=list(nodes))
     gate.open_round(round.tensors)
@@ -124,7 +153,8 @@ def _round(
     new = fold.close(round.tensors)
     sent = {site: reply for site, (reply, _) in accepted.items()}
     _close(study, run, round, sent, gate.seats, time.monotonic() - started)
-    return new, [norm for _, (_, norm) in sorted(accepted.items())]
+    loss = _means({site: reply.evaluation for site, reply in sent.items()}, gate.seats).get("validation_loss")
+    return new, [norm for _, (_, norm) in sorted(accepted.items())], loss
 
 
 def _take(

@@ -80,7 +80,7 @@ def ours(folder: Path, batch: int, threads: int, precision: Precision) -> float:
     images, compute = Images(size=SIZE), Compute(threads=threads, precision=precision)
     stage = SimCLRStage(method="simclr", rounds=1, batch_size=batch, views=VIEWS)
     with forked(0):
-        method = make_method(stage, images)
+        method = make_method(stage)
         module = method.build(build_encoder(Encoder(), images))
     stamps: list[float] = []
     train(

@@ -166,7 +166,7 @@ def export(
 
 def _run(study: "Study", out: Path, data: Path, state: Path, engine: Engine, resume: bool, as_json: bool) -> None:
     from polyclinic.errors import Interrupted, PolyclinicError, Refused
-    from polyclinic_simulations.display import Display, comparison_table
+    from polyclinic_simulations.display import Display, classifier_table, comparison_table
     from polyclinic_simulations.simulate import simulate as run_it
 
     again = ["polyclinic", "simulate", out / "study.toml", "--data", data, "--state", state, "--engine", engine.value]
@@ -198,6 +198,8 @@ def _run(study: "Study", out: Path, data: Path, state: Path, engine: Engine, res
     console = Console()
     if summary["comparison"]:
         console.print(comparison_table(summary["comparison"]))
+    if summary["classifier"]:
+        console.print(classifier_table(summary["classifier"]))
     for note in summary["notes"]:
         console.print(note, markup=False)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)

@@ -1,12 +1,15 @@
 """The rows against which a federated encoder is read: only the encoder differs between them.
 
 Every row is a linear probe on frozen features, learnt on all sites' training patients together and scored on all
-sites' test patients together. `alone:<site>` and `pooled` train the same study for the same number of rounds.
+sites' test patients together. `alone:<site>` and `pooled` train the same study for the same number of rounds. A study
+that ends in fine-tuning is also read by its classifier on the same test patients, with one more row: `scratch`, its
+fine-tuning alone, federated; and where it starts from initial weights `init`, the same from those.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,20 @@ import torch
 from numpy.typing import NDArray
 
 from polyclinic.cohort import Cohort
-from polyclinic.evaluation import Scores, classes_of, features, linear_probe, pixel_features
+from polyclinic.evaluation import (
+    ClassifierScores,
+    NotMeasurable,
+    Scores,
+    classes_of,
+    features,
+    linear_probe,
+    pixel_features,
+    score_classifier,
+)
 from polyclinic.files import write_atomic
-from polyclinic.model import encoder_of
+from polyclinic.model import build_stage, encoder_of, load_tensors
 from polyclinic.seeding import seed_for
+from polyclinic.stages import Finetune
 from polyclinic.study import Study, resolve
 from polyclinic.training import pick_device
 from polyclinic.wire import Tensors
@@ -36,9 +49,15 @@ def row_names(study: Study, sites: Mapping[str, Site]) -> list[str]:
     """The rows that the study asks for, cheapest first."""
     asked = study.evaluation.rows
     names = [row for row in ("pixels", "random") if row in asked] + ["federated"]
+    if "scratch" in asked and _finetunes(study) and len(study.stages) > len(_finetunes(study)):
+        names += ["scratch", "init"] if study.encoder.init != "random" else ["scratch"]
     if "alone" in asked:
         names += [f"alone:{name}" for name in sites]
     return names + (["pooled"] if "pooled" in asked else [])
+
+
+def _finetunes(study: Study) -> list[Finetune]:
+    return [stage for stage in study.stages if isinstance(stage, Finetune)]
 
 
 def row(
@@ -49,19 +68,62 @@ def row(
     federated: Tensors,
     listen: Listener | None = None,
     progress: Progress | None = None,
-) -> Scores:
-    """One row's scores; a row that an earlier attempt finished is read back.
+) -> tuple[Scores, ClassifierScores | None]:
+    """One row's probe, and its classifier where the study ends in fine-tuning; what an earlier attempt finished is
+    read back.
 
     Raises:
         NotMeasurable: the labels do not allow a probe.
     """
     folder = run / "rows" / name.replace(":", "-")
     if (path := folder / "scores.json").exists():
-        return Scores(**json.loads(path.read_text()))
-    scores = probe(_features_of(name, study, sites, folder, federated, listen, progress), study, sites)
+        probed, classified = json.loads(path.read_text())
+        return Scores(**probed), None if classified is None else ClassifierScores(**classified)
+    tensors = federated if name == "federated" else trained_row(name, study, sites, folder, listen, progress)
+    encode = pixel_features if name == "pixels" else encoder_features(study, tensors)
+    scores = probe(encode, study, sites), None if tensors is None else classify(study, tensors, sites)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(asdict(scores)))
+    write_atomic(path, json.dumps([found and asdict(found) for found in scores]))
     return scores
+
+
+def trained_row(
+    name: str,
+    study: Study,
+    sites: Mapping[str, Site],
+    folder: Path,
+    listen: Listener | None,
+    progress: Progress | None,
+) -> Tensors | None:
+    """The tensors of a row other than the study's own; None of one that trains nothing."""
+    if name in ("pixels", "random"):
+        return None
+    if name in ("scratch", "init"):
+        return train_row(without_pretraining(study, keep_init=name == "init"), sites, folder, listen, progress)
+    member = pool(sites, folder) if name == "pooled" else sites[name.removeprefix("alone:")]
+    return train_one(study, member, folder, listen, progress)
+
+
+def without_pretraining(study: Study, keep_init: bool) -> Study:
+    """The supervised baseline: the study's fine-tuning alone, from its initial weights or from none."""
+    plain = study.model_dump(mode="json")
+    stages = [stage for stage in plain["stages"] if stage["kind"] == "finetune"]
+    encoder = plain["encoder"] if keep_init else {**plain["encoder"], "init": "random"}
+    return resolve({**plain, "stages": stages, "encoder": encoder})
+
+
+def classify(study: Study, tensors: Tensors, sites: Mapping[str, Site]) -> ClassifierScores | None:
+    """Scores of the fine-tuned classifier on all sites' test patients together; None where the study makes none,
+    or where too few of them have labels."""
+    stage = study.stages[-1]
+    if not isinstance(stage, Finetune):
+        return None
+    _, module = build_stage(study, len(study.stages) - 1)
+    load_tensors(module, tensors)
+    try:
+        return score_classifier(module, [site.split(study)[1] for site in sites.values()], study, stage)
+    except NotMeasurable:
+        return None
 
 
 def probe(encode: Features, study: Study, sites: Mapping[str, Site]) -> Scores:
@@ -83,27 +145,6 @@ def _together(
     return np.concatenate([encode(c) for c in cohorts]), np.concatenate(classes), np.concatenate(patients)
 
 
-def _features_of(
-    name: str,
-    study: Study,
-    sites: Mapping[str, Site],
-    folder: Path,
-    federated: Tensors,
-    listen: Listener | None,
-    progress: Progress | None,
-) -> Features:
-    if name == "pixels":
-        return pixel_features
-    if name == "random":
-        tensors = None
-    elif name == "federated":
-        tensors = federated
-    else:
-        member = pool(sites, folder) if name == "pooled" else sites[name.removeprefix("alone:")]
-        tensors = train_one(study, member, folder, listen, progress)
-    return encoder_features(study, tensors)
-
-
 def encoder_features(study: Study, tensors: Tensors | None) -> Features:
     """Features of the encoder in `tensors` (None: untrained)."""
     device = pick_device()
@@ -115,9 +156,21 @@ def train_one(
     study: Study, site: Site, folder: Path, listen: Listener | None = None, progress: Progress | None = None
 ) -> Tensors:
     """The study with a single site, through the same round loop; resumable in `folder`."""
+    return train_row(study, {site.name: site}, folder, listen, progress)
+
+
+def train_row(
+    study: Study, sites: Mapping[str, Site], folder: Path, listen: Listener | None, progress: Progress | None
+) -> Tensors:
+    """A study of its own through the same round loop, without measuring at the sites; resumable in `folder`."""
     plain = study.model_dump(mode="json")
-    alone = resolve({**plain, "aggregation": {**plain["aggregation"], "min_sites": 1}})
+    fewest = min(study.aggregation.min_sites, len(sites))
+    own = resolve({**plain, "aggregation": {**plain["aggregation"], "min_sites": fewest}})
     run = RunDir(folder, listen)
-    run.create(alone)
-    grid = LocalGrid({site.name: make_app(lambda _: site, progress)})
-    return run_study(grid, alone, run, {site.name: site.cohort.n_patients}, evaluate=False)
+    run.create(own)
+    grid = LocalGrid({name: make_app(partial(_given, site), progress) for name, site in sites.items()})
+    return run_study(grid, own, run, {name: site.cohort.n_patients for name, site in sites.items()}, evaluate=False)
+
+
+def _given(site: Site, context: object) -> Site:
+    return site

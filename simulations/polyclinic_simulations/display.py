@@ -49,6 +49,10 @@ class Display:
         elif name in ("update_refused", "site_missing"):
             why = event.get("reason", "no answer")
             self._say(f"[yellow]round {event['round']}: {event['site']} left out: {why}[/yellow]")
+        elif name == "stopped_early":
+            self._say(
+                f"round {event['round']}: no better on validation patients for {event['patience']} rounds, stopped"
+            )
         elif name == "warning":
             self._say(f"[yellow]{event['text']}[/yellow]")
 
@@ -79,4 +83,17 @@ def comparison_table(comparison: Mapping[str, Mapping[str, float]]) -> Table:
         interval = f"{scores['auc_low']:.3f} – {scores['auc_high']:.3f}"
         cells = (name, f"{scores['auc']:.3f}", interval, f"{scores['balanced_accuracy']:.3f}")
         table.add_row(*cells, style="bold" if name == "federated" else "")
+    return table
+
+
+def classifier_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
+    """The fine-tuned classifiers of a run on all test patients."""
+    table = Table(title="Fine-tuned classifier", title_justify="left")
+    table.add_column("row")
+    for column in ("AUC", "95 % interval", "accuracy", "balanced accuracy", "calibration error"):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        cells = [f"{row[figure]:.3f}" for figure in ("auc", "accuracy", "balanced_accuracy", "ece")]
+        cells.insert(1, f"{row['auc_low']:.3f} – {row['auc_high']:.3f}")
+        table.add_row(name, *cells, style="bold" if name == "federated" else "")
     return table

@@ -151,17 +151,24 @@ def _conclude(
     newest = checkpoints.newest(run.checkpoints, study.hash, lambda text: run.event("warning", text=text))
     assert newest is not None  # the rounds are made
     federated = newest[1]
-    comparison, notes = {}, []
+    comparison: dict[str, dict[str, float]] = {}
+    classifier: dict[str, dict[str, float]] = {}
+    operating: list[dict[str, Any]] = []
+    notes: list[str] = []
     for name in row_names(study, sites):
         run.event("row_started", row=name)
         try:
-            comparison[name] = row(name, study, sites, run.path, federated, _of_row(name, listen), progress).row()
+            probed, classified = row(name, study, sites, run.path, federated, _of_row(name, listen), progress)
         except NotMeasurable as reason:  # of the labels, which all rows share
             notes.append(f"no comparison: {reason}")
             break
         except QuorumLost:  # a site that could not train has cost the study nothing but its own row
             notes.append(f"no row {name}: the study could not be trained on it; see rows/ for the reason")
             continue
+        comparison[name] = probed.row()
+        if classified is not None:
+            classifier[name] = classified.row()
+            operating = classified.operating if name == "federated" else operating
         run.event("row_finished", row=name, **comparison[name])
     _pictures(study, run.path, sites, federated)
     summary = {
@@ -171,6 +178,8 @@ def _conclude(
         "sites": {n: {"patients": s.cohort.n_patients, "images": len(s.cohort)} for n, s in sites.items()},
         "rounds": study.rounds,
         "comparison": comparison,
+        "classifier": classifier,
+        "operating": operating,
         "notes": notes,
         "warnings": _warnings(run.path),
         "wall_s": round(time.monotonic() - started, 1),

@@ -26,6 +26,8 @@ from polyclinic_simulations.engines.local import LocalGrid
 from ..tiny import SIMCLR, in_memory, same_bits, tiny_study
 
 STUDY = tiny_study(stages=[{**SIMCLR, "rounds": 3}, {**SIMCLR, "rounds": 1, "projection": 4}])
+PROBES = {"knn_auc", "probe_auc", "probe_balanced_accuracy", "effective_rank", "feature_spread"}
+"""What a site measures on every encoder; the rest of wire.EVALUATION is about a fine-tuned classifier."""
 
 
 @pytest.fixture
@@ -155,7 +157,7 @@ def test_evaluates_the_tensors_as_they_came(site: Site, trainings: list[dict[str
     assert trainings == []
     assert only.patients == 0
     assert only.train == {}
-    assert set(only.evaluation) == set(wire.EVALUATION)
+    assert set(only.evaluation) == PROBES
     both, _ = answer(replace(order, evaluate=True), tensors, site)
     assert both.evaluation == only.evaluation  # measured before training
 
@@ -163,7 +165,7 @@ def test_evaluates_the_tensors_as_they_came(site: Site, trainings: list[dict[str
 @pytest.mark.parametrize(
     ("cohort", "missing"),
     [
-        (in_memory(4, images=1), set(wire.EVALUATION)),  # too few images for the health figures, and for a probe
+        (in_memory(4, images=1), PROBES),  # too few images for the health figures, and for a probe
         (replace(in_memory(12), labels=np.full(24, "")), {"knn_auc", "probe_auc", "probe_balanced_accuracy"}),
         (replace(in_memory(12), labels=np.full(24, "clear")), {"knn_auc", "probe_auc", "probe_balanced_accuracy"}),
     ],
@@ -171,7 +173,7 @@ def test_evaluates_the_tensors_as_they_came(site: Site, trainings: list[dict[str
 def test_what_cannot_be_measured_is_left_out(cohort: Cohort, missing: set[str], tmp_path: Path) -> None:
     order, tensors = start()
     reply, update = answer(replace(order, evaluate=True), tensors, Site("north", cohort, tmp_path))
-    assert set(wire.EVALUATION) - set(reply.evaluation) == missing
+    assert PROBES - set(reply.evaluation) == missing
     assert update is not None
 
 
@@ -274,7 +276,7 @@ def test_nothing_leaves_but_what_is_listed_here(site: Site) -> None:
         "study": STUDY.hash, "stage": 0, "round": 1, "site": "north", "patients": 8,
     }  # fmt: skip
     assert set(reply.content["train"]) == set(wire.TRAINING)
-    assert set(reply.content["evaluation"]) == set(wire.EVALUATION)
+    assert set(reply.content["evaluation"]) == PROBES
     assert set(reply.content["update"]) == set(tensors)
     who = node.ask(RecordDict(), MessageType.QUERY)
     assert {key: set(record) for key, record in who.content.items()} == {"site": {"site", "version"}}

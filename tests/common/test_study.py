@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from polyclinic.errors import StudyError
-from polyclinic.stages import METHOD_STAGES, Views
+from polyclinic.stages import Views
 from polyclinic.study import (
     MAX_CHARACTERS,
     Aggregation,
@@ -29,6 +29,8 @@ from polyclinic.study import (
     parse_study,
     resolve,
 )
+
+from ..tiny import METHOD_STAGES
 
 STAGE: dict[str, Any] = {"kind": "pretrain", "method": "simclr", "rounds": 2}
 SMALL: dict[str, Any] = {"study": {"name": "small"}, "stages": [STAGE]}
@@ -62,7 +64,8 @@ def study_with(key: str, value: Any) -> tuple[dict[str, Any], str]:
     if ":" in key:
         stage, _, rest = key.partition(":")
         method, _, rest = rest.partition(".")
-        data["stages"][0]["method"] = method
+        data["stages"][0] |= {"method": method, "kind": "finetune" if method == "supervised" else "pretrain"}
+        data["evaluation"] = {"labels": {"ill": ["a"], "well": ["b"]}}
         data["encoder"] = {"name": "vit_tiny" if method != "simclr" else "resnet18"}
         key = f"{stage}.{rest}"
     *path, last = key.split(".")
@@ -129,8 +132,13 @@ def test_the_bounds_above_are_many() -> None:
         ("images.window", "lung", "images.window is 'lung'", "'percentile', 'voi' or [centre, width] in HU"),
         ("images.window", [40.0, 0.0], "images.window is [40.0, 0.0]", "a width above 0"),
         ("images.window", [40.0], "images.window is [40.0]", "[centre, width]"),
-        ("encoder.name", "resnet19", "encoder.name is 'resnet19'", "'resnet18', 'resnet50', 'vit_tiny'"),
-        ("encoder.init", "weights.pt", "encoder.init is 'weights.pt'", "'random'"),
+        (
+            "encoder.name",
+            "resnet19",
+            "encoder.name is 'resnet19'",
+            "'resnet18', 'resnet50', 'bit_resnet50', 'vit_tiny'",
+        ),
+        ("encoder.init", "weights.pt", "encoder.init is 'weights.pt'", 'give "random" or'),
         ("stages", [], "stages is []", "at least 1 items"),
         ("stages", [STAGE] * 101, "stages is [{", "at most 100 items"),
         ("stages", {"rounds": 1}, "stages is a table", "a list"),
@@ -229,9 +237,14 @@ def test_method_encoder_and_size_must_fit(method: str, encoder: str, patch: int,
     assert problem in caught.value.problem
 
 
-def test_a_finetune_stage_is_refused_by_name() -> None:
-    with pytest.raises(StudyError, match=r"stages\.1 is a finetune stage"):
-        resolve(SMALL | {"stages": [STAGE, {"kind": "finetune", "rounds": 3}]})
+def test_fine_tuning_needs_the_names_of_its_classes() -> None:
+    stages = [STAGE, {"kind": "finetune", "rounds": 3}]
+    with pytest.raises(StudyError, match=r"stages\.1 fine-tunes and evaluation\.labels names 0 classes"):
+        resolve(SMALL | {"stages": stages})
+    named = resolve(SMALL | {"stages": stages, "evaluation": {"labels": {"a": ["A"], "b": ["B"], "ignore": ["?"]}}})
+    assert named.evaluation.classes == ["a", "b"]
+    assert named.stages[1].method == "supervised"
+    assert resolve(json.loads(named.canonical())) == named
 
 
 def test_defaults_depend_on_method_and_channels_under_the_users_own() -> None:
@@ -403,7 +416,7 @@ def test_bottlenecks_and_skipped_tokens_do_not_go_together(method: str) -> None:
 
 def test_defaults_stay_as_they_were_approved() -> None:
     # A changed default is another study: sites must approve it anew. Change this hash only when that is meant.
-    assert resolve(SMALL).hash == "f514bb93401d68d17607e16fab2fab28c479c7d788cf11922dcab4e3c89db73f"
+    assert resolve(SMALL).hash == "7ffaa01dc1a74d9f9e75b17753ae8dff2f02387ee794db9b2e793263e9057bfe"
 
 
 def test_a_number_of_thousands_of_digits_is_a_bad_study() -> None:

@@ -23,7 +23,7 @@ def simulate(study: Path, data: Path, tmp_path: Path, *more: object) -> tuple[in
         ("rounds = 2", "rounds = -2", "rounds"),
         ('method = "mae"', 'method = "maee"', "mae"),
         ('name = "vit_tiny"', 'name = "resnet18"', "skip tokens"),
-        ('kind = "pretrain"', 'kind = "finetune"', "finetune"),
+        ('kind = "pretrain"\nmethod = "mae"', 'kind = "finetune"', "evaluation.labels names 0 classes"),
         ('cohort = "beta"', 'cohort = "delta"', "'beta'"),
     ],
 )

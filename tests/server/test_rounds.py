@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Context, Message, MessageType
 
 from polyclinic import wire
 from polyclinic.errors import QuorumLost, StudyError
@@ -316,3 +316,50 @@ def test_replies_are_asked_for_one_at_a_time(tmp_path: Path) -> None:
     run_study(Counting(nodes()), study, open_run(tmp_path, study), SEATS)
     orders = len(SITES) * (study.rounds + 1)  # of every round, and of the last measurement
     assert asked[-orders:] == [1] * orders
+
+
+FINETUNE = {"kind": "finetune", "rounds": 8, "batch_size": 8, "patience": 2}
+CLASSES = {"labels": {"clear": ["clear"], "spot": ["spot"]}}
+LOSSES = {2: 0.5, 3: 0.4, 4: 0.6, 5: 0.45, 6: 0.1, 7: 0.1, 8: 0.1}
+"""Of the tensors that rounds 1 to 7 made, as they are measured a round later."""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_fine_tuning_stops_early_with_its_best_tensors_and_the_next_stage_goes_on(killed: bool, tmp_path: Path) -> None:
+    study = tiny_study(stages=[FINETUNE, {**SIMCLR, "rounds": 1}], evaluation=CLASSES)
+    came: dict[int, wire.Tensors] = {}
+
+    def noting(name: str) -> Node:
+        node = honest(name, validation=LOSSES)
+
+        def note(message: Message, context: Context) -> Message:
+            if message.metadata.message_type != MessageType.QUERY:
+                order, tensors = wire.unpack_order(message.content)
+                if order.train:
+                    came[order.round] = {n: v.copy() for n, v in tensors.items()}
+                if killed and order.round == 5 and not (tmp_path / "was here").exists():
+                    (tmp_path / "was here").touch()
+                    raise KeyboardInterrupt
+            return node(message, context)
+
+        return note
+
+    run = open_run(tmp_path / "run", study)
+    grid = LocalGrid({name: noting(name) for name in SITES})
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            run_study(grid, study, run, SEATS)
+        run = RunDir(tmp_path / "run")
+    run_study(grid, study, run, SEATS)
+    assert [line["round"] for line in events(run, "stopped_early")] == [5]
+    assert [line["round"] for line in events(run, "round_closed")] == [1, 2, 3, 4, 5, 9]
+    encoder = {name: value for name, value in came[9].items() if name.startswith("encoder.")}
+    assert encoder
+    assert same_bits(encoder, {name: came[3][name] for name in encoder})  # round 2 made what came in round 3
+
+
+def test_fine_tuning_without_validation_patients_runs_to_its_end(tmp_path: Path) -> None:
+    study = tiny_study(stages=[FINETUNE], evaluation=CLASSES)
+    run = open_run(tmp_path, study)
+    run_study(LocalGrid(nodes()), study, run, SEATS)
+    assert [line["round"] for line in events(run, "round_closed")] == list(range(1, 9))

@@ -119,7 +119,7 @@ def test_a_row_that_was_finished_is_read_back(
     first = row("alone:north", study, sites, tmp_path, {})
     assert row("alone:north", study, sites, tmp_path, {}) == first
     assert len(probes) == 1
-    assert json.loads((tmp_path / "rows" / "alone-north" / "scores.json").read_text())["auc"] == 0.5
+    assert json.loads((tmp_path / "rows" / "alone-north" / "scores.json").read_text())[0]["auc"] == 0.5
 
 
 def test_alone_goes_on_where_it_was_stopped(sites: dict[str, Site], tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-GREY = ((0.5,), (0.25,))
+Constants = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel."""
+GREY: Constants = ((0.5,), (0.25,))
 """Mean and standard deviation: round figures near those of windowed radiographs, the same at every site."""
-COLOUR = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+COLOUR: Constants = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """ImageNet's, which weights from natural images expect."""
 
 
@@ -15,9 +17,9 @@ class Normalise(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, constants: Constants | None = None) -> None:
         super().__init__()
-        mean, std = GREY if channels == 1 else COLOUR
+        mean, std = constants or (GREY if channels == 1 else COLOUR)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 

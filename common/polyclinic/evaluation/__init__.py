@@ -1,23 +1,29 @@
-"""Probes on a frozen encoder, always split by patient, and the figures that tell whether it has collapsed."""
+"""Probes on a frozen encoder, scores of a classifier, signs of collapse; always split by patient."""
 
+from polyclinic.evaluation.classifier import ClassifierScores, classifier_scores, score_classifier
 from polyclinic.evaluation.encoding import features, pixel_features
 from polyclinic.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD, collapsed, health
-from polyclinic.evaluation.labels import NotMeasurable, classes_of
+from polyclinic.evaluation.labels import NotMeasurable, classes_of, targets_of
 from polyclinic.evaluation.probes import knn_probe, linear_probe
 from polyclinic.evaluation.scores import Scores
-from polyclinic.evaluation.split import split_patients
+from polyclinic.evaluation.split import labelled_patients, split_patients
 
 __all__ = [
     "COLLAPSED_RANK",
     "COLLAPSED_SPREAD",
+    "ClassifierScores",
     "NotMeasurable",
     "Scores",
     "classes_of",
+    "classifier_scores",
     "collapsed",
     "features",
     "health",
     "knn_probe",
+    "labelled_patients",
     "linear_probe",
     "pixel_features",
+    "score_classifier",
     "split_patients",
+    "targets_of",
 ]

@@ -30,6 +30,28 @@ def classes_of(labels: Words, mapping: dict[str, list[str]]) -> Words:
     return np.array(named, dtype=np.str_)[places] if named else np.array([], dtype=np.str_)
 
 
+def targets_of(labels: Words, mapping: dict[str, list[str]], multi_label: bool) -> NDArray[np.float32]:
+    """(images, classes) 1 where an image is of a class that `mapping` names, 0 where not, NaN where nobody knows.
+
+    With one label an image, nobody knows where its cell is none of the mapping's words; with several, where it is
+    empty or holds a word to ignore, and other words than the mapping's are no class.
+
+    >>> targets_of(np.array(["a|c", "b", ""]), {"first": ["a"], "second": ["b"]}, multi_label=True).tolist()
+    [[1.0, 0.0], [0.0, 1.0], [nan, nan]]
+    """
+    classes = [name for name in mapping if name != "ignore"]
+    if not multi_label:
+        found = classes_of(labels, mapping)
+        targets: NDArray[np.float32] = (found[:, None] == np.array(classes)).astype(np.float32)
+        targets[targets.sum(axis=1) == 0] = np.nan
+        return targets
+    words = [{part.strip() for part in str(cell).split("|")} - {""} for cell in labels]
+    rows = [[float(bool(cell & set(mapping[name]))) for name in classes] for cell in words]
+    targets = np.array(rows, np.float32).reshape(len(words), len(classes))
+    targets[[not cell or bool(cell & set(mapping.get("ignore", []))) for cell in words]] = np.nan
+    return targets
+
+
 def _word(cell: str) -> str:
     """A cell with its labels in one order, free of blanks."""
     return "|".join(sorted({part.strip() for part in cell.split("|")} - {""}))

@@ -51,8 +51,9 @@ def score(
         NotMeasurable: nearly every resample of these patients lacks a class.
     """
     numbers, clusters = np.unique(patients, return_inverse=True)
+    members = truth[:, None] == np.unique(truth)
     resampled = np.concatenate(
-        [macro_auc(probabilities, truth, weights) for weights in _resamples(truth, clusters, seed)]
+        [macro_auc(probabilities, truth, weights) for weights in resamples(members, clusters, seed)]
     )
     low, high = np.quantile(resampled, [0.025, 0.975])
     return Scores(
@@ -96,18 +97,25 @@ def auc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
     return wins
 
 
-def _resamples(truth: NDArray[np.intp], clusters: NDArray[np.intp], seed: int) -> Iterator[Floats]:
-    """RESAMPLES weights in all, in chunks of (resamples, images): patients drawn with replacement, images and all."""
+def resamples(members: NDArray[np.bool_], clusters: NDArray[np.intp], seed: int) -> Iterator[Floats]:
+    """RESAMPLES weights in all, in chunks of (resamples, images): patients drawn with replacement, images and all.
+
+    `members` is (images, groups); a resample without an image of some group is drawn again. `clusters` is the patient
+    of each image.
+
+    Raises:
+        NotMeasurable: nearly every resample of these patients lacks a group.
+    """
     rng = np.random.default_rng(seed)
     n_patients = int(clusters.max()) + 1
-    at_once = max(1, min(RESAMPLES, CHUNK // len(truth)))
+    at_once = max(1, min(RESAMPLES, CHUNK // len(members)))
     found = drawn = 0
     while found < RESAMPLES:
         if drawn >= MAX_DRAWS:
             raise NotMeasurable(f"too few test patients of some class for an interval ({n_patients} patients in all)")
         draws = rng.multinomial(n_patients, np.full(n_patients, 1 / n_patients), size=at_once)
         weights = draws[:, clusters].astype(np.float64)
-        whole = np.all([weights[:, truth == k].any(axis=1) for k in range(truth.max() + 1)], axis=0)
+        whole = np.all([weights[:, group].any(axis=1) for group in members.T], axis=0)
         weights = weights[whole][: RESAMPLES - found]
         found, drawn = found + len(weights), drawn + at_once
         if len(weights):

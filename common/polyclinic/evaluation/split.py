@@ -5,7 +5,8 @@ from numpy.typing import NDArray
 
 from polyclinic.cohort import Cohort
 from polyclinic.errors import CohortError
-from polyclinic.evaluation.labels import classes_of
+from polyclinic.evaluation.labels import classes_of, targets_of
+from polyclinic.stages import Finetune
 from polyclinic.study import Evaluation
 
 
@@ -30,6 +31,51 @@ def split_patients(cohort: Cohort, evaluation: Evaluation, seed: int) -> tuple[C
     if not len(train) or not len(test):
         raise _one_sided(cohort, evaluation.split, "train on" if not len(train) else "test on")
     return cohort.select(train), cohort.select(test)
+
+
+def labelled_patients(
+    cohort: Cohort, evaluation: Evaluation, stage: Finetune, seed: int
+) -> tuple[Cohort, Cohort | None]:
+    """(train, validation) of a finetune stage, out of a site's training patients; validation only with patience.
+
+    Patients with a label, class by class: first those for validation (the split column's `val` where there are any),
+    then of the others `label_fraction`, at least one. A smaller fraction's patients are all among a larger one's. A
+    patient of several classes goes by the rarest.
+
+    Raises:
+        CohortError: nobody has a label.
+    """
+    group = _rarest_class(cohort, targets_of(cohort.labels, evaluation.labels, stage.multi_label))
+    generator = np.random.default_rng(seed)
+    kept = np.zeros(cohort.n_patients, bool)
+    if evaluation.split == "column" and stage.patience:
+        kept[np.unique(cohort.patients[cohort.splits == "val"])] = True
+    draw = stage.patience > 0 and not kept.any()
+    train = np.zeros(cohort.n_patients, bool)
+    for code in np.unique(group[group >= 0]):
+        patients = generator.permutation(np.flatnonzero((group == code) & ~kept))
+        if draw:
+            count = min(max(round(stage.validation_fraction * len(patients)), 1), len(patients) - 1)
+            kept[patients[:count]], patients = True, patients[count:]
+        train[patients[: max(round(stage.label_fraction * len(patients)), 1)]] = True
+    if not train.any():
+        raise CohortError(
+            "no training patient has a label of a class in [evaluation] labels",
+            "add the site's words to the study's labels, or leave the site out of it",
+        )
+    validation = cohort.select(np.flatnonzero(kept & (group >= 0))) if (kept & (group >= 0)).any() else None
+    return cohort.select(np.flatnonzero(train)), validation
+
+
+def _rarest_class(cohort: Cohort, targets: NDArray[np.float32]) -> NDArray[np.int64]:
+    """(patients,) the class of each patient that fewest patients have; one past the last of none, -1 unlabelled."""
+    has = np.zeros((cohort.n_patients, targets.shape[1] + 1), bool)
+    known = ~np.isnan(targets).any(axis=1)
+    np.logical_or.at(has, cohort.patients[known], np.pad(targets[known] > 0, ((0, 0), (0, 1))))
+    labelled = np.zeros(cohort.n_patients, bool)
+    labelled[cohort.patients[known]] = True
+    has[labelled & ~has.any(axis=1), -1] = True
+    return np.where(labelled, np.where(has, has.sum(axis=0), len(has) + 1).argmin(axis=1), -1)
 
 
 def _one_sided(cohort: Cohort, split: str, lacking: str) -> CohortError:

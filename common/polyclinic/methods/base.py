@@ -1,6 +1,6 @@
-"""The contract of a self-supervised method. A method knows nothing of Flower, files or devices."""
+"""The contract of a training method. A method knows nothing of Flower, files or devices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,10 +14,13 @@ class Batch:
     Attributes:
         images: (images, channels, size, size) float32 in [0, 1], on the device that trains.
         patients: (images,) int64; equal numbers are the same patient.
+        targets: (images, classes) float32, 1 where the image is of the class, NaN where it has no label; no classes
+            where the method needs none.
     """
 
     images: Tensor
     patients: Tensor
+    targets: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class ViewBatch:
 
 
 class Method(Protocol):
-    """One self-supervised method, made from its stage's settings by `methods.make_method`."""
+    """One way to train, self-supervised or not, made from its stage's settings by `methods.make_method`."""
 
     separable: bool
     """Is the loss a sum over patients? Decides what differential privacy may do with it."""

@@ -75,6 +75,19 @@ def comparison(run: Run) -> list[dict[str, Any]]:
     return [*floors, mean, *ours, *alone] if len(alone) > MANY else [*floors, *alone, mean, *ours]
 
 
+def classifier(run: Run) -> list[dict[str, Any]]:
+    """The fine-tuned classifiers as a table; several classes or few, they are read on the same test patients."""
+    return [
+        {
+            "name": words.row_name(name),
+            "kind": name,
+            "interval": f"{row['auc_low']:.3f} – {row['auc_high']:.3f}",
+            **{figure: f"{row[figure]:.3f}" for figure in ("auc", "accuracy", "balanced_accuracy", "ece")},
+        }
+        for name, row in run.summary.get("classifier", {}).items()
+    ]
+
+
 def warnings(run: Run) -> list[str]:
     """What a reader should not miss: the run's own warnings and notes, and signs of collapse."""
     own = Counter(str(event.get("text", "")) for event in run.happened("warning"))

@@ -27,6 +27,7 @@ def render_model_card(path: Path) -> str:
         study=run.study,
         lede=[facts.what_was_trained(run), facts.how_it_was_trained(run)],
         comparison=facts.comparison(run),
+        classifier=facts.classifier(run),
         rehearsed=run.summary.get("engine") in REHEARSALS,
         warnings=facts.warnings(run),
         encoder=words.named(words.ENCODERS, run.study.encoder.name),

@@ -2,10 +2,18 @@
 
 from collections.abc import Mapping
 
-METHODS = {"simclr": "SimCLR", "micle": "MICLe", "mlvicx": "MLVICX", "mae": "MAE", "sssd": "SSSD"}
+METHODS = {
+    "simclr": "SimCLR",
+    "micle": "MICLe",
+    "mlvicx": "MLVICX",
+    "mae": "MAE",
+    "sssd": "SSSD",
+    "supervised": "fine-tuning",
+}
 ENCODERS = {
     "resnet18": "ResNet-18",
     "resnet50": "ResNet-50",
+    "bit_resnet50": "BiT ResNet-50 v2",
     "vit_tiny": "ViT-Ti",
     "vit_small": "ViT-S",
     "vit_base": "ViT-B",
@@ -18,6 +26,8 @@ ROWS = {
     "pixels": "16 × 16 pixels",
     "federated": "federated",
     "pooled": "all sites pooled",
+    "scratch": "without pretraining",
+    "init": "initial weights, without pretraining",
 }
 AGAINST = {"random": "an untrained encoder", "pixels": "16 × 16 pixels", "pooled": "pooling all images"}
 ALONE = "alone:"

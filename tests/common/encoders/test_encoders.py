@@ -16,7 +16,7 @@ from polyclinic.errors import StudyError
 from polyclinic.seeding import forked
 
 SMALL = ["resnet18", "vit_tiny"]
-DIMS = {"resnet18": 512, "resnet50": 2048, "vit_tiny": 192, "vit_small": 384, "vit_base": 768}
+DIMS = {"resnet18": 512, "resnet50": 2048, "bit_resnet50": 2048, "vit_tiny": 192, "vit_small": 384, "vit_base": 768}
 
 
 def build(name: str, channels: int = 1, size: int = 32, seed: int = 0) -> nn.Module:
@@ -32,7 +32,7 @@ def test_the_table_is_the_studys_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vit_tiny", "vit_small"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "bit_resnet50", "vit_tiny", "vit_small"])
 def test_features_have_the_promised_shape(name: str, channels: int) -> None:
     encoder = build(name, channels)
     features = encoder(torch.rand(2, channels, 32, 32))
@@ -135,5 +135,5 @@ def gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     unknown = study.Encoder.model_construct(name="alexnet", patch=8)
-    with pytest.raises(StudyError, match=r"alexnet[\s\S]*resnet18, resnet50, vit_tiny"):
+    with pytest.raises(StudyError, match=r"alexnet[\s\S]*resnet18, resnet50, bit_resnet50, vit_tiny"):
         build_encoder(unknown, study.Images())

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from polyclinic.evaluation import NotMeasurable, Scores
-from polyclinic.evaluation.scores import _resamples, auc, balanced_accuracy, macro_auc, score
+from polyclinic.evaluation.scores import auc, balanced_accuracy, macro_auc, resamples, score
 
 
 def drawn(images: int, classes: int, seed: int, rounding: int = 12):
@@ -40,7 +40,7 @@ def test_macro_auc_and_balanced_accuracy_are_sklearns(classes):
 def test_resamples_take_whole_patients_and_hold_every_class():
     clusters = np.array([0, 0, 0, 1, 2, 2, 3, 4])
     truth = np.array([1, 1, 1, 0, 0, 0, 0, 1])
-    weights = np.concatenate(list(_resamples(truth, clusters, seed=3)))
+    weights = np.concatenate(list(resamples(truth[:, None] == np.unique(truth), clusters, seed=3)))
     assert weights.shape == (1000, 8)
     for cluster in range(5):
         assert np.ptp(weights[:, clusters == cluster], axis=1).max() == 0

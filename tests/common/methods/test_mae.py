@@ -180,7 +180,7 @@ def test_at_least_one_patch_is_seen_and_one_is_not(mask: float, kept: int) -> No
 
 def test_an_encoder_that_cannot_skip_tokens_is_refused() -> None:
     images = study.Images(size=32)
-    method = make_method(MAEStage(method="mae", rounds=1), images)
+    method = make_method(MAEStage(method="mae", rounds=1))
     with pytest.raises(StudyError, match="skip tokens"):
         method.build(build_encoder(study.Encoder(), images))
 

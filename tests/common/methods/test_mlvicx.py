@@ -22,7 +22,7 @@ ENCODERS = ["resnet18", "vit_tiny"]
 
 def multi_level(name: str = "resnet18", context: bool = True, **settings: object) -> tuple[Method, nn.Module]:
     values = {"method": "mlvicx", "rounds": 1, "projection": 24, "common": 12, "views": Views(), **settings}
-    method = make_method(MLVICXStage.model_validate(values), IMAGES)
+    method = make_method(MLVICXStage.model_validate(values))
     with forked(0):
         encoder = build_encoder(study.Encoder.model_validate({"name": name, "context": context}), IMAGES)
         return method, method.build(encoder)

@@ -19,7 +19,7 @@ STAGE = SimCLRStage(method="simclr", rounds=1, views=RADIOGRAPH, projection=16, 
 @pytest.fixture
 def module() -> torch.nn.Module:
     with forked(0):
-        return make_method(STAGE, IMAGES).build(build_encoder(study.Encoder(), IMAGES))
+        return make_method(STAGE).build(build_encoder(study.Encoder(), IMAGES))
 
 
 def batch(patients: list[int]) -> Batch:
@@ -28,7 +28,7 @@ def batch(patients: list[int]) -> Batch:
 
 
 def test_it_is_made_from_its_settings() -> None:
-    method = make_method(STAGE, IMAGES)
+    method = make_method(STAGE)
     assert isinstance(method, SimCLR)
     assert (method.temperature, method.projection, method.settings) == (0.2, 16, RADIOGRAPH)
     assert not method.separable
@@ -45,14 +45,14 @@ def test_the_head_has_one_hidden_layer_of_the_encoders_width(module: torch.nn.Mo
 
 
 def test_encoder_and_head_are_shared(module: torch.nn.Module) -> None:
-    shared = make_method(STAGE, IMAGES).shared(module)
+    shared = make_method(STAGE).shared(module)
     assert set(shared) == set(module.state_dict())
     assert {name.split(".")[0] for name in shared} == {"encoder", "head"}
     assert all(module.state_dict()[name].dtype == torch.float32 for name in shared)
 
 
 def test_two_different_views_are_drawn_and_a_seed_repeats_them() -> None:
-    method, images = make_method(STAGE, IMAGES), batch([0, 1, 2])
+    method, images = make_method(STAGE), batch([0, 1, 2])
     views, again = (method.views(images, torch.Generator().manual_seed(3)) for _ in range(2))
     assert len(views.views) == 2 and all(view.shape == images.images.shape for view in views.views)
     assert not torch.equal(*views.views)
@@ -61,7 +61,7 @@ def test_two_different_views_are_drawn_and_a_seed_repeats_them() -> None:
 
 
 def test_the_loss_is_nt_xent_of_the_projections(module: torch.nn.Module) -> None:
-    method = make_method(STAGE, IMAGES)
+    method = make_method(STAGE)
     views = method.views(batch([0, 1, 1, 2]), torch.Generator().manual_seed(0))
     losses = method.loss(module, views)
     assert losses.shape == (4,) and losses.requires_grad
@@ -73,13 +73,13 @@ def test_the_loss_is_nt_xent_of_the_projections(module: torch.nn.Module) -> None
 
 @pytest.mark.parametrize("patients", [[4], [4, 4, 4]])
 def test_a_batch_of_one_patient_teaches_nothing(module: torch.nn.Module, patients: list[int]) -> None:
-    method = make_method(STAGE, IMAGES)
+    method = make_method(STAGE)
     views = method.views(batch(patients), torch.Generator().manual_seed(0))
     assert method.loss(module, views).shape == (0,)
 
 
 def test_views_of_images_that_agree_cost_less_than_of_images_that_do_not(module: torch.nn.Module) -> None:
-    method, images = make_method(STAGE, IMAGES), batch([0, 1, 2, 3]).images
+    method, images = make_method(STAGE), batch([0, 1, 2, 3]).images
     patients = torch.arange(4)
     agree = method.loss(module, ViewBatch((images, images), patients, {})).mean()
     crossed = method.loss(module, ViewBatch((images, images.roll(1, 0)), patients, {})).mean()

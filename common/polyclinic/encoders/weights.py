@@ -1,0 +1,59 @@
+"""Weights that others have trained, given to an encoder of ours: [encoder] init.
+
+What their network has and ours has not is left out by name: classifiers, statistics of batch normalisation (whose
+scale and shift become those of group normalisation), class tokens and learnt positions. A first layer for colour is
+summed over its colours for grey images: the same answer as to three equal colours. Whatever else does not fit is an
+error: half-loaded weights would be trained, measured and believed.
+"""
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.errors import StudyError
+
+LEFT_OUT = {
+    "polyclinic": r"$^",
+    "torchvision": r"fc\..*|.*\.(running_mean|running_var|num_batches_tracked)",
+    "timm": r"(fc|head|fc_norm)\..*|cls_token|reg_token|dist_token|pos_embed"
+    r"|.*\.(running_mean|running_var|num_batches_tracked)",
+}
+"""Names, by family, that our encoders have no place for."""
+FIRST = ("conv1.weight", "stem.conv.weight", "patch_embed.proj.weight")
+"""The layers that see colours."""
+SHOWN = 4
+"""Names in an error."""
+
+
+def adopt(encoder: nn.Module, weights: dict[str, Tensor], family: str) -> None:
+    """Copy `weights` into an encoder.
+
+    Context bottlenecks, which only our own encoders have, may be missing and stay as they are.
+
+    Raises:
+        StudyError: a tensor has no place, is missing, or has another shape; the error names it.
+    """
+    state = encoder.state_dict()
+    kept = {name: value for name, value in weights.items() if not re.fullmatch(LEFT_OUT[family], name)}
+    for name in FIRST:
+        if name in kept and name in state and kept[name].ndim == 4 and state[name].shape[1] == 1:
+            kept[name] = kept[name].float().sum(dim=1, keepdim=True)
+    unknown = [name for name in kept if name not in state]
+    missing = [name for name in state if name not in kept and not name.startswith("context.")]
+    shapes = [
+        f"{name} is {tuple(value.shape)} and not {tuple(state[name].shape)}"
+        for name, value in kept.items()
+        if name in state and value.shape != state[name].shape
+    ]
+    for problem, names in (("have", unknown), ("lack", missing), ("differ in shape:", shapes)):
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            raise StudyError(
+                f"the initial weights do not fit the encoder: they {problem} {', '.join(names[:SHOWN])}{more}",
+                "set encoder.name, encoder.patch and images.channels to those of the weights, and init.family to "
+                "whose names they have",
+            )
+    with torch.no_grad():
+        for name, value in kept.items():
+            state[name].copy_(value)

@@ -1,0 +1,172 @@
+"""How good a fine-tuned classifier is on test patients: ranking, decisions, calibration, operating points."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from polyclinic.cohort import Cohort
+from polyclinic.evaluation.encoding import features
+from polyclinic.evaluation.labels import MIN_TEST_PATIENTS, NotMeasurable, targets_of
+from polyclinic.evaluation.scores import Floats, auc, resamples
+from polyclinic.seeding import seed_for
+from polyclinic.stages import Finetune
+from polyclinic.study import Study
+from polyclinic.training import pick_device
+
+BINS = 15
+"""Of confidence, equally wide, in the calibration error (Guo et al., ICML 2017)."""
+SENSITIVITIES = (0.8, 0.9, 0.95)
+"""At which the operating points are given."""
+
+
+@dataclass(frozen=True)
+class ClassifierScores:
+    """What a classifier's answers are worth.
+
+    Attributes:
+        auc, auc_low, auc_high: macro mean over classes of one-vs-rest (two exclusive classes are one question), with
+            its 95 % percentile bootstrap over test patients.
+        accuracy: fraction of the images whose class is the likeliest; multi-label: of the answers at 0.5.
+        balanced_accuracy: mean over classes of the recall; multi-label: of sensitivity and specificity at 0.5.
+        ece: expected calibration error, mean gap between confidence and accuracy over 15 bins.
+        operating: a row for each class and wanted sensitivity. Thresholds are chosen on the same test patients, so
+            that the table describes the curve; it does not predict another hospital's.
+    """
+
+    auc: float
+    auc_low: float
+    auc_high: float
+    accuracy: float
+    balanced_accuracy: float
+    ece: float
+    n_test: int
+    operating: list[dict[str, Any]]
+
+    def row(self) -> dict[str, float]:
+        """The figures without the operating points."""
+        return {name: value for name, value in vars(self).items() if name != "operating"}
+
+
+def classifier_scores(
+    logits: NDArray[np.float32],
+    targets: NDArray[np.float32],
+    patients: NDArray[np.integer],
+    classes: list[str],
+    *,
+    multi_label: bool,
+    seed: int,
+) -> ClassifierScores:
+    """Scores of (images, classes) logits against (images, classes) targets, NaN where nobody knows.
+
+    Classes of fewer than two test patients are left out of the AUC and of the balanced accuracy.
+
+    Raises:
+        NotMeasurable: no class can be measured, or the logits are not finite.
+    """
+    known = ~np.isnan(targets).any(axis=1)
+    answers, truth, patients = logits[known].astype(np.float64), targets[known] > 0, patients[known]
+    if not np.isfinite(answers).all():
+        raise NotMeasurable("the classifier's answers are not finite")
+    probabilities = 1 / (1 + np.exp(-answers)) if multi_label else _softmax(answers)
+    asked = _measurable(truth, patients, multi_label)
+    numbers, clusters = np.unique(patients, return_inverse=True)
+    members = np.concatenate([truth[:, asked], ~truth[:, asked]], axis=1)
+    areas = [
+        np.mean([auc(probabilities[:, k], truth[:, k], weights) for k in asked], axis=0)
+        for weights in (np.ones((1, len(truth))), *resamples(members, clusters, seed))
+    ]
+    low, high = np.quantile(np.concatenate(areas[1:]), [0.025, 0.975])
+    right, confidence = _answers(probabilities, truth, multi_label)
+    recalls = _recalls(probabilities, truth, multi_label, patients)
+    return ClassifierScores(
+        auc=float(areas[0][0]),
+        auc_low=float(low),
+        auc_high=float(high),
+        accuracy=float(right.mean()),
+        balanced_accuracy=float(np.mean(recalls)),
+        ece=expected_calibration_error(confidence, right),
+        n_test=len(numbers),
+        operating=[
+            {"class": classes[k], **operating_point(probabilities[:, k], truth[:, k], wanted)}
+            for k in asked
+            for wanted in SENSITIVITIES
+        ],
+    )
+
+
+def score_classifier(module: nn.Module, cohorts: Sequence[Cohort], study: Study, stage: Finetune) -> ClassifierScores:
+    """`classifier_scores` of a module that turns images into logits, on the patients of some cohorts together."""
+    starts = np.cumsum([0] + [cohort.n_patients for cohort in cohorts])
+    return classifier_scores(
+        np.concatenate([features(module, cohort, study.compute, pick_device()) for cohort in cohorts]),
+        np.concatenate([targets_of(c.labels, study.evaluation.labels, stage.multi_label) for c in cohorts]),
+        np.concatenate([cohort.patients + start for cohort, start in zip(cohorts, starts, strict=False)]),
+        study.evaluation.classes,
+        multi_label=stage.multi_label,
+        seed=seed_for(study.seed, "probe"),
+    )
+
+
+def expected_calibration_error(confidence: Floats, right: NDArray[np.bool_]) -> float:
+    """Mean over answers of |accuracy - mean confidence| of their bin; both arguments are (answers,)."""
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gap = np.bincount(bins, confidence - right, minlength=BINS)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+def operating_point(scores: Floats, positive: NDArray[np.bool_], sensitivity: float) -> dict[str, float]:
+    """The highest threshold at which `sensitivity` is reached, and what else holds there; calls are score >= it."""
+    ordered = np.sort(scores[positive])[::-1]
+    threshold = ordered[int(np.ceil(sensitivity * len(ordered) - 1e-9)) - 1]
+    called = scores >= threshold
+    hits, alarms = int((called & positive).sum()), int((called & ~positive).sum())
+    negatives = int((~positive).sum())
+    missed = len(ordered) - hits
+    return {
+        "threshold": float(threshold),
+        "sensitivity": hits / len(ordered),
+        "specificity": 1 - alarms / negatives,
+        "ppv": hits / (hits + alarms),
+        "npv": (negatives - alarms) / (negatives - alarms + missed) if negatives - alarms + missed else 1.0,
+    }
+
+
+def _measurable(truth: NDArray[np.bool_], patients: NDArray[np.integer], multi_label: bool) -> list[int]:
+    """The classes that are asked about: two exclusive ones are one question, of the first."""
+    asked = [
+        k
+        for k in range(truth.shape[1])
+        if all(len(np.unique(patients[side])) >= MIN_TEST_PATIENTS for side in (truth[:, k], ~truth[:, k]))
+    ]
+    if not asked:
+        raise NotMeasurable("no class has two test patients of it and two that are not")
+    return asked[:1] if not multi_label and truth.shape[1] == 2 else asked
+
+
+def _answers(probabilities: Floats, truth: NDArray[np.bool_], multi_label: bool) -> tuple[NDArray[np.bool_], Floats]:
+    """(answers,) which are right, and how sure each is."""
+    if multi_label:
+        yes = probabilities >= 0.5
+        return (yes == truth).ravel(), np.where(yes, probabilities, 1 - probabilities).ravel()
+    chosen = probabilities.argmax(axis=1)
+    return np.take_along_axis(truth, chosen[:, None], axis=1)[:, 0], probabilities.max(axis=1)
+
+
+def _recalls(
+    probabilities: Floats, truth: NDArray[np.bool_], multi_label: bool, patients: NDArray[np.integer]
+) -> list[float]:
+    if multi_label:
+        sides = [(k, side) for k in _measurable(truth, patients, True) for side in (True, False)]
+        return [float(((probabilities[truth[:, k] == side, k] >= 0.5) == side).mean()) for k, side in sides]
+    chosen = probabilities.argmax(axis=1)
+    return [float((chosen[truth[:, k]] == k).mean()) for k in range(truth.shape[1]) if truth[:, k].any()]
+
+
+def _softmax(logits: Floats) -> Floats:
+    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: Floats = exponents / exponents.sum(axis=1, keepdims=True)
+    return shares

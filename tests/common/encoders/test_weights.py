@@ -1,0 +1,142 @@
+"""Weights of other people's networks: the same answers where the networks are the same, a named refusal elsewhere."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.models import resnet18 as torchvision_resnet18  # type: ignore[import-untyped]
+
+from polyclinic.encoders import build_encoder
+from polyclinic.encoders.weights import adopt
+from polyclinic.errors import CheckpointError, StudyError
+from polyclinic.model import encoder_of, initial_tensors
+from polyclinic.seeding import forked
+from polyclinic.study import Encoder, Images, load_study
+
+STUDY = """
+[study]
+name = "transfer"
+[images]
+size = 32
+channels = {channels}
+[encoder]
+name = "{name}"
+patch = 16
+init = {{ file = "{file}", family = "{family}" }}
+[[stages]]
+kind = "pretrain"
+method = "simclr"
+rounds = 1
+"""
+
+
+def ours(name: str, channels: int = 3, size: int = 32, patch: int = 16) -> Any:
+    with forked(7):
+        return build_encoder(Encoder(name=name, patch=patch), Images(size=size, channels=channels)).eval()  # type: ignore[arg-type]
+
+
+def test_bit_answers_as_timms() -> None:
+    with forked(0):
+        theirs = timm.create_model("resnetv2_50x1_bit", num_classes=10, pretrained=False).eval()
+    encoder = ours("bit_resnet50", size=64)
+    adopt(encoder, theirs.state_dict(), "timm")
+    images = torch.rand(2, 3, 64, 64)
+    expected = theirs.forward_features((images - 0.5) / 0.5).mean(dim=(2, 3))
+    assert torch.allclose(encoder(images), expected, atol=1e-5)
+
+
+def test_a_vision_transformer_takes_timms_blocks() -> None:
+    with forked(0):
+        theirs = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=32, pretrained=False).eval()
+    encoder = ours("vit_tiny")
+    adopt(encoder, theirs.state_dict(), "timm")
+    tokens = torch.rand(2, 4, 192)
+    x = tokens
+    for block in theirs.blocks:
+        x = block(x)
+    y = tokens
+    for block in encoder.blocks:
+        y = block(y)
+    assert torch.equal(x, y)
+    assert torch.equal(encoder.patch_embed.proj.weight, theirs.patch_embed.proj.weight)
+
+
+def test_torchvisions_resnet_keeps_all_but_batch_statistics_and_classifier() -> None:
+    weights = torchvision_resnet18().state_dict()
+    encoder = ours("resnet18")
+    adopt(encoder, weights, "torchvision")
+    state = encoder.state_dict()
+    assert all(torch.equal(state[name], weights[name]) for name in state)
+    left = set(weights) - set(state)
+    assert {name.rpartition(".")[2] for name in left} == {
+        "running_mean", "running_var", "num_batches_tracked", "weight", "bias",
+    }  # fmt: skip
+    assert {name for name in left if name.endswith(("weight", "bias"))} == {"fc.weight", "fc.bias"}
+
+
+def test_colour_weights_see_grey_as_three_equal_colours() -> None:
+    colour, grey = ours("resnet18"), ours("resnet18", channels=1)
+    adopt(grey, colour.state_dict(), "polyclinic")
+    image = torch.randn(2, 1, 32, 32)
+    assert torch.allclose(grey.conv1(image), colour.conv1(image.expand(-1, 3, -1, -1)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda w: {**w, "layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)},
+            r"layer1\.0\.conv1\.weight is \(64, 64, 1",
+        ),
+        (lambda w: {n: v for n, v in w.items() if n != "layer2.0.bn1.bias"}, r"lack layer2\.0\.bn1\.bias"),
+        (lambda w: {**w, "layer9.weight": torch.zeros(1)}, r"have layer9\.weight"),
+        (lambda w: {f"module.{n}": v for n, v in w.items()}, r"and \d+ more"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: Any, said: str) -> None:
+    encoder = ours("resnet18")
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    with pytest.raises(StudyError, match=said):
+        adopt(encoder, change(ours("resnet18").state_dict()), "polyclinic")
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def write(folder: Path, weights: dict[str, Tensor], **words: object) -> Path:
+    save_file({n: v.contiguous() for n, v in weights.items()}, folder / "weights.safetensors")
+    values = {"channels": 3, "name": "resnet18", "file": "weights.safetensors", "family": "polyclinic", **words}
+    (folder / "study.toml").write_text(STUDY.format(**values))
+    return folder / "study.toml"
+
+
+def test_a_study_starts_from_a_file_and_its_hash_knows_the_content_but_not_the_path(tmp_path: Path) -> None:
+    from polyclinic.artifacts import load_weights
+
+    weights = ours("resnet18").state_dict()
+    study = load_study(write(tmp_path, weights))
+    assert study.encoder.init != "random"
+    tensors = initial_tensors(study, 0, None, load_weights(study.encoder.init))
+    assert all((tensors[f"encoder.{name}"] == value.numpy()).all() for name, value in weights.items())
+    assert not (tensors["encoder.conv1.weight"] == encoder_of(study, None).conv1.weight.detach().numpy()).all()  # type: ignore[operator, union-attr]
+    (tmp_path / "elsewhere").mkdir()
+    moved = load_study(write(tmp_path / "elsewhere", weights))
+    assert moved.hash == study.hash
+    assert str(tmp_path) not in study.canonical()
+    assert str(tmp_path) not in study.to_toml(simulation=False)
+    other = load_study(write(tmp_path, {n: v + 1 for n, v in weights.items()}))
+    assert other.hash != study.hash
+    with pytest.raises(CheckpointError, match="not the file that the study names"):
+        load_weights(study.encoder.init)
+
+
+def test_missing_weights_are_an_error_where_they_are_first_read(tmp_path: Path) -> None:
+    path = write(tmp_path, ours("resnet18").state_dict())
+    resolved = load_study(path)
+    (tmp_path / "weights.safetensors").unlink()
+    with pytest.raises(StudyError, match="cannot read the initial weights"):
+        load_study(path)
+    (tmp_path / "resolved.toml").write_text(resolved.to_toml())
+    assert load_study(tmp_path / "resolved.toml") == resolved  # a run that has begun needs them no more
