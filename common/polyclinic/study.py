@@ -132,8 +132,8 @@ class Evaluation(Settings):
 
     @property
     def classes(self) -> list[str]:
-        """The classes that `labels` names, in its order."""
-        return [name for name in self.labels if name != "ignore"]
+        """The classes that `labels` names, in alphabetical order: the one that its canonical form keeps."""
+        return sorted(self.labels.keys() - {"ignore"})
 
 
 class Aggregation(Settings):

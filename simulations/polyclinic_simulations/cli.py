@@ -29,11 +29,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON in
 
 def register(app: typer.Typer) -> None:
     """Add this package's commands."""
+    from polyclinic_simulations.papers.cli import register as register_papers
     from polyclinic_simulations.phantom.cli import register as register_phantom
 
     for command in (demo, simulate, compare, evaluate, export):
         app.command()(command)
     register_phantom(app)
+    register_papers(app)
 
 
 def simulate(

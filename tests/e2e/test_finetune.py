@@ -30,7 +30,7 @@ test_fraction = 0.5
 rows = ["random", "scratch", "alone", "pooled"]
 labels = {labels}
 """ + "".join(f'\n[[simulation.site]]\nname = "{name}"\ncohort = "{name}"\n' for name in SITES)
-LABELS = '{ healthy = ["normal"], ill = ["nodule", "consolidation", "effusion"] }'
+LABELS = '{ well = ["normal"], ill = ["nodule", "consolidation", "effusion"] }'
 
 
 def run(folder: Path, patients: Path, state: Path, settings: str = "", labels: str = LABELS) -> tuple[int, str]:

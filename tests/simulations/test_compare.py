@@ -16,7 +16,15 @@ from polyclinic.model import initial_tensors
 from polyclinic.study import Study
 from polyclinic_client.site import Site
 from polyclinic_simulations import compare
-from polyclinic_simulations.compare import probe, row, row_names, train_one
+from polyclinic_simulations.compare import (
+    classify,
+    probe,
+    row,
+    row_names,
+    train_one,
+    train_row,
+    without_pretraining,
+)
 from polyclinic_simulations.consortium import pool
 
 from ..tiny import SIMCLR, SITES, TinyEncoder, in_memory, same_bits, tiny_study
@@ -163,3 +171,20 @@ def test_a_row_whose_checkpoints_are_gone_is_trained_again(sites: dict[str, Site
     whole = train_one(study, sites["north"], tmp_path / "row")
     shutil.rmtree(tmp_path / "row")
     assert same_bits(train_one(study, sites["north"], tmp_path / "row"), whole)
+
+
+def test_fine_tuning_learns_the_classes_and_scratch_is_the_same_without_pretraining(
+    sites: dict[str, Site], tmp_path: Path
+) -> None:
+    tune = {"kind": "finetune", "rounds": 8, "local_epochs": 4, "batch_size": 8, "learning_rate": 0.02}
+    gentle = {"views": {"flip": False, "crop": [0.9, 1.0]}, "probe_rounds": 1}
+    labels = {"spot": ["spot"], "clear": ["clear"]}  # in another order than in the study's canonical form
+    study = tiny_study(stages=[{**SIMCLR, "rounds": 1}, {**tune, **gentle}], evaluation={"labels": labels})
+    scratch = without_pretraining(study, keep_init=False)
+    assert [stage.method for stage in scratch.stages] == ["supervised"]
+    for name, wanted in (("whole", study), ("scratch", scratch)):
+        tensors = train_row(wanted, sites, tmp_path / name, None, None)
+        scores = classify(wanted, tensors, sites)
+        assert scores is not None
+        assert scores.auc > 0.9
+        assert scores.accuracy > 0.7

@@ -30,7 +30,8 @@ class ClassifierScores:
     Attributes:
         auc, auc_low, auc_high: macro mean over classes of one-vs-rest (two exclusive classes are one question), with
             its 95 % percentile bootstrap over test patients.
-        accuracy: fraction of the images whose class is the likeliest; multi-label: of the answers at 0.5.
+        accuracy, accuracy_low, accuracy_high: fraction of the images whose class is the likeliest (multi-label: of the
+            answers at 0.5), with its interval.
         balanced_accuracy: mean over classes of the recall; multi-label: of sensitivity and specificity at 0.5.
         ece: expected calibration error, mean gap between confidence and accuracy over 15 bins.
         operating: a row for each class and wanted sensitivity. Thresholds are chosen on the same test patients, so
@@ -41,6 +42,8 @@ class ClassifierScores:
     auc_low: float
     auc_high: float
     accuracy: float
+    accuracy_low: float
+    accuracy_high: float
     balanced_accuracy: float
     ece: float
     n_test: int
@@ -75,18 +78,22 @@ def classifier_scores(
     asked = _measurable(truth, patients, multi_label)
     numbers, clusters = np.unique(patients, return_inverse=True)
     members = np.concatenate([truth[:, asked], ~truth[:, asked]], axis=1)
-    areas = [
-        np.mean([auc(probabilities[:, k], truth[:, k], weights) for k in asked], axis=0)
-        for weights in (np.ones((1, len(truth))), *resamples(members, clusters, seed))
-    ]
-    low, high = np.quantile(np.concatenate(areas[1:]), [0.025, 0.975])
     right, confidence = _answers(probabilities, truth, multi_label)
+    correct = right.reshape(len(truth), -1).mean(axis=1)  # (images,)
+    areas, shares = [], []
+    for weights in resamples(members, clusters, seed):
+        areas.append(_macro(probabilities, truth, asked, weights))
+        shares.append(weights @ correct / weights.sum(axis=1))
+    low, high = np.quantile(np.concatenate(areas), [0.025, 0.975])
+    least, most = np.quantile(np.concatenate(shares), [0.025, 0.975])
     recalls = _recalls(probabilities, truth, multi_label, patients)
     return ClassifierScores(
-        auc=float(areas[0][0]),
+        auc=float(_macro(probabilities, truth, asked, np.ones((1, len(truth))))[0]),
         auc_low=float(low),
         auc_high=float(high),
         accuracy=float(right.mean()),
+        accuracy_low=float(least),
+        accuracy_high=float(most),
         balanced_accuracy=float(np.mean(recalls)),
         ece=expected_calibration_error(confidence, right),
         n_test=len(numbers),
@@ -96,6 +103,12 @@ def classifier_scores(
             for wanted in SENSITIVITIES
         ],
     )
+
+
+def _macro(probabilities: Floats, truth: NDArray[np.bool_], asked: list[int], weights: Floats) -> Floats:
+    """(resamples,) mean AUC of the classes that are asked about."""
+    areas: Floats = np.mean([auc(probabilities[:, k], truth[:, k], weights) for k in asked], axis=0)
+    return areas
 
 
 def score_classifier(module: nn.Module, cohorts: Sequence[Cohort], study: Study, stage: Finetune) -> ClassifierScores:

@@ -33,13 +33,15 @@ def classes_of(labels: Words, mapping: dict[str, list[str]]) -> Words:
 def targets_of(labels: Words, mapping: dict[str, list[str]], multi_label: bool) -> NDArray[np.float32]:
     """(images, classes) 1 where an image is of a class that `mapping` names, 0 where not, NaN where nobody knows.
 
+    Classes stand in alphabetical order, whatever the mapping's: it differs between a study file and its canonical form.
+
     With one label an image, nobody knows where its cell is none of the mapping's words; with several, where it is
     empty or holds a word to ignore, and other words than the mapping's are no class.
 
     >>> targets_of(np.array(["a|c", "b", ""]), {"first": ["a"], "second": ["b"]}, multi_label=True).tolist()
     [[1.0, 0.0], [0.0, 1.0], [nan, nan]]
     """
-    classes = [name for name in mapping if name != "ignore"]
+    classes = sorted(mapping.keys() - {"ignore"})
     if not multi_label:
         found = classes_of(labels, mapping)
         targets: NDArray[np.float32] = (found[:, None] == np.array(classes)).astype(np.float32)

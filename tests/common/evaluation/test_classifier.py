@@ -39,6 +39,7 @@ def test_scores_equal_scikit_learns(classes: int, multi_label: bool) -> None:
     p = 1 / (1 + np.exp(-z)) if multi_label else np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
     assert scores.auc == pytest.approx(np.mean([roc_auc_score(y[:, k], p[:, k]) for k in range(classes)]))
     assert scores.auc_low < scores.auc < scores.auc_high
+    assert scores.accuracy_low < scores.accuracy < scores.accuracy_high
     if multi_label:
         balanced = np.mean([balanced_accuracy_score(y[:, k], z[:, k] >= 0) for k in range(classes)])
         assert scores.accuracy == pytest.approx(((z >= 0) == y).mean())
@@ -88,7 +89,7 @@ def test_too_few_patients_of_a_class_are_not_measured() -> None:
 
 def test_targets_know_unmapped_and_ignored_words() -> None:
     words = np.array(["a", "b|x", "x", "", "?", "a|b"])
-    mapping = {"A": ["a"], "B": ["b"], "ignore": ["?"]}
+    mapping = {"B": ["b"], "A": ["a"], "ignore": ["?"]}
     single, several = targets_of(words, mapping, False), targets_of(words, mapping, True)
     nan = [np.nan, np.nan]
     assert np.array_equal(single, np.array([[1, 0], nan, nan, nan, nan, nan]), equal_nan=True)

@@ -1,0 +1,81 @@
+"""`polyclinic papers`."""
+
+import os
+import platform
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+
+class TierName(StrEnum):
+    """How large the networks and how long the training."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(papers)
+
+
+def papers(
+    data: Annotated[Path, typer.Option(help="The folder that holds the datasets, each with its labels.csv.")],
+    tier: Annotated[TierName, typer.Option(help="cpu: small, for two cores; gpu: full size.")] = TierName.CPU,
+    table: Annotated[list[int] | None, typer.Option(help="Only these tables.")] = None,
+    out: Annotated[Path, typer.Option(help="Where papers.csv and papers.html go.")] = Path("papers"),
+    work: Annotated[Path, typer.Option(help="Cohorts, encoders and finished rows.")] = Path(".polyclinic/papers"),
+    minutes: Annotated[float, typer.Option(help="Begin no row after so many minutes.", min=0.0)] = 1e6,
+) -> None:
+    """Measure the four papers' methods on real images, row by row.
+
+    Rows that stand in --work are not made again: stopped at any moment, the same command goes on.
+
+    Examples:
+
+      polyclinic papers --data ../images
+
+      polyclinic papers --data ../images --table 1 --minutes 60
+    """
+    import time
+
+    import torch
+
+    from polyclinic.files import storage, write_atomic
+    from polyclinic_simulations.display import Display
+    from polyclinic_simulations.papers.page import render_page
+    from polyclinic_simulations.papers.plans import TIERS, Plan, plans
+    from polyclinic_simulations.papers.run import as_table, run_plan
+
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    wanted = [plan for plan in plans() if not table or plan.table in table]
+    results: dict[Plan, dict[str, Any]] = {}
+    with storage(out):
+        out.mkdir(parents=True, exist_ok=True)
+    started, folder = time.monotonic(), work / tier.value
+    with Display() as display:
+        for plan in wanted:
+            if time.monotonic() - started > minutes * 60 and not (folder / "rows" / plan.name / "result.json").exists():
+                continue
+            results[plan] = run_plan(
+                plan,
+                TIERS[tier.value],
+                data,
+                folder,
+                display.reading,
+                lambda event: display.event({**event, "row": "this row"}),
+                display.steps,
+            )
+            found = as_table(results, f"{tier.value} tier, {where}")
+            write_atomic(out / "papers.csv", found.to_csv(index=False))
+            write_atomic(out / "papers.html", render_page(found, [plan for plan in wanted if plan not in results]))
+            value = found.loc[found["metric"] == "auc", "value"].iloc[-1]
+            display.event({"event": "row_finished", "row": plan.name, "auc": value})
+    Console().print(f"{len(results)} of {len(wanted)} rows: {out / 'papers.html'}", soft_wrap=True, highlight=False)
+
+
+def _processor() -> str:
+    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"

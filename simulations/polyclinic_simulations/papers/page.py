@@ -1,0 +1,89 @@
+"""papers.html: every table with its mean over seeds, its published figures, and what has not been run."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from polyclinic.report.plots import RIGHT
+from polyclinic.report.svg import Axis, dots, drawing, element, line, text, tick_text
+from polyclinic_simulations.papers.plans import NOT_YET, REFERENCES, Plan
+
+ROW = 24
+GROUP = ["dataset", "split", "regime", "method", "init", "label_fraction"]
+MEASURED = ("accuracy", "auc", "balanced_accuracy")
+TITLES = {
+    1: "Masked images with self-distillation (SSSD-COVID) on CT slices",
+    2: "Two images of a patient (MICLe) after SimCLR",
+    3: "Variance and covariance at several levels (MLVICX) on radiographs",
+    4: "Labels that a new hospital needs (REMEDIS)",
+    5: "Federated, alone, pooled",
+}
+
+
+def render_page(results: pd.DataFrame, missing: Iterable[Plan]) -> str:
+    """The page of `results` (papers.csv) and of the rows that have not been run."""
+    waiting: dict[int, list[str]] = {number: [why] for number, why in NOT_YET.items()}
+    for plan in missing:
+        waiting.setdefault(plan.table, []).append(plan.name.partition("-")[2])
+    tables = [
+        {
+            "number": number,
+            "title": title,
+            "reference": REFERENCES[number],
+            "rows": summary(results[results["table"] == number]) if len(results) else [],
+            "plot": plot(results[(results["table"] == number)]) if len(results) else "",
+            "missing": waiting.get(number, []),
+        }
+        for number, title in TITLES.items()
+    ]
+    environment = Environment(
+        loader=PackageLoader("polyclinic_simulations.papers", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    machines = sorted(set(results["machine"])) if len(results) else []
+    return environment.get_template("page.html.j2").render(tables=tables, machines=machines)
+
+
+def summary(rows: pd.DataFrame) -> list[dict[str, str]]:
+    """One line for each group of seeds: mean, and lowest to highest of the seeds."""
+    lines = []
+    for key, group in rows.groupby(GROUP, sort=False):
+        found = group[group["metric"].isin(MEASURED)]
+        cells = {"name": label(dict(zip(GROUP, key, strict=True))), "seeds": str(group["seed"].nunique())}
+        for metric, values in found.groupby("metric")["value"]:
+            cells[str(metric)] = f"{values.mean():.3f} ({values.min():.3f} – {values.max():.3f})"
+        cells["minutes"] = f"{group.drop_duplicates('seed')['seconds'].mean() / 60:.1f}"
+        lines.append(cells)
+    return lines
+
+
+def label(key: dict[str, object]) -> str:
+    """A row in words."""
+    words = [str(key["dataset"]), f"{key['split']} split", str(key["method"])]
+    words += ["with outside images"] if key["init"] == "outside" else []
+    return ", ".join(words) + ("" if key["label_fraction"] == 1 else f", {key['label_fraction']:.0%} of labels")
+
+
+def plot(rows: pd.DataFrame, metric: str = "auc") -> Markup:
+    """Each seed's value with its 95 % interval over patients, row under row."""
+    shown = rows[rows["metric"] == metric]
+    if shown.empty:
+        return Markup("")
+    bounds = [float(v) for name in ("low", "high") for v in shown[name]]
+    axis = Axis(max(0.0, min(bounds) - 0.02), min(1.0, max(bounds) + 0.02), 210, RIGHT)
+    groups = list(shown.groupby(GROUP, sort=False))
+    bottom = 8 + ROW * len(groups)
+    marks = [line(axis.at(v), 8, axis.at(v), bottom, "grid") for v in axis.ticks()]
+    marks += [text(axis.at(v), bottom + 15, tick_text(v), "middle") for v in axis.ticks()]
+    marks.append(text((axis.start + axis.end) / 2, bottom + 30, "AUC; bars: 95 % over patients, one a seed", "middle"))
+    for place, (key, group) in enumerate(groups):
+        named = dict(zip(GROUP, key, strict=True))
+        y = 8 + ROW * (place + 0.5)
+        short = f"{named['method']}{' + outside' if named['init'] == 'outside' else ''}, {named['dataset']}"
+        marks.append(text(axis.start - 10, y + 4, short if len(short) <= 32 else short[:31] + "…", "end"))
+        for k, (_, seed) in enumerate(group.sort_values("seed").iterrows()):
+            at = y + 5 * (k - (len(group) - 1) / 2)
+            marks.append(line(axis.at(seed["low"]), at, axis.at(seed["high"]), at, "whisker"))
+            marks.append(element("path", d=dots([(axis.at(seed["value"]), at)]), class_="strip"))
+    return drawing(bottom + 38, "AUC of every row", *marks)
