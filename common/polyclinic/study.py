@@ -316,22 +316,23 @@ def load_study(path: Path) -> Study:
 
 
 def _with_weights(study: Study, path: Path) -> Study:
-    """`study` with the absolute path and the SHA-256 of its initial weights, where it names a file of them."""
+    """`study` with the absolute path and the SHA-256 of its initial weights, where it names a file of them.
+
+    A SHA-256 that the study states itself is compared where the rounds begin; nobody else needs the file.
+    """
     init = study.encoder.init
     if init == "random" or not init.file:
         return study
     file = (path.parent / init.file).resolve()
     try:
         with file.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
+            found = init.sha256 or hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        if init.sha256:
-            return study  # only where the rounds begin are they needed
-        raise StudyError(
-            f"{path}: cannot read the initial weights {file}: {error.strerror}", "correct encoder.init.file"
-        ) from error
-    if init.sha256 not in ("", found):
-        raise StudyError(f"{path}: the initial weights {file} have SHA-256 {found}", "correct encoder.init.sha256")
+        if not init.sha256:
+            raise StudyError(
+                f"{path}: cannot read the initial weights {file}: {error.strerror}", "correct encoder.init.file"
+            ) from error
+        found = init.sha256
     weights = init.model_copy(update={"file": str(file), "sha256": found})
     return study.model_copy(update={"encoder": study.encoder.model_copy(update={"init": weights})})
 

@@ -1,0 +1,38 @@
+"""What the README tells its readers to type is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from polyclinic.cli import build
+from polyclinic.study import parse_study
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+COMMANDS = re.findall(r"^    \.venv/bin/polyclinic (.+?)(?: +#.*)?$", README, re.MULTILINE)
+STUDIES = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_knows_its_options(line: str) -> None:
+    words = line.split()
+    names = [word for word in words[:2] if re.fullmatch("[a-z]+", word)]
+    help_of = CliRunner().invoke(build(), [*names, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert help_of.exit_code == 0, names
+    assert all(option in help_of.output for option in words if option.startswith("--"))
+
+
+def test_the_studies_are_studies() -> None:
+    first, last = STUDIES
+    assert [stage.method for stage in parse_study(first, "README").stages] == ["simclr"]
+    whole = parse_study(first + last, "README")
+    assert [stage.method for stage in whole.stages] == ["simclr", "supervised"]
+    assert whole.evaluation.classes == ["ill", "well"]
+
+
+def test_the_links_lead_somewhere() -> None:
+    root = Path(__file__).parents[1]
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert links
+    assert all((root / link).exists() for link in links)
