@@ -91,10 +91,17 @@ def write_cohort(folder: Path, patients: int, seed: int = 0, images: int = 2) ->
     return folder
 
 
-def honest(name: str, patients: int = 10, scale: float = 1e-3, validation: Mapping[int, float] | None = None) -> Node:
+def honest(
+    name: str,
+    patients: int = 10,
+    scale: float = 1e-3,
+    validation: Mapping[int, float] | None = None,
+    spread: float | None = None,
+) -> Node:
     """A node that answers well without training: its update is drawn from its name and the round.
 
-    `validation` is the loss on validation patients that it measures in each round on the tensors that came.
+    `validation` is the loss on validation patients that it measures in each round on the tensors that came,
+    `spread` their feature spread.
     """
 
     def node(message: Message, context: Context) -> Message:
@@ -112,6 +119,8 @@ def honest(name: str, patients: int = 10, scale: float = 1e-3, validation: Mappi
             train={"loss": float(rng.random()), "patients": float(patients)} if order.train else {},
             evaluation={"effective_rank": float(1 + rng.random())} if order.evaluate else {},
         )
+        if order.evaluate and spread is not None:
+            reply.evaluation.update(feature_spread=spread, effective_rank=20.0)
         if order.round in (validation or {}):
             reply.evaluation["validation_loss"] = dict(validation or {})[order.round]
         update = {n: (scale * rng.standard_normal(v.shape)).astype(np.float32) for n, v in tensors.items()}

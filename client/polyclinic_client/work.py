@@ -18,6 +18,7 @@ from polyclinic.cohort import Cohort
 from polyclinic.errors import Refused
 from polyclinic.evaluation import (
     NotMeasurable,
+    alignment,
     classes_of,
     features,
     health,
@@ -30,7 +31,7 @@ from polyclinic.evaluation import (
 from polyclinic.methods.base import Method
 from polyclinic.model import build_stage, load_tensors, shared_tensors
 from polyclinic.seeding import seed_for
-from polyclinic.stages import Finetune
+from polyclinic.stages import Finetune, Views
 from polyclinic.study import Study, parse_canonical
 from polyclinic.training import pick_device, train, use_threads
 from polyclinic.wire import EVALUATION, Malformed, Order, Reply, Tensors, digest
@@ -69,7 +70,7 @@ def answer(
         stage = study.stages[order.stage]
         measured: dict[str, float] = {}
         if order.evaluate:
-            measured |= evaluate(module.get_submodule("encoder"), training, testing, study)
+            measured |= evaluate(module.get_submodule("encoder"), training, testing, study, stage.views or Views())
         if isinstance(stage, Finetune):
             trained = not order.train or study.stage_of(order.round - 1)[1] > 0  # else the head knows nothing yet
             if order.evaluate and trained:
@@ -139,15 +140,20 @@ def _round(
     return patients, metrics, update
 
 
-def evaluate(encoder: nn.Module, training: Cohort, testing: Cohort, study: Study) -> dict[str, float]:
+def evaluate(encoder: nn.Module, training: Cohort, testing: Cohort, study: Study, views: Views) -> dict[str, float]:
     """Probes and health of an encoder on a site's own patients; what cannot be measured is left out.
 
-    The probes learn on the training patients' features and are scored on the test patients'. numpy's and
-    scikit-learn's threads are held to the study's number as torch's are: other numbers give other bits.
+    `views` are those by which the stage trains. The probes learn on the training patients' features and are scored on
+    the test patients'. numpy's and scikit-learn's threads are held to the study's number as torch's are: other numbers
+    give other bits.
     """
     with use_threads(study.compute), threadpool_limits(study.compute.threads):
         train_x, test_x = (features(encoder, half, study.compute, pick_device()) for half in (training, testing))
-        return _noted(lambda: health(train_x)) | _noted(lambda: _probes(train_x, test_x, training, testing, study))
+        measured = _noted(lambda: health(train_x))
+        if measured:
+            seed = seed_for(study.seed, "alignment")
+            measured["alignment"] = alignment(encoder, training, views, study.compute, pick_device(), seed)
+        return measured | _noted(lambda: _probes(train_x, test_x, training, testing, study))
 
 
 def _that_may_leave(measured: dict[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@
     │   ├── StudyError         2  the study file
     │   └── CohortError        2  the images or labels that a site points at
     ├── SiteFailed             1  a site raised while working on a round
+    ├── Collapsed              1  the encoder gives every image nearly the same features
     ├── QuorumLost             1  a round closed with fewer sites than `min_sites`
     ├── CheckpointError        1  a checkpoint that cannot be read
     ├── StorageError           1  the disk is full or cannot be written
@@ -44,6 +45,10 @@ class CohortError(Refused):
 
 class SiteFailed(PolyclinicError):
     """A site raised while it worked on a round."""
+
+
+class Collapsed(PolyclinicError):
+    """The encoder gives every image nearly the same features: more rounds would teach it nothing."""
 
 
 class QuorumLost(PolyclinicError):

@@ -31,6 +31,8 @@ EVALUATION = {
     "probe_balanced_accuracy": 1.0,
     "effective_rank": LARGEST,
     "feature_spread": LARGEST,
+    "alignment": 4.1,
+    "uniformity": 8.0,
     "classifier_auc": 1.0,
     "classifier_balanced_accuracy": 1.0,
     "classifier_ece": 1.0,

@@ -14,7 +14,8 @@ from flwr.serverapp import Grid
 
 from polyclinic import wire
 from polyclinic.artifacts import load_weights
-from polyclinic.errors import QuorumLost, StudyError
+from polyclinic.errors import Collapsed, QuorumLost, StudyError
+from polyclinic.evaluation import collapsed
 from polyclinic.model import initial_tensors
 from polyclinic.stages import Finetune
 from polyclinic.study import Study
@@ -26,6 +27,9 @@ from polyclinic_server.checkpoints import Checkpoint
 from polyclinic_server.gate import Gate, RefusedUpdate, bound_to
 from polyclinic_server.mail import Round, find_sites, read, refuse, replies
 from polyclinic_server.rundir import RunDir
+
+FIGURES = {"effective_rank", "feature_spread"}
+"""By which a collapse is told."""
 
 
 def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], evaluate: bool = True) -> Tensors:
@@ -94,6 +98,25 @@ def _stop_early(
     return checkpoints.load_best(run.checkpoints), first + stage.rounds
 
 
+def _stop_collapsed(study: Study, round: Round, accepted: Mapping[str, Reply]) -> None:
+    """End a pretrain stage whose encoder most sites find collapsed, once a quarter of its rounds lies behind.
+
+    Raises:
+        Collapsed: it has.
+    """
+    stage, made = study.stage_of(round.number - 1)
+    found = [reply.evaluation for reply in accepted.values() if reply.evaluation.keys() >= FIGURES]
+    alike = sum(collapsed(values) for values in found)
+    settings = study.stages[stage]
+    if isinstance(settings, Finetune) or made < max(1, settings.rounds / 4) or 2 * alike <= len(found):
+        return
+    raise Collapsed(
+        f"the encoder has collapsed: at {alike} of {len(found)} sites it gives every image nearly the same features "
+        f"after round {round.number - 1}",
+        "lower the stage's learning_rate, give it larger batches or stronger views, or another method",
+    )
+
+
 def _due(study: Study, made: int) -> bool:
     """Whether the tensors after `made` rounds are to be measured."""
     every = study.evaluation.every
@@ -150,8 +173,9 @@ def _round(
             refuse(run, round, site, reason)
         del message  # or it would stay in memory until the next has come
     _require(study, len(accepted), f"sent an update that passed in round {round.number}")
-    new = fold.close(round.tensors)
     sent = {site: reply for site, (reply, _) in accepted.items()}
+    _stop_collapsed(study, round, sent)
+    new = fold.close(round.tensors)
     _close(study, run, round, sent, gate.seats, time.monotonic() - started)
     loss = _means({site: reply.evaluation for site, reply in sent.items()}, gate.seats).get("validation_loss")
     return new, [norm for _, (_, norm) in sorted(accepted.items())], loss

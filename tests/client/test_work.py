@@ -26,7 +26,8 @@ from polyclinic_simulations.engines.local import LocalGrid
 from ..tiny import SIMCLR, in_memory, same_bits, tiny_study
 
 STUDY = tiny_study(stages=[{**SIMCLR, "rounds": 3}, {**SIMCLR, "rounds": 1, "projection": 4}])
-PROBES = {"knn_auc", "probe_auc", "probe_balanced_accuracy", "effective_rank", "feature_spread"}
+HEALTH = {"effective_rank", "feature_spread", "alignment", "uniformity"}
+PROBES = {"knn_auc", "probe_auc", "probe_balanced_accuracy"} | HEALTH
 """What a site measures on every encoder; the rest of wire.EVALUATION is about a fine-tuned classifier."""
 
 

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Context, Message, MessageType
 
 from polyclinic import wire
-from polyclinic.errors import QuorumLost, StudyError
+from polyclinic.errors import Collapsed, QuorumLost, StudyError
 from polyclinic.model import initial_tensors
 from polyclinic.study import Study
 from polyclinic_server import mail
@@ -363,3 +363,16 @@ def test_fine_tuning_without_validation_patients_runs_to_its_end(tmp_path: Path)
     run = open_run(tmp_path, study)
     run_study(LocalGrid(nodes()), study, run, SEATS)
     assert [line["round"] for line in events(run, "round_closed")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(("collapsed", "stops"), [(1, False), (2, True), (3, True)])
+def test_a_collapse_at_most_sites_ends_the_stage(collapsed: int, stops: bool, tmp_path: Path) -> None:
+    study = tiny_study(stages=[{**SIMCLR, "rounds": 8}])
+    run = open_run(tmp_path, study)
+    apps = {name: honest(name, spread=0.001 if k < collapsed else 0.5) for k, name in enumerate(SITES)}
+    if not stops:
+        run_study(LocalGrid(apps), study, run, SEATS)
+        return
+    with pytest.raises(Collapsed, match=rf"at {collapsed} of 3 sites .* after round 2"):
+        run_study(LocalGrid(apps), study, run, SEATS)
+    assert [line["round"] for line in events(run, "round_closed")] == [1, 2]  # the first quarter may recover

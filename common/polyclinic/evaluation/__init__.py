@@ -2,7 +2,7 @@
 
 from polyclinic.evaluation.classifier import ClassifierScores, classifier_scores, score_classifier
 from polyclinic.evaluation.encoding import features, pixel_features
-from polyclinic.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD, collapsed, health
+from polyclinic.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD, alignment, collapsed, health
 from polyclinic.evaluation.labels import NotMeasurable, classes_of, targets_of
 from polyclinic.evaluation.probes import knn_probe, linear_probe
 from polyclinic.evaluation.scores import Scores
@@ -14,6 +14,7 @@ __all__ = [
     "ClassifierScores",
     "NotMeasurable",
     "Scores",
+    "alignment",
     "classes_of",
     "classifier_scores",
     "collapsed",

@@ -1,6 +1,6 @@
 """What an image looks like to a frozen encoder, and to no encoder at all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -22,15 +22,18 @@ def features(encoder: nn.Module, cohort: Cohort, compute: Compute, device: torch
     Always in float32, whatever `compute.precision` says for training: a probe should move because the encoder did,
     not because one site's processor has bf16 units and another's has not.
     """
+    return encoded(encoder, _batches(cohort), compute, device).numpy()
+
+
+def encoded(encoder: nn.Module, batches: Iterable[Tensor], compute: Compute, device: torch.device) -> Tensor:
+    """(images, dim) features, on the CPU, of batches of (n, channels, size, size) images in [0, 1]."""
     layout = torch.channels_last if compute.layout == "channels_last" else torch.contiguous_format
     training = encoder.training
     encoder.to(device).eval()
     with torch.inference_mode():
-        batches = [
-            encoder(images.to(device).contiguous(memory_format=layout)).float().cpu() for images in _batches(cohort)
-        ]
+        found = [encoder(images.to(device).contiguous(memory_format=layout)).float().cpu() for images in batches]
     encoder.train(training)
-    return torch.cat(batches).numpy()
+    return torch.cat(found)
 
 
 def pixel_features(cohort: Cohort, side: int = 16) -> NDArray[np.float32]:

@@ -63,6 +63,10 @@ def health(run: Run) -> list[Figure]:
                  log=True, threshold=COLLAPSED_RANK, stages=stages),
         *_curves(run, "Feature spread", "1: all over the sphere; 0: the same for every image.", spread,
                  log=True, threshold=COLLAPSED_SPREAD, stages=stages),
+        *_curves(run, "Alignment", "Squared distance of two views of an image: 0, the views make no difference; 2, "
+                 "they are strangers.", run.metrics.get("alignment", {}), stages=stages),
+        *_curves(run, "Uniformity", "How evenly features fill the sphere: 0, all the same; at most 4.",
+                 run.metrics.get("uniformity", {}), stages=stages),
     ]  # fmt: skip
 
 
