@@ -53,9 +53,9 @@ class SiteState:
     ) -> None:
         """Store a finished round, the update last: where it stands, the moments stand too. Older rounds go.
 
-        Nothing waits for the disk. A file that a power cut leaves damaged is refused by its hash, one that it leaves
-        with the content of an older round by the round (or the global tensors) it was written for. If the round is
-        asked for again it is made again; if it was closed, the next one starts from older moments, or none.
+        Nothing waits for the disk. A file that a power cut leaves damaged is refused by its checksum, one that it
+        leaves with the content of an older round by the round (or the global tensors) it was written for. If the round
+        is asked for again it is made again; if it was closed, the next one starts from older moments, or none.
         """
         with storage(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)

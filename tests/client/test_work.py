@@ -349,4 +349,4 @@ def test_stored_facts_are_json_and_hold_no_path(site: Site) -> None:
     data = path.read_bytes()
     assert str(site.state).encode() not in data
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert set(header["__metadata__"]) == {"model", "facts", "sha256"}
+    assert set(header["__metadata__"]) == {"model", "facts", "crc32"}
