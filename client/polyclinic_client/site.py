@@ -9,9 +9,10 @@ from typing import Any
 from polyclinic.cohort import Cohort, open_cohort
 from polyclinic.cohort.index import read_meta
 from polyclinic.errors import CohortError, Refused
-from polyclinic.evaluation import split_patients
+from polyclinic.evaluation import labelled_patients, split_patients
 from polyclinic.files import storage, write_atomic
 from polyclinic.seeding import seed_for
+from polyclinic.stages import Finetune
 from polyclinic.study import Study
 
 
@@ -26,6 +27,15 @@ class Site:
     def split(self, study: Study) -> tuple[Cohort, Cohort]:
         """(train, test) cohorts by patient: the same in every round of a study, and no stage trains on test."""
         return split_patients(self.cohort, study.evaluation, seed_for(study.seed, "split", site=self.name))
+
+    def labelled(self, study: Study, stage: Finetune) -> tuple[Cohort, Cohort | None]:
+        """(train, validation) of a finetune stage: the same patients in every finetune stage that asks for as many.
+
+        Raises:
+            CohortError: no training patient has a label.
+        """
+        seed = seed_for(study.seed, "labels", site=self.name)
+        return labelled_patients(self.split(study)[0], study.evaluation, stage, seed)
 
 
 def write_site(folder: Path, name: str, cohort: Path, patients: list[int] | None = None) -> None:

@@ -23,7 +23,6 @@ from polyclinic.evaluation import (
     features,
     health,
     knn_probe,
-    labelled_patients,
     linear_probe,
     score_classifier,
     targets_of,
@@ -76,8 +75,7 @@ def answer(
             if order.evaluate and trained:
                 measured |= _noted(lambda: _classifier(module, testing, study, stage))
             if order.train:
-                seed = seed_for(study.seed, "labels", site=site.name)
-                training, validation = labelled_patients(training, study.evaluation, stage, seed)
+                training, validation = site.labelled(study, stage)
                 if trained and validation is not None:
                     measured |= _validation(method, module, validation, study, stage)
         reply = Reply(study.hash, order.stage, order.round, site.name, 0, {}, _that_may_leave(measured))

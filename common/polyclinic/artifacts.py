@@ -107,7 +107,7 @@ def _verify(path: Path) -> None:
     """Compare the content with the checksum in its header; a file that another program wrote has none."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        expected = header.get("__metadata__", {}).pop(CHECKSUM, None)
+        expected = (header.get("__metadata__") or {}).pop(CHECKSUM, None)
         checksum = zlib.crc32(_canonical(header))
         while block := file.read(1 << 20):
             checksum = zlib.crc32(block, checksum)
@@ -134,7 +134,7 @@ def save_encoder(path: Path, encoder: nn.Module, study: Study) -> None:
     """Write an encoder's weights with what is needed to build it and to feed it: `load_encoder` reads it back."""
     metadata = {
         "format": FORMAT,
-        "encoder": study.encoder.model_dump_json(),
+        "encoder": json.dumps(study.plain()["encoder"]),
         "images": study.images.model_dump_json(),
         "study": study.name,
         "hash": study.hash,

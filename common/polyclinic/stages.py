@@ -159,12 +159,22 @@ class Finetune(Stage):
     class_weights: Literal["balanced", "none"] = "balanced"
     """`balanced`: a class counts as much as any other at the site, however rare."""
     patience: int = Field(default=0, ge=0, le=10_000)
-    """Rounds without a lower loss on the sites' validation patients after which the stage ends, with the best
-    tensors it had; 0: it runs to its end, and nobody is kept for validation."""
+    """Rounds after which the stage ends, with the best tensors it had, if most sites found no lower loss on their
+    validation patients; the rounds of a frozen encoder do not count. 0: nobody is kept for validation. A stage that is
+    not stopped ends with its last tensors, which are not measured."""
     validation_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Of each site's labelled training patients, with patience above 0."""
     views: Views | None = None
     """Defaults to gentle ones: crop, flip, rotation and jitter at half strength."""
+
+    @model_validator(mode="after")
+    def _patience_can_end(self) -> Self:
+        if self.patience and self.patience >= self.rounds - self.probe_rounds - 1:
+            raise ValueError(
+                f"patience is {self.patience} and can never end a stage of {self.rounds} rounds, of which probe_rounds "
+                f"are {self.probe_rounds}: lower it, or give more rounds"
+            )
+        return self
 
 
 MAE_VIEWS = Views(crop=(0.5, 1.0), rotation=0.0, jitter=0.0)

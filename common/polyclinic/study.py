@@ -278,9 +278,9 @@ class Study(Settings):
 
     def canonical(self) -> str:
         """The form that is hashed, sent and approved: sorted JSON with every default, without `[simulation]`."""
-        return json.dumps(self._without_paths(), sort_keys=True, separators=(",", ":"))
+        return json.dumps(self.plain(), sort_keys=True, separators=(",", ":"))
 
-    def _without_paths(self) -> dict[str, Any]:
+    def plain(self) -> dict[str, Any]:
         """Plain values, less what names folders and files of the machine where the study was written."""
         plain = self.model_dump(mode="json", exclude={"simulation"})
         if isinstance(self.encoder.init, Weights):
@@ -298,7 +298,7 @@ class Study(Settings):
         Without `[simulation]` and the path of initial weights, which name folders of the machine it ran on, the hash
         is the same.
         """
-        return tomli_w.dumps(self.model_dump(mode="json") if simulation else self._without_paths())
+        return tomli_w.dumps(self.model_dump(mode="json") if simulation else self.plain())
 
 
 def load_study(path: Path) -> Study:
@@ -318,21 +318,23 @@ def load_study(path: Path) -> Study:
 def _with_weights(study: Study, path: Path) -> Study:
     """`study` with the absolute path and the SHA-256 of its initial weights, where it names a file of them.
 
-    A SHA-256 that the study states itself is compared where the rounds begin; nobody else needs the file.
+    Where the study states the SHA-256 itself, the file is not opened: that is compared where the rounds begin.
     """
     init = study.encoder.init
     if init == "random" or not init.file:
         return study
     file = (path.parent / init.file).resolve()
-    try:
-        with file.open("rb") as opened:
-            found = init.sha256 or hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        if not init.sha256:
+    found = init.sha256
+    if not found:
+        try:
+            if not file.is_file():
+                raise FileNotFoundError(2, "there is no such file")
+            with file.open("rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
             raise StudyError(
                 f"{path}: cannot read the initial weights {file}: {error.strerror}", "correct encoder.init.file"
             ) from error
-        found = init.sha256
     weights = init.model_copy(update={"file": str(file), "sha256": found})
     return study.model_copy(update={"encoder": study.encoder.model_copy(update={"init": weights})})
 

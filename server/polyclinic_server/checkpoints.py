@@ -14,12 +14,27 @@ import torch
 from polyclinic.artifacts import load_tensors, save_tensors
 from polyclinic.errors import CheckpointError
 from polyclinic.files import storage, write_atomic
-from polyclinic.wire import Tensors
+from polyclinic.wire import Tensors, digest
 
 KEPT = 3
-BEST = "best.safetensors"
+BEST = "best-{:04d}.safetensors"
 FACTS = "checkpoint"
 """Key of the JSON in the metadata of the tensors."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The tensors that did best on the sites' validation patients, in a stage that may stop early.
+
+    Attributes:
+        measured: the round in which they were measured, which started from them; 0 where none were.
+        model: their digest.
+        losses: what each site measured.
+    """
+
+    measured: int = 0
+    model: str = ""
+    losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class Checkpoint:
         stage: the stage whose tensors these are.
         model: digest of the tensors.
         norms: of the updates accepted in this stage so far, by round and in order of site name.
-        validation: loss on the sites' validation patients after each round of this stage but the newest.
+        best: the stage's best round so far.
     """
 
     study: str
@@ -40,7 +55,7 @@ class Checkpoint:
     stage: int
     model: str
     norms: list[float]
-    validation: list[float] = field(default_factory=list)
+    best: Best = field(default_factory=Best)
 
 
 def save(folder: Path, checkpoint: Checkpoint, tensors: Tensors) -> None:
@@ -56,19 +71,31 @@ def save(folder: Path, checkpoint: Checkpoint, tensors: Tensors) -> None:
     save_tensors(path.with_suffix(".safetensors"), stored, {FACTS: text})
     write_atomic(path, text)
     kept = [path.stem for path in _paths(folder)[:KEPT]]
+    for old in folder.glob("best-*"):
+        if old.name != BEST.format(checkpoint.best.measured):
+            old.unlink(missing_ok=True)
     for old in sorted(folder.glob("*round-*")):  # .json before .safetensors: no checkpoint stands without its tensors
         if old.stem not in kept:
             old.unlink(missing_ok=True)
 
 
-def save_best(folder: Path, tensors: Tensors) -> None:
-    """Keep the tensors that did best so far in a stage that may stop early."""
-    save_tensors(folder / BEST, {name: torch.tensor(value) for name, value in tensors.items()}, {})
+def save_best(folder: Path, measured: int, tensors: Tensors) -> None:
+    """Keep the tensors that did best so far; those before go with the next checkpoint, which no longer names them."""
+    path = folder / BEST.format(measured)
+    save_tensors(path, {name: torch.tensor(value) for name, value in tensors.items()}, {})
 
 
-def load_best(folder: Path) -> Tensors:
-    """The tensors that `save_best` kept last."""
-    return {name: value.numpy() for name, value in sorted(load_tensors(folder / BEST)[0].items())}
+def load_best(folder: Path, best: Best) -> Tensors:
+    """The tensors that a checkpoint names as the best.
+
+    Raises:
+        CheckpointError: they are damaged or gone.
+    """
+    found, _ = load_tensors(folder / BEST.format(best.measured))
+    tensors = {name: value.numpy() for name, value in sorted(found.items())}
+    if digest(tensors) != best.model:
+        raise CheckpointError("the best tensors are not those that the checkpoint names", "start the study again")
+    return tensors
 
 
 def _paths(folder: Path) -> list[Path]:
@@ -105,9 +132,10 @@ def _load(path: Path) -> tuple[Checkpoint, Tensors]:
     fix = "nothing to do: the checkpoint before it is used"
     try:
         text = path.read_text()
-        checkpoint = Checkpoint(**json.loads(text))
+        facts = json.loads(text)
+        checkpoint = Checkpoint(**{**facts, "best": Best(**facts["best"])})
         tensors, metadata = load_tensors(path.with_suffix(".safetensors"))
-    except (OSError, ValueError, TypeError, CheckpointError) as error:
+    except (OSError, ValueError, TypeError, KeyError, CheckpointError) as error:
         raise CheckpointError(f"{path.name} or its tensors cannot be read", fix) from error
     if metadata.get(FACTS) != text or path.stem != f"round-{checkpoint.round:04d}":
         raise CheckpointError(f"{path.name} does not belong to its tensors", fix)

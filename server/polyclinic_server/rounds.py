@@ -8,7 +8,6 @@ site sends that is not what it was asked for costs that site its turn, by name a
 import time
 from collections.abc import Mapping
 
-import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -23,7 +22,7 @@ from polyclinic.wire import Order, Reply, Tensors, digest
 from polyclinic_server import checkpoints
 from polyclinic_server.aggregation import RULES
 from polyclinic_server.aggregation.fedavg import LARGEST_WEIGHT, FedAvg, weight_of
-from polyclinic_server.checkpoints import Checkpoint
+from polyclinic_server.checkpoints import Best, Checkpoint
 from polyclinic_server.gate import Gate, RefusedUpdate, bound_to
 from polyclinic_server.mail import Round, find_sites, read, refuse, replies
 from polyclinic_server.rundir import RunDir
@@ -56,22 +55,20 @@ def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], e
     while checkpoint.round < study.rounds:
         number = checkpoint.round + 1
         stage, stage_round = study.stage_of(number - 1)
-        validation = list(checkpoint.validation)
         if stage_round == getattr(study.stages[stage], "probe_rounds", None):
             gate.norms = []  # the encoder is unfrozen: larger updates are to be expected
         if stage != checkpoint.stage:
-            tensors, gate.norms, validation = initial_tensors(study, stage, tensors), [], []
+            tensors, gate.norms = initial_tensors(study, stage, tensors), []
         packed = wire.pack_tensors(tensors)
         tensors = wire.unpack_tensors(packed)  # views of what is sent: one copy in memory
         due = evaluate and _due(study, number - 1)
         orders = _orders(study, number, stage, tensors, nodes, train=True, evaluate=due)
         round = Round(number, stage, tensors, packed, orders)
-        tensors, norms, loss = _round(grid, study, run, round, nodes, gate)
+        tensors, norms, accepted = _round(grid, study, run, round, nodes, gate)
         gate.norms += norms
-        if loss is not None:
-            validation.append(loss)
-            tensors, number = _stop_early(study, run, round, validation, tensors)
-        checkpoint = Checkpoint(study.hash, number, stage, digest(tensors), list(gate.norms), validation)
+        best = _judge(study, run, round, accepted, checkpoint)
+        tensors, number = _stop_early(study, run, round, best, tensors)
+        checkpoint = Checkpoint(study.hash, number, stage, digest(tensors), list(gate.norms), best)
         checkpoints.save(run.checkpoints, checkpoint, tensors)
     if evaluate:
         stage = len(study.stages) - 1
@@ -81,21 +78,36 @@ def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], e
     return tensors
 
 
-def _stop_early(
-    study: Study, run: RunDir, round: Round, validation: list[float], tensors: Tensors
-) -> tuple[Tensors, int]:
-    """(tensors, round) to go on from: `tensors` of `round`, or the stage's best and its last round if it is to end.
+def _judge(study: Study, run: RunDir, round: Round, accepted: Mapping[str, Reply], before: Checkpoint) -> Best:
+    """The best round so far in a stage that may stop early, after the tensors that `round` started from are measured.
 
-    The newest of `validation` was measured on the tensors that `round` started from.
+    They are better where most of the sites that measured both say so: no site decides alone, and one that is missing
+    for a round changes nothing. The rounds of a frozen encoder do not count.
     """
-    stage, best = study.stages[round.stage], int(np.argmin(validation))
-    if best == len(validation) - 1:
-        checkpoints.save_best(run.checkpoints, round.tensors)
-    if not isinstance(stage, Finetune) or len(validation) - 1 - best < stage.patience:
+    stage, made = study.stages[round.stage], study.stage_of(round.number - 1)[1]
+    best = before.best if before.stage == round.stage else Best()
+    if not isinstance(stage, Finetune) or not stage.patience or made <= stage.probe_rounds:
+        return best
+    losses = {
+        site: reply.evaluation["validation_loss"]
+        for site, reply in accepted.items()
+        if "validation_loss" in reply.evaluation
+    }
+    both = losses.keys() & best.losses.keys()
+    if not losses or (best.losses and 2 * sum(losses[site] < best.losses[site] for site in both) <= len(both)):
+        return best
+    checkpoints.save_best(run.checkpoints, round.number, round.tensors)
+    return Best(round.number, digest(round.tensors), losses)
+
+
+def _stop_early(study: Study, run: RunDir, round: Round, best: Best, tensors: Tensors) -> tuple[Tensors, int]:
+    """(tensors, round) to go on from: `tensors` of `round`, or the stage's best and its last round if it is to end."""
+    stage = study.stages[round.stage]
+    if not isinstance(stage, Finetune) or not best.losses or round.number - best.measured < stage.patience:
         return tensors, round.number
-    first = sum(before.rounds for before in study.stages[: round.stage])
     run.event("stopped_early", stage=round.stage, round=round.number, patience=stage.patience)
-    return checkpoints.load_best(run.checkpoints), first + stage.rounds
+    last = sum(before.rounds for before in study.stages[: round.stage + 1])
+    return checkpoints.load_best(run.checkpoints, best), last
 
 
 def _stop_collapsed(study: Study, round: Round, accepted: Mapping[str, Reply]) -> None:
@@ -108,10 +120,10 @@ def _stop_collapsed(study: Study, round: Round, accepted: Mapping[str, Reply]) -
     found = [reply.evaluation for reply in accepted.values() if reply.evaluation.keys() >= FIGURES]
     alike = sum(collapsed(values) for values in found)
     settings = study.stages[stage]
-    if isinstance(settings, Finetune) or made < max(1, settings.rounds / 4) or 2 * alike <= len(found):
+    if isinstance(settings, Finetune) or made < max(1, settings.rounds / 4) or 2 * alike <= len(accepted):
         return
     raise Collapsed(
-        f"the encoder has collapsed: at {alike} of {len(found)} sites it gives every image nearly the same features "
+        f"the encoder has collapsed: at {alike} of {len(accepted)} sites it gives every image nearly the same features "
         f"after round {round.number - 1}",
         "lower the stage's learning_rate, give it larger batches or stronger views, or another method",
     )
@@ -159,8 +171,8 @@ def _orders(
 
 def _round(
     grid: Grid, study: Study, run: RunDir, round: Round, nodes: Mapping[str, int], gate: Gate
-) -> tuple[Tensors, list[float], float | None]:
-    """The new global tensors, the norms of the updates in them by site name, and the old ones' validation loss."""
+) -> tuple[Tensors, list[float], dict[str, Reply]]:
+    """The new global tensors, the norms of the updates in them by site name, and what came with these."""
     started = time.monotonic()
     run.event("round_started", round=round.number, stage=round.stage, sites=list(nodes))
     gate.open_round(round.tensors)
@@ -177,8 +189,7 @@ def _round(
     _stop_collapsed(study, round, sent)
     new = fold.close(round.tensors)
     _close(study, run, round, sent, gate.seats, time.monotonic() - started)
-    loss = _means({site: reply.evaluation for site, reply in sent.items()}, gate.seats).get("validation_loss")
-    return new, [norm for _, (_, norm) in sorted(accepted.items())], loss
+    return new, [norm for _, (_, norm) in sorted(accepted.items())], sent
 
 
 def _take(

@@ -49,6 +49,10 @@ def simulate(
         Path | None, typer.Option(help="Where relative cohort paths start. Default: the study's folder.")
     ] = None,
     state: State = Path(".polyclinic"),
+    holding_out: Annotated[
+        bool,
+        typer.Option("--leave-one-site-out", help="Each site in turn takes no part: what is pretraining worth to it?"),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Rehearse a whole consortium on this machine.
@@ -63,14 +67,18 @@ def simulate(
       polyclinic simulate study.toml --data ../images --out runs/first
 
       polyclinic simulate study.toml --out runs/first --resume
+
+      polyclinic simulate study.toml --leave-one-site-out
     """
     from polyclinic.errors import Refused
     from polyclinic.study import load_study
 
     if resume and out is None:
         raise Refused("--resume needs the run to go on with", "give its folder: --out runs/<study>-<n> --resume")
+    if holding_out and engine is Engine.RAY:
+        raise Refused("sites are left out on the local engine only", "leave --engine out")
     read = load_study(study)
-    _run(read, out or _free(read.name), data or study.parent, state, engine, resume, as_json)
+    _run(read, out or _free(read.name), data or study.parent, state, engine, resume, as_json, holding_out)
 
 
 def demo(
@@ -166,26 +174,31 @@ def export(
     print(to)
 
 
-def _run(study: "Study", out: Path, data: Path, state: Path, engine: Engine, resume: bool, as_json: bool) -> None:
+def _run(
+    study: "Study",
+    out: Path,
+    data: Path,
+    state: Path,
+    engine: Engine,
+    resume: bool,
+    as_json: bool,
+    holding_out: bool = False,
+) -> None:
     from polyclinic.errors import Interrupted, PolyclinicError, Refused
-    from polyclinic_simulations.display import Display, classifier_table, comparison_table
+    from polyclinic_simulations.display import Display, classifier_table, comparison_table, holdout_table
+    from polyclinic_simulations.holdout import leave_one_site_out
     from polyclinic_simulations.simulate import simulate as run_it
 
     again = ["polyclinic", "simulate", out / "study.toml", "--data", data, "--state", state, "--engine", engine.value]
+    again += ["--leave-one-site-out"] if holding_out else []
     how = shlex.join([*map(str, again), "--out", str(out), "--resume"])
     try:
         with Display() as display:
-            summary = run_it(
-                study,
-                out,
-                data,
-                state,
-                engine=engine.value,
-                resume=resume,
-                listen=display.event,
-                reading=display.reading,
-                progress=display.steps,
-            )
+            shown: dict[str, Any] = {"listen": display.event, "reading": display.reading, "progress": display.steps}
+            if holding_out:
+                summary = leave_one_site_out(study, out, data, state, resume=resume, **shown)
+            else:
+                summary = run_it(study, out, data, state, engine=engine.value, resume=resume, **shown)
     except KeyboardInterrupt:
         if not (out / "study.toml").exists():
             raise
@@ -198,6 +211,10 @@ def _run(study: "Study", out: Path, data: Path, state: Path, engine: Engine, res
         print(json.dumps(summary, indent=2))
         return
     console = Console()
+    if holding_out:
+        console.print(holdout_table(summary["leave_one_site_out"]))
+        console.print(f"every row: {out / 'holdout.csv'}", soft_wrap=True, highlight=False)
+        return
     if summary["comparison"]:
         console.print(comparison_table(summary["comparison"]))
     if summary["classifier"]:

@@ -68,20 +68,27 @@ def row(
     federated: Tensors,
     listen: Listener | None = None,
     progress: Progress | None = None,
-) -> tuple[Scores, ClassifierScores | None]:
+) -> tuple[Scores | None, ClassifierScores | None]:
     """One row's probe, and its classifier where the study ends in fine-tuning; what an earlier attempt finished is
     read back.
 
     Raises:
-        NotMeasurable: the labels do not allow a probe.
+        NotMeasurable: the labels allow neither.
     """
     folder = run / "rows" / name.replace(":", "-")
     if (path := folder / "scores.json").exists():
         probed, classified = json.loads(path.read_text())
-        return Scores(**probed), None if classified is None else ClassifierScores(**classified)
+        return probed and Scores(**probed), classified and ClassifierScores(**classified)
     tensors = federated if name == "federated" else trained_row(name, study, sites, folder, listen, progress)
     encode = pixel_features if name == "pixels" else encoder_features(study, tensors)
-    scores = probe(encode, study, sites), None if tensors is None else classify(study, tensors, sites)
+    classified = None if tensors is None else classify(study, tensors, sites)
+    scores: tuple[Scores | None, ClassifierScores | None]
+    try:
+        scores = probe(encode, study, sites), classified
+    except NotMeasurable:
+        if classified is None:
+            raise
+        scores = None, classified
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps([found and asdict(found) for found in scores]))
     return scores
@@ -105,9 +112,15 @@ def trained_row(
 
 
 def without_pretraining(study: Study, keep_init: bool) -> Study:
-    """The supervised baseline: the study's fine-tuning alone, from its initial weights or from none."""
+    """The supervised baseline: the study's fine-tuning alone, from its initial weights or from none.
+
+    From none, all layers learn from the first step and at the full rate: what spares a trained encoder would only
+    handicap one that knows nothing.
+    """
     plain = study.model_dump(mode="json")
     stages = [stage for stage in plain["stages"] if stage["kind"] == "finetune"]
+    if not keep_init or study.encoder.init == "random":
+        stages = [{**stage, "probe_rounds": 0, "layer_decay": 1.0} for stage in stages]
     encoder = plain["encoder"] if keep_init else {**plain["encoder"], "init": "random"}
     return resolve({**plain, "stages": stages, "encoder": encoder})
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from polyclinic.cohort import Cohort, build_cohort, union
 from polyclinic.cohort.index import read_meta
 from polyclinic.errors import CohortError, StudyError
 from polyclinic.seeding import seed_for
+from polyclinic.stages import Finetune
 from polyclinic.study import SimulatedSite, Simulation, Study
 from polyclinic_client.site import Site, open_site, write_site
 from polyclinic_server.rundir import RunDir
@@ -113,6 +114,19 @@ class Pooled(Site):
         """The sites' own training patients together, and their own test patients together."""
         splits = [site.split(study) for site in self.members.values()]
         return union([train for train, _ in splits]), union([test for _, test in splits])
+
+    def labelled(self, study: Study, stage: Finetune) -> tuple[Cohort, Cohort | None]:
+        """The sites' own labelled patients together, and their own validation patients together."""
+        found = []
+        for site in self.members.values():
+            with suppress(CohortError):  # a site without labels has none to give
+                found.append(site.labelled(study, stage))
+        if not found:
+            raise CohortError(
+                "no site has a training patient with a label", "add the sites' words to the study's labels"
+            )
+        kept = [validation for _, validation in found if validation is not None]
+        return union([train for train, _ in found]), union(kept) if kept else None
 
 
 def pool(sites: Mapping[str, Site], state: Path) -> Pooled:

@@ -97,3 +97,20 @@ def classifier_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
         cells.insert(1, f"{row['auc_low']:.3f} – {row['auc_high']:.3f}")
         table.add_row(name, *cells, style="bold" if name == "federated" else "")
     return table
+
+
+def holdout_table(sites: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Leaving one site out: AUC at the others and at it, and the labels that it needs."""
+    table = Table(title="Leaving one site out: AUC of the classifier", title_justify="left")
+    for column in ("held out", "start", "in distribution", "zero-shot", "labels needed"):
+        table.add_column(column, justify="left" if column in ("held out", "start") else "right")
+    for name, found in sites.items():
+        for start in found.get("in_distribution", ()):
+            figures = [found[scope][start] for scope in ("in_distribution", "zero_shot")]
+            cells = ["not measurable" if value is None else f"{value:.3f}" for value in figures]
+            needed = found["labels_needed"].get(start, 1.0)
+            table.add_row(name, start, *cells, "more than all" if needed is None else f"{needed:.0%}")
+        if "note" in found:
+            table.add_row(name, found["note"])
+    table.caption = "labels needed: to match the supervised start with all of them"
+    return table

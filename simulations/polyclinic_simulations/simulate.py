@@ -25,6 +25,7 @@ from polyclinic.methods.base import Batch
 from polyclinic.model import build_stage
 from polyclinic.report import embedding_table, read_run, render_report, save_views_figure
 from polyclinic.seeding import seed_for, torch_generator
+from polyclinic.stages import Finetune
 from polyclinic.study import Study
 from polyclinic_client.app import make_app
 from polyclinic_client.site import Site
@@ -61,7 +62,7 @@ def simulate(
     """
     started = time.monotonic()
     run = RunDir(out, listen)
-    with _claimed(run, study, resume):
+    with claimed(run, study, resume):
         sites = settle(gather(study, data, state, reading), study, run)
         _keep_cards(run, study, sites, warn=not resume)
         seats = {name: site.cohort.n_patients for name, site in sites.items()}
@@ -82,7 +83,7 @@ def _given(site: Site, context: object) -> Site:
 
 
 @contextmanager
-def _claimed(run: RunDir, study: Study, resume: bool) -> Iterator[None]:
+def claimed(run: RunDir, study: Study, resume: bool) -> Iterator[None]:
     """The run directory, locked: empty for a new run, of the same study for one that is resumed.
 
     A new run that is refused before any round leaves nothing behind.
@@ -160,16 +161,19 @@ def _conclude(
         try:
             probed, classified = row(name, study, sites, run.path, federated, _of_row(name, listen), progress)
         except NotMeasurable as reason:  # of the labels, which all rows share
-            notes.append(f"no comparison: {reason}")
+            notes += [note] if (note := f"no comparison: {reason}") not in notes else []
+            if isinstance(study.stages[-1], Finetune):
+                continue  # of the rows that are trained, the classifier may still be measured
             break
         except QuorumLost:  # a site that could not train has cost the study nothing but its own row
             notes.append(f"no row {name}: the study could not be trained on it; see rows/ for the reason")
             continue
-        comparison[name] = probed.row()
+        if probed is not None:
+            comparison[name] = probed.row()
         if classified is not None:
             classifier[name] = classified.row()
             operating = classified.operating if name == "federated" else operating
-        run.event("row_finished", row=name, **comparison[name])
+        run.event("row_finished", row=name, **(comparison.get(name) or classifier[name]))
     _pictures(study, run.path, sites, federated)
     summary = {
         "study": study.name,
@@ -211,7 +215,7 @@ def _pictures(study: Study, run: Path, sites: Mapping[str, Site], federated: Any
     originals = shown[:EXAMPLES].float() / 255
     method, _ = build_stage(study, 0)
     given = originals.repeat_interleave(2, dim=0) if method.pairs else originals  # a pair of the same: two views of it
-    batch = Batch(given, torch.arange(len(given)))
+    batch = Batch(given, torch.arange(len(given)), torch.zeros(len(given), len(study.evaluation.classes)))
     drawn = [method.views(batch, torch_generator(seed_for(study.seed, "shown", round=n))).views[0] for n in range(3)]
     save_views_figure(run / "report" / "views.png", originals, drawn)
 

@@ -243,6 +243,14 @@ def test_fine_tuning_needs_the_names_of_its_classes() -> None:
         resolve(SMALL | {"stages": stages})
     named = resolve(SMALL | {"stages": stages, "evaluation": {"labels": {"a": ["A"], "b": ["B"], "ignore": ["?"]}}})
     assert named.evaluation.classes == ["a", "b"]
+    with pytest.raises(StudyError, match="patience is 2 and can never end a stage of 3 rounds"):
+        resolve(
+            SMALL
+            | {
+                "stages": [{"kind": "finetune", "rounds": 3, "patience": 2}],
+                "evaluation": {"labels": {"a": [], "b": []}},
+            }
+        )
     turned = resolve(SMALL | {"stages": stages, "evaluation": {"labels": {"b": ["B"], "ignore": ["?"], "a": ["A"]}}})
     assert turned.evaluation.classes == resolve(json.loads(turned.canonical())).evaluation.classes == ["a", "b"]
     assert named.stages[1].method == "supervised"

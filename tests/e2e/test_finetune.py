@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors.torch import save_file
+
+from polyclinic.encoders import build_encoder
+from polyclinic.seeding import forked
+from polyclinic.study import Encoder, Images
 
 from ..tiny import events
 from .conftest import SITES, STUDY, polyclinic
@@ -53,6 +58,25 @@ def test_a_study_that_fine_tunes_reports_its_classifiers(patients: Path, state: 
     own = metrics[(metrics["metric"] == "classifier_auc") & (metrics["site"] == "")]
     assert own["round"].tolist() == [2, 3, 4]  # the head that fine-tuning starts from is not measured
     assert "classifier" in (tmp_path / "run" / "MODEL_CARD.md").read_text()
+
+
+def test_fine_tuning_alone_from_a_file_whose_path_nobody_sees(patients: Path, state: Path, tmp_path: Path) -> None:
+    with forked(0):
+        encoder = build_encoder(Encoder(name="vit_tiny"), Images(size=32))
+    secret = tmp_path / "Jane Doe"
+    secret.mkdir()
+    save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, secret / "w.safetensors")
+    init = 'init = { file = "Jane Doe/w.safetensors", family = "polyclinic" }\n'
+    stage = STAGES[STAGES.index('[[stages]]\nkind = "finetune"') :].format(settings="")
+    tail = TAIL.replace("{labels}", LABELS).replace('rows = ["random", "scratch", "alone", "pooled"]', "rows = []")
+    (tmp_path / "study.toml").write_text(HEAD.rstrip() + "\n" + init + stage + tail)
+    out = tmp_path / "run"
+    done = polyclinic("simulate", tmp_path / "study.toml", "--data", patients, "--state", state, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads((out / "summary.json").read_text())["classifier"]) == ["federated"]
+    for path in (out / name for name in ("encoder.safetensors", "report.html", "MODEL_CARD.md", "summary.json")):
+        assert b"Jane" not in path.read_bytes(), path.name
+    assert b"Jane" in (out / "study.toml").read_bytes()  # the search can find it
 
 
 def test_a_site_without_labels_is_left_out_by_name_and_the_others_go_on(

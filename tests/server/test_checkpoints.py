@@ -69,7 +69,7 @@ def test_nothing_in_a_checkpoint_depends_on_when_or_where(tmp_path: Path) -> Non
         assert data == (tmp_path / "two" / name).read_bytes()
         assert str(tmp_path).encode() not in data
     facts = json.loads((tmp_path / "one" / "round-0003.json").read_text())
-    assert set(facts) == {"study", "round", "stage", "model", "norms", "validation"}
+    assert set(facts) == {"study", "round", "stage", "model", "norms", "best"}
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:

@@ -358,6 +358,34 @@ def test_fine_tuning_stops_early_with_its_best_tensors_and_the_next_stage_goes_o
     assert same_bits(encoder, {name: came[3][name] for name in encoder})  # round 2 made what came in round 3
 
 
+FALLING = {number: 1 / number for number in range(1, 9)}
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+@pytest.mark.parametrize("lie", [dict.fromkeys(range(1, 9), 0.0), {2: 0.0, 3: 0.0, 4: 1e9, 5: 1e9}, {3: 0.0}])
+def test_one_site_cannot_end_the_fine_tuning_of_all(lie: dict[int, float], patience: int, tmp_path: Path) -> None:
+    study = tiny_study(stages=[{**FINETUNE, "patience": patience}], evaluation=CLASSES)
+    apps = {name: honest(name, validation=lie if name == "west" else FALLING) for name in SITES}
+    run = open_run(tmp_path, study)
+    run_study(LocalGrid(apps), study, run, SEATS)
+    assert [line["round"] for line in events(run, "round_closed")] == list(range(1, 9))
+
+
+def test_a_site_that_misses_a_round_changes_nothing_about_the_best(tmp_path: Path) -> None:
+    study = tiny_study(stages=[FINETUNE], evaluation=CLASSES)
+    hard = {number: 10 + loss for number, loss in FALLING.items()}
+    apps = {name: honest(name, validation=hard if name == "west" else FALLING) for name in SITES}
+
+    def disturb(site: str, reply: Message) -> list[Message]:
+        missed = site == "west" and "reply" in reply.content and reply.content["reply"]["round"] == 3
+        return [] if missed else [reply]
+
+    run = open_run(tmp_path, study)
+    run_study(Mail(apps, disturb), study, run, SEATS)
+    assert [line["round"] for line in events(run, "round_closed")] == list(range(1, 9))
+    assert not events(run, "stopped_early")
+
+
 def test_fine_tuning_without_validation_patients_runs_to_its_end(tmp_path: Path) -> None:
     study = tiny_study(stages=[FINETUNE], evaluation=CLASSES)
     run = open_run(tmp_path, study)

@@ -13,6 +13,7 @@ import pytest
 from polyclinic.encoders import ENCODERS
 from polyclinic.evaluation import Scores
 from polyclinic.model import initial_tensors
+from polyclinic.stages import Finetune
 from polyclinic.study import Study
 from polyclinic_client.site import Site
 from polyclinic_simulations import compare
@@ -188,3 +189,25 @@ def test_fine_tuning_learns_the_classes_and_scratch_is_the_same_without_pretrain
         assert scores is not None
         assert scores.auc > 0.9
         assert scores.accuracy > 0.7
+
+
+def test_pooled_learns_from_the_labels_that_the_sites_have(sites: dict[str, Site], tmp_path: Path) -> None:
+    tune = {"kind": "finetune", "rounds": 8, "label_fraction": 0.3, "patience": 2}
+    study = tiny_study(stages=[tune], evaluation={"labels": {"spot": ["spot"], "clear": ["clear"]}})
+    stage = study.stages[0]
+    assert isinstance(stage, Finetune)
+
+    def pixels(halves: Any) -> list[set[bytes]]:
+        return [{cohort.pixels([k]).numpy().tobytes() for k in range(len(cohort))} for cohort in halves]
+
+    own = [pixels(site.labelled(study, stage)) for site in sites.values()]
+    together = pixels(pool(sites, tmp_path).labelled(study, stage))
+    assert together == [set.union(*(halves[side] for halves in own)) for side in (0, 1)]
+
+
+def test_scratch_is_not_held_back_by_what_spares_a_trained_encoder() -> None:
+    labels = {"labels": {"spot": ["spot"], "clear": ["clear"]}}
+    study = tiny_study(stages=[SIMCLR, {"kind": "finetune", "rounds": 4}], evaluation=labels)
+    (stage,) = without_pretraining(study, keep_init=False).stages
+    assert isinstance(stage, Finetune)
+    assert (stage.probe_rounds, stage.layer_decay) == (0, 1.0)

@@ -1,7 +1,9 @@
 """Big Transfer's ResNet-50 v2: pre-activation, group normalisation, standardised weights.
 
 Kolesnikov et al., Big Transfer (BiT), ECCV 2020: the network whose supervised weights REMEDIS starts from. timm's
-parts and names, so that its weight files fit. Like our other encoders it knows no batch statistics.
+parts and names, so that its weight files fit. Like our other encoders it knows no batch statistics. Its first layer
+always sees three colours, equal ones for a grey image: its weights are standardised over colours, so that they cannot
+be summed beforehand.
 """
 
 from functools import partial
@@ -23,10 +25,9 @@ class BiT(ResNetV2):
         widths: channels of each level: stem and four stages.
     """
 
-    def __init__(self, channels: int, context: bool = False) -> None:
+    def __init__(self, context: bool = False) -> None:
         super().__init__(
             layers=[3, 4, 6, 3],
-            in_chans=channels,
             num_classes=0,
             stem_type="fixed",
             conv_layer=partial(StdConv2d, eps=1e-8),
@@ -34,12 +35,13 @@ class BiT(ResNetV2):
         )
         self.dim = self.num_features
         self.widths = [64, 256, 512, 1024, 2048]
-        self.normalise = Normalise(channels, ((0.5,) * channels, (0.5,) * channels))  # as its weights learnt
+        self.normalise = Normalise(3, ((0.5,) * 3, (0.5,) * 3))  # as its weights learnt
         self.context = bottlenecks(self.widths, context)
 
     def levels(self, images: Tensor) -> list[Tensor]:
-        """(n, channels, s, s) in [0, 1] -> (n, width, t, t) maps of stem and stages, t from s / 4 to s / 32."""
-        found = [self.context[0](self.stem(self.normalise(images)))]
+        """(n, 1 or 3, s, s) in [0, 1] -> (n, width, t, t) maps of stem and stages, t from s / 4 to s / 32."""
+        colours = images.expand(-1, 3, -1, -1)
+        found = [self.context[0](self.stem(self.normalise(colours)))]
         for stage, context in zip(self.stages, self.context[1:], strict=True):
             found.append(context(stage(found[-1])))
         return found
@@ -50,10 +52,10 @@ class BiT(ResNetV2):
         return pooled.float()
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, channels, s, s) in [0, 1] -> (n, dim) float32 features."""
+        """(n, 1 or 3, s, s) in [0, 1] -> (n, dim) float32 features."""
         return self.pool(self.levels(images)[-1])
 
 
-def bit_resnet50(channels: int, context: bool = False) -> nn.Module:
+def bit_resnet50(context: bool = False) -> nn.Module:
     """24 M parameters, 2,048 features."""
-    return BiT(channels, context)
+    return BiT(context)

@@ -2,8 +2,9 @@
 
 What their network has and ours has not is left out by name: classifiers, statistics of batch normalisation (whose
 scale and shift become those of group normalisation), class tokens and learnt positions. A first layer for colour is
-summed over its colours for grey images: the same answer as to three equal colours. Whatever else does not fit is an
-error: half-loaded weights would be trained, measured and believed.
+summed over its colours for grey images: nearly the same answer as to three equal colours, since grey is normalised with
+constants of its own (normalise.py). Whatever else does not fit is an error: half-loaded weights would be trained,
+measured and believed.
 """
 
 import re
@@ -20,8 +21,8 @@ LEFT_OUT = {
     r"|.*\.(running_mean|running_var|num_batches_tracked)",
 }
 """Names, by family, that our encoders have no place for."""
-FIRST = ("conv1.weight", "stem.conv.weight", "patch_embed.proj.weight")
-"""The layers that see colours."""
+FIRST = ("conv1.weight", "patch_embed.proj.weight")
+"""The layers that see colours; BiT sees grey as three equal ones (bit.py)."""
 SHOWN = 4
 """Names in an error."""
 
@@ -54,6 +55,9 @@ def adopt(encoder: nn.Module, weights: dict[str, Tensor], family: str) -> None:
                 "set encoder.name, encoder.patch and images.channels to those of the weights, and init.family to "
                 "whose names they have",
             )
+    for name, value in kept.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise StudyError(f"the initial weights' {name} is not made of finite numbers", "give another file")
     with torch.no_grad():
         for name, value in kept.items():
             state[name].copy_(value)

@@ -75,20 +75,22 @@ def classifier_scores(
     if not np.isfinite(answers).all():
         raise NotMeasurable("the classifier's answers are not finite")
     probabilities = 1 / (1 + np.exp(-answers)) if multi_label else _softmax(answers)
-    asked = _measurable(truth, patients, multi_label)
+    measurable = _measurable(truth, patients)
+    asked = measurable[:1] if not multi_label and len(classes) == 2 else measurable  # two are one question
+    ranks = answers if multi_label else _margins(answers)
     numbers, clusters = np.unique(patients, return_inverse=True)
     members = np.concatenate([truth[:, asked], ~truth[:, asked]], axis=1)
     right, confidence = _answers(probabilities, truth, multi_label)
     correct = right.reshape(len(truth), -1).mean(axis=1)  # (images,)
     areas, shares = [], []
     for weights in resamples(members, clusters, seed):
-        areas.append(_macro(probabilities, truth, asked, weights))
+        areas.append(_macro(ranks, truth, asked, weights))
         shares.append(weights @ correct / weights.sum(axis=1))
     low, high = np.quantile(np.concatenate(areas), [0.025, 0.975])
     least, most = np.quantile(np.concatenate(shares), [0.025, 0.975])
-    recalls = _recalls(probabilities, truth, multi_label, patients)
+    recalls = _recalls(probabilities, truth, multi_label, measurable)
     return ClassifierScores(
-        auc=float(_macro(probabilities, truth, asked, np.ones((1, len(truth))))[0]),
+        auc=float(_macro(ranks, truth, asked, np.ones((1, len(truth))))[0]),
         auc_low=float(low),
         auc_high=float(high),
         accuracy=float(right.mean()),
@@ -99,15 +101,15 @@ def classifier_scores(
         n_test=len(numbers),
         operating=[
             {"class": classes[k], **operating_point(probabilities[:, k], truth[:, k], wanted)}
-            for k in asked
+            for k in measurable
             for wanted in SENSITIVITIES
         ],
     )
 
 
-def _macro(probabilities: Floats, truth: NDArray[np.bool_], asked: list[int], weights: Floats) -> Floats:
+def _macro(ranks: Floats, truth: NDArray[np.bool_], asked: list[int], weights: Floats) -> Floats:
     """(resamples,) mean AUC of the classes that are asked about."""
-    areas: Floats = np.mean([auc(probabilities[:, k], truth[:, k], weights) for k in asked], axis=0)
+    areas: Floats = np.mean([auc(ranks[:, k], truth[:, k], weights) for k in asked], axis=0)
     return areas
 
 
@@ -148,16 +150,22 @@ def operating_point(scores: Floats, positive: NDArray[np.bool_], sensitivity: fl
     }
 
 
-def _measurable(truth: NDArray[np.bool_], patients: NDArray[np.integer], multi_label: bool) -> list[int]:
-    """The classes that are asked about: two exclusive ones are one question, of the first."""
-    asked = [
+def _measurable(truth: NDArray[np.bool_], patients: NDArray[np.integer]) -> list[int]:
+    """The classes that enough test patients have, and enough have not."""
+    found = [
         k
         for k in range(truth.shape[1])
         if all(len(np.unique(patients[side])) >= MIN_TEST_PATIENTS for side in (truth[:, k], ~truth[:, k]))
     ]
-    if not asked:
+    if not found:
         raise NotMeasurable("no class has two test patients of it and two that are not")
-    return asked[:1] if not multi_label and truth.shape[1] == 2 else asked
+    return found
+
+
+def _margins(logits: Floats) -> Floats:
+    """(images, classes) log-odds of each class: they rank where probabilities are rounded to 1."""
+    others = [np.delete(logits, k, axis=1) for k in range(logits.shape[1])]
+    return np.stack([z - np.logaddexp.reduce(rest, axis=1) for z, rest in zip(logits.T, others, strict=True)], axis=1)
 
 
 def _answers(probabilities: Floats, truth: NDArray[np.bool_], multi_label: bool) -> tuple[NDArray[np.bool_], Floats]:
@@ -169,14 +177,12 @@ def _answers(probabilities: Floats, truth: NDArray[np.bool_], multi_label: bool)
     return np.take_along_axis(truth, chosen[:, None], axis=1)[:, 0], probabilities.max(axis=1)
 
 
-def _recalls(
-    probabilities: Floats, truth: NDArray[np.bool_], multi_label: bool, patients: NDArray[np.integer]
-) -> list[float]:
+def _recalls(probabilities: Floats, truth: NDArray[np.bool_], multi_label: bool, measurable: list[int]) -> list[float]:
     if multi_label:
-        sides = [(k, side) for k in _measurable(truth, patients, True) for side in (True, False)]
+        sides = [(k, side) for k in measurable for side in (True, False)]
         return [float(((probabilities[truth[:, k] == side, k] >= 0.5) == side).mean()) for k, side in sides]
     chosen = probabilities.argmax(axis=1)
-    return [float((chosen[truth[:, k]] == k).mean()) for k in range(truth.shape[1]) if truth[:, k].any()]
+    return [float((chosen[truth[:, k]] == k).mean()) for k in measurable]
 
 
 def _softmax(logits: Floats) -> Floats:

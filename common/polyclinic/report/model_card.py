@@ -27,6 +27,7 @@ def render_model_card(path: Path) -> str:
         study=run.study,
         lede=[facts.what_was_trained(run), facts.how_it_was_trained(run)],
         comparison=facts.comparison(run),
+        finetuned=any(stage.kind == "finetune" for stage in run.study.stages),
         classifier=facts.classifier(run),
         rehearsed=run.summary.get("engine") in REHEARSALS,
         warnings=facts.warnings(run),

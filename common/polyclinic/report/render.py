@@ -64,9 +64,13 @@ def context(run: Run) -> dict[str, Any]:
         "warnings": facts.warnings(run),
         "refused": run.happened("update_refused"),
         "missing": run.happened("site_missing"),
-        "study": tomli_w.dumps(run.study.model_dump(mode="json", exclude=PATHS)),
+        "study": tomli_w.dumps(_without_paths(run)),
         "encoder": (run.path / "encoder.safetensors").exists(),
     }
+
+
+def _without_paths(run: Run) -> dict[str, Any]:
+    return {**run.study.model_dump(mode="json", exclude=PATHS), "encoder": run.study.plain()["encoder"]}
 
 
 def _cards(run: Run) -> list[tuple[str, Markup]]:

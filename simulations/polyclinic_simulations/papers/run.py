@@ -2,9 +2,8 @@
 
 import json
 import re
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ import pandas as pd
 from polyclinic.artifacts import save_encoder
 from polyclinic.cohort import Cohort, build_cohort, union
 from polyclinic.errors import CohortError
-from polyclinic.files import write_atomic
+from polyclinic.files import atomic, write_atomic
 from polyclinic.model import encoder_of
 from polyclinic.study import Study, load_study, resolve
 from polyclinic_client.site import Site
 from polyclinic_client.work import Progress
 from polyclinic_server.rundir import Listener
-from polyclinic_simulations.compare import classify, train_row
+from polyclinic_simulations.compare import classify, train_row, without_pretraining
 from polyclinic_simulations.papers.plans import LABELS, OUTSIDE, Plan, Tier, pretraining
 
 BORDER = 0.15
@@ -47,11 +46,12 @@ def run_plan(
     if kept.exists():
         return dict(json.loads(kept.read_text()))
     started = time.monotonic()
-    study = _study(plan, tier, "finetune", [{"kind": "finetune", **tier.finetune}], "random")
+    stages = [{"kind": "finetune", **tier.finetune}]
+    study = without_pretraining(_study(plan, tier, "finetune", stages, "random"), keep_init=False)
     cohort = dataset(plan.dataset, plan.split, data, study, work, reading)
     if plan.method != "scratch":
         weights = _pretrained(plan, tier, cohort, data, work, reading, listen, progress)
-        study = _study(plan, tier, "finetune", [{"kind": "finetune", **tier.finetune}], weights)
+        study = _study(plan, tier, "finetune", stages, weights)
     sites = {"central": Site("central", cohort, kept.parent)}
     scores = classify(study, train_row(study, sites, kept.parent, listen, progress), sites)
     if scores is None:
@@ -140,15 +140,34 @@ def dataset(name: str, split: str, data: Path, study: Study, work: Path, reading
 
 
 def by_document(folder: Path, to: Path) -> Path:
-    """The same dataset with documents as patients: `source_file` before its -p<digits> names a slice's document."""
+    """The same dataset with documents as patients, and all documents of a patient as one.
+
+    `source_file` before its -p<digits> names a slice's document. Some patients stand in several, some documents show
+    several patients: what hangs together stays together, or a patient would be on both sides.
+    """
     table = pd.read_csv(folder / "labels.csv", dtype=str, keep_default_na=False)
-    table["patient"] = [document(name) for name in table["source_file"]]
+    table["patient"] = together(table["patient"].tolist(), [document(name) for name in table["source_file"]])
     for image in table["image"]:
         if not (to / image).exists():
             (to / image).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / image, to / image)  # a cohort's files must lie in its folder
+            with atomic(to / image) as file:  # a cohort's files must lie in its folder
+                file.write((folder / image).read_bytes())
     write_atomic(to / "labels.csv", table[["image", "label", "patient"]].to_csv(index=False))
     return to
+
+
+def together(patients: Sequence[str], documents: Sequence[str]) -> list[str]:
+    """The group of each image: images that share a patient or a document, directly or over others, are of one.
+
+    >>> together(["a", "a", "b", "c"], ["x", "y", "y", "z"])
+    ['group 0', 'group 0', 'group 0', 'group 3']
+    """
+    found = pd.Series(range(len(patients)))
+    while True:
+        merged = found.groupby(list(patients)).transform("min").groupby(list(documents)).transform("min")
+        if merged.equals(found):
+            return [f"group {number}" for number in found]
+        found = merged
 
 
 def document(source_file: str) -> str:

@@ -85,6 +85,13 @@ def test_colour_weights_see_grey_as_three_equal_colours() -> None:
     assert torch.allclose(grey.conv1(image), colour.conv1(image.expand(-1, 3, -1, -1)), atol=1e-5)
 
 
+def test_bit_sees_grey_as_three_equal_colours() -> None:
+    colour, grey = ours("bit_resnet50"), ours("bit_resnet50", channels=1)
+    adopt(grey, colour.state_dict(), "polyclinic")
+    image = torch.rand(2, 1, 32, 32)
+    assert torch.equal(grey(image), colour(image.expand(-1, 3, -1, -1)))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -94,6 +101,8 @@ def test_colour_weights_see_grey_as_three_equal_colours() -> None:
         ),
         (lambda w: {n: v for n, v in w.items() if n != "layer2.0.bn1.bias"}, r"lack layer2\.0\.bn1\.bias"),
         (lambda w: {**w, "layer9.weight": torch.zeros(1)}, r"have layer9\.weight"),
+        (lambda w: {**w, "bn1.weight": torch.full((64,), torch.nan)}, r"bn1\.weight is not made of finite numbers"),
+        (lambda w: {**w, "bn1.weight": torch.ones(64, dtype=torch.complex64)}, r"bn1\.weight is not made of finite"),
         (lambda w: {f"module.{n}": v for n, v in w.items()}, r"and \d+ more"),
     ],
 )
@@ -140,3 +149,12 @@ def test_missing_weights_are_an_error_where_they_are_first_read(tmp_path: Path) 
         load_study(path)
     (tmp_path / "resolved.toml").write_text(resolved.to_toml())
     assert load_study(tmp_path / "resolved.toml") == resolved  # a run that has begun needs them no more
+
+
+def test_a_file_is_not_opened_where_its_content_is_stated(tmp_path: Path) -> None:
+    stated = STUDY.format(channels=3, name="resnet18", file="/dev/zero", family="timm")
+    (tmp_path / "study.toml").write_text(stated)
+    with pytest.raises(StudyError, match="cannot read the initial weights"):
+        load_study(tmp_path / "study.toml")
+    (tmp_path / "study.toml").write_text(stated.replace("family", f'sha256 = "{"0" * 64}", family'))
+    assert load_study(tmp_path / "study.toml").encoder.init.sha256 == "0" * 64  # type: ignore[union-attr]

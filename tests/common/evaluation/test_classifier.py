@@ -16,7 +16,7 @@ LABELS = {"clear": ["clear"], "spot": ["spot"]}
 
 
 def stage_of(**settings: object) -> Finetune:
-    return Finetune.model_validate({"kind": "finetune", "method": "supervised", "rounds": 4} | settings)
+    return Finetune.model_validate({"kind": "finetune", "method": "supervised", "rounds": 8} | settings)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -48,7 +48,18 @@ def test_scores_equal_scikit_learns(classes: int, multi_label: bool) -> None:
         assert scores.accuracy == pytest.approx((z.argmax(1) == y.argmax(1)).mean())
     assert scores.balanced_accuracy == pytest.approx(balanced)
     assert scores.n_test == len(np.unique(patients[known]))
-    assert [point["class"] for point in scores.operating[::3]] == (names if multi_label or classes > 2 else names[:1])
+    assert [point["class"] for point in scores.operating[::3]] == names
+
+
+def test_certain_answers_are_still_ranked_and_rare_classes_left_out() -> None:
+    targets = np.eye(2, dtype=np.float32)[[0, 0, 1, 1]]
+    logits = np.array([[90, 0], [88, 0], [60, 0], [58, 0]], np.float32)
+    assert classifier_scores(logits, targets, np.arange(4), ["a", "b"], multi_label=False, seed=0).auc == 1
+    targets = np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2]]
+    logits = 5 * np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 0]]  # the one patient of the third class is missed
+    scores = classifier_scores(logits, targets, np.arange(5), ["a", "b", "c"], multi_label=False, seed=0)
+    assert scores.balanced_accuracy == 1
+    assert {point["class"] for point in scores.operating} == {"a", "b"}
 
 
 def test_calibration_error_equals_a_loop() -> None:

@@ -1,0 +1,164 @@
+"""Leave one site out: what pretraining is worth to a hospital that took no part in it.
+
+Azizi et al., REMEDIS, Nat Biomed Eng 2023, in a federation. Each site in turn is the new hospital; the others make
+three starts, which share their fine-tuning stages and differ in the encoder that these begin from:
+
+    pretrained   the study's pretrain stages at the other sites
+    joined       the same with the new hospital's training images, of which no label is read
+    supervised   none: the study's initial weights, random or a file's
+
+Each start is fine-tuned at the other sites, measured there (in distribution) and on the new hospital's test patients
+as it is (zero-shot: a fraction of 0), and fine-tuned there with ever more of its labels.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from polyclinic.artifacts import save_encoder
+from polyclinic.errors import StudyError
+from polyclinic.evaluation import ClassifierScores
+from polyclinic.files import write_atomic
+from polyclinic.model import encoder_of
+from polyclinic.stages import Finetune
+from polyclinic.study import Study, load_study, resolve
+from polyclinic.wire import Tensors
+from polyclinic_client.site import Site
+from polyclinic_client.work import Progress
+from polyclinic_server.rundir import Listener, RunDir
+from polyclinic_simulations.compare import classify, train_row, without_pretraining
+from polyclinic_simulations.consortium import Progress as Reading
+from polyclinic_simulations.consortium import gather, settle
+from polyclinic_simulations.simulate import claimed
+
+FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.33, 0.5, 1.0)
+STARTS = ("pretrained", "joined", "supervised")
+
+
+def leave_one_site_out(
+    study: Study,
+    out: Path,
+    data: Path,
+    state: Path,
+    *,
+    resume: bool = False,
+    listen: Listener | None = None,
+    reading: Reading = lambda what, done, total: None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run the protocol into the run directory `out`; returns the summary, which stands in summary.json too.
+
+    Raises:
+        StudyError: the study has no pretrain stage, does not end in fine-tuning, or has too few sites.
+        Refused: as `simulate`.
+    """
+    _check(study)
+    run = RunDir(out, listen)
+    with claimed(run, study, resume):
+        sites = settle(gather(study, data, state, reading), study, run)
+        if len(sites) <= study.aggregation.min_sites:
+            raise StudyError(
+                f"{len(sites)} sites leave {len(sites) - 1} when one is held out, fewer than aggregation.min_sites",
+                "lower min_sites, or simulate more sites",
+            )
+        rows: list[dict[str, Any]] = []
+        for name in sites:
+            rows += _hold_out(name, study, sites, out / "holdout" / name, run, progress)
+            write_atomic(out / "holdout.csv", pd.DataFrame(rows).to_csv(index=False))
+        summary = {"study": study.name, "hash": study.hash, "leave_one_site_out": {n: _needed(rows, n) for n in sites}}
+        write_atomic(out / "summary.json", json.dumps(summary, indent=2))
+        return summary
+
+
+def _check(study: Study) -> None:
+    if not isinstance(study.stages[-1], Finetune) or isinstance(study.stages[0], Finetune):
+        raise StudyError(
+            "leaving one site out compares pretraining, then fine-tuning, with fine-tuning alone",
+            'give the study a [[stages]] of kind "pretrain" and a last one of kind "finetune"',
+        )
+
+
+def _hold_out(
+    name: str, study: Study, sites: Mapping[str, Site], folder: Path, run: RunDir, progress: Progress | None
+) -> list[dict[str, Any]]:
+    """All rows of one held-out site."""
+    others = {site: member for site, member in sites.items() if site != name}
+    rows = []
+    for start in STARTS:
+        here = folder / start
+        known = others if start == "pretrained" else sites
+        encoder = None if start == "supervised" else _pretrain(study, known, here / "pretraining", progress)
+        tuned = _finetuning(study, encoder, here)
+        tensors = train_row(tuned, others, here / "finetuning", None, progress)
+        found = [("in-distribution", 0.0, classify(tuned, tensors, others))]
+        found += _efficiency(name, sites[name], tuned, tensors, here, progress)
+        for scope, fraction, scores in found:
+            if scores is not None:
+                row = {"held_out": name, "start": start, "scope": scope, "label_fraction": fraction, **scores.row()}
+                run.event("row_finished", row=f"{name}, {start}, {scope}, {fraction:.0%} of labels", auc=scores.auc)
+                rows.append(row)
+    return rows
+
+
+def _pretrain(study: Study, sites: Mapping[str, Site], folder: Path, progress: Progress | None) -> Path:
+    """The encoder file that the study's pretrain stages make of some sites."""
+    file = folder / "encoder.safetensors"
+    if not file.exists():
+        plain = study.model_dump(mode="json")
+        own = resolve({**plain, "stages": [stage for stage in plain["stages"] if stage["kind"] == "pretrain"]})
+        tensors = train_row(own, sites, folder, None, progress)
+        save_encoder(file, encoder_of(own, tensors), own)
+    return file
+
+
+def _finetuning(study: Study, encoder: Path | None, folder: Path, fraction: float | None = None) -> Study:
+    """The study's fine-tuning alone, from an encoder's file (None: from the study's initial weights).
+
+    With `fraction`, its last stage alone, with that part of the labels.
+    """
+    plain = without_pretraining(study, keep_init=True).model_dump(mode="json")
+    if fraction is not None:
+        plain["stages"] = [{**plain["stages"][-1], "label_fraction": fraction}]
+    if encoder is None:
+        return resolve(plain)
+    plain["encoder"]["init"] = {"family": "polyclinic", "file": str(encoder.resolve())}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "finetuning.toml"
+    write_atomic(path, resolve(plain).to_toml())
+    return load_study(path)  # with the SHA-256 of the file
+
+
+def _efficiency(
+    name: str, site: Site, tuned: Study, tensors: Tensors, folder: Path, progress: Progress | None
+) -> list[tuple[str, float, ClassifierScores | None]]:
+    """(scope, fraction, scores on the new hospital's test patients) of every fraction of its labels."""
+    home = {name: site}
+    found = [("held-out", 0.0, classify(tuned, tensors, home))]
+    save_encoder(folder / "encoder.safetensors", encoder_of(tuned, tensors), tuned)
+    for fraction in FRACTIONS[1:]:
+        here = folder / f"labels-{fraction}"
+        own = _finetuning(tuned, folder / "encoder.safetensors", here, fraction)
+        found.append(("held-out", fraction, classify(own, train_row(own, home, here, None, progress), home)))
+    return found
+
+
+def _needed(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """In and out of distribution, and the smallest fraction at which a start matches the supervised one at 100 %."""
+    own = pd.DataFrame([row for row in rows if row["held_out"] == name])
+    if own.empty:
+        return {"note": "too few labelled test patients at the site"}
+    areas = dict(own.set_index(["start", "scope", "label_fraction"])["auc"].items())
+    goal = areas.get(("supervised", "held-out", 1.0))
+    needed = {}
+    for start in STARTS[:2]:
+        reached = [f for f in FRACTIONS if goal is not None and areas.get((start, "held-out", f), -1.0) >= goal]
+        needed[start] = min(reached, default=None)
+    return {
+        "supervised_at_100": goal,
+        "labels_needed": needed,
+        "in_distribution": {start: areas.get((start, "in-distribution", 0.0)) for start in STARTS},
+        "zero_shot": {start: areas.get((start, "held-out", 0.0)) for start in STARTS},
+    }

@@ -1,0 +1,105 @@
+"""Leaving one site out: who trains where, what is compared, and what the numbers say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from polyclinic.encoders import ENCODERS
+from polyclinic.errors import StudyError
+from polyclinic.study import Study
+from polyclinic.wire import Tensors
+from polyclinic_simulations import holdout
+from polyclinic_simulations.holdout import STARTS, leave_one_site_out
+
+from ..tiny import SIMCLR, SITES, TinyEncoder, tiny_study, write_cohort
+
+TUNE = {"kind": "finetune", "rounds": 2, "batch_size": 8, "learning_rate": 0.02, "views": {"flip": False}}
+LABELS = {"labels": {"spot": ["spot"], "clear": ["clear"]}}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENCODERS, "resnet18", lambda encoder, images: TinyEncoder(images.channels))
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> tuple[float, ...]:
+    """Three fractions instead of nine."""
+    monkeypatch.setattr(holdout, "FRACTIONS", (0.0, 0.5, 1.0))
+    return holdout.FRACTIONS
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """Three hospitals of twelve patients; one round of SimCLR, two of fine-tuning."""
+    for number, name in enumerate(SITES):
+        write_cohort(tmp_path / "data" / name, 12, seed=number)
+    return tiny_study(
+        stages=[{**SIMCLR, "rounds": 1}, TUNE],
+        evaluation=LABELS,
+        simulation={"site": [{"name": name, "cohort": name} for name in SITES]},
+    )
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], list[str], float | None]]:
+    """(methods, sites, label fraction) of everything that is trained, in order."""
+    made: list[tuple[list[str], list[str], float | None]] = []
+    train = holdout.train_row
+
+    def noting(study: Study, sites: Any, *rest: Any) -> Tensors:
+        fraction = getattr(study.stages[-1], "label_fraction", None)
+        made.append(([stage.method for stage in study.stages], sorted(sites), fraction))
+        return train(study, sites, *rest)
+
+    monkeypatch.setattr(holdout, "train_row", noting)
+    return made
+
+
+def test_the_held_out_site_trains_only_where_it_may(
+    few: tuple[float, ...], study: Study, trainings: list[Any], tmp_path: Path
+) -> None:
+    summary = leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state")
+    assert list(summary["leave_one_site_out"]) == list(SITES)
+    for number, held in enumerate(SITES):
+        others = [name for name in SITES if name != held]
+        tuning = [(["supervised"], others, 1.0), (["supervised"], [held], 0.5), (["supervised"], [held], 1.0)]
+        expected = [
+            (["simclr"], others, None), *tuning,
+            (["simclr"], list(SITES), None), *tuning,
+            *tuning,
+        ]  # fmt: skip
+        assert trainings[number * 11 : (number + 1) * 11] == expected
+    rows = pd.read_csv(tmp_path / "run" / "holdout.csv")
+    assert len(rows) == 3 * len(STARTS) * 4
+    assert rows.groupby(["held_out", "start", "scope", "label_fraction"]).size().eq(1).all()
+    assert rows["auc"].between(0, 1).all()
+    for name, found in summary["leave_one_site_out"].items():
+        own = rows[(rows["held_out"] == name) & (rows["scope"] == "held-out")].set_index(["start", "label_fraction"])
+        goal = own.loc[("supervised", 1.0), "auc"]
+        assert found["supervised_at_100"] == goal
+        for start, needed in found["labels_needed"].items():
+            reached = [f for f in few if own.loc[(start, f), "auc"] >= goal]
+            assert needed == (reached[0] if reached else None)
+    before = (tmp_path / "run" / "holdout.csv").read_bytes()
+    again = leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state", resume=True)
+    assert json.dumps(again) == json.dumps(summary)
+    assert (tmp_path / "run" / "holdout.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("stages", [[SIMCLR], [TUNE]])
+def test_a_study_that_compares_nothing_is_refused(stages: list[dict[str, Any]], tmp_path: Path) -> None:
+    study = tiny_study(stages=stages, evaluation=LABELS)
+    with pytest.raises(StudyError, match="compares pretraining"):
+        leave_one_site_out(study, tmp_path / "run", tmp_path, tmp_path / "state")
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_sites_are_refused(study: Study, tmp_path: Path) -> None:
+    plain = study.model_dump(mode="json")
+    three = tiny_study(**{**plain, "aggregation": {"min_sites": 3}})
+    with pytest.raises(StudyError, match="3 sites leave 2 when one is held out"):
+        leave_one_site_out(three, tmp_path / "run", tmp_path / "data", tmp_path / "state")
