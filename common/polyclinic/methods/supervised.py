@@ -3,9 +3,10 @@
     single label:  loss of an image = w_c * -log softmax(W f(x))_c,    c its class
     multi-label:   loss of an image = mean over classes k of w_k,y * -log sigmoid(+-(W f(x))_k),    + where it is of k
 
-f is the encoder and W a linear layer that starts at zero, so that the first answer is no answer. With balanced classes
-w_c = n / (classes * n_c) over the n labelled images that the site trains on, which makes their mean 1; a class that the
-site has no image of has no weight and is learnt from the others. Images without a label teach nothing.
+f is the encoder and W a linear layer that starts near zero, so that the first answer is nearly none. (At zero, no
+gradient would reach the encoder in the first step, and the second round's updates would look too large.) With balanced
+classes w_c = n / (classes * n_c) over the n labelled images that the site trains on, which makes their mean 1; a class
+that the site has no image of has no weight and is learnt from the others. Images without a label teach nothing.
 
 In the first `probe_rounds` the encoder is frozen, as a few labels and a head that knows nothing would spoil it (Azizi
 et al., REMEDIS, Nat Biomed Eng 2023); then each layer learns `layer_decay` times as fast as the next (Clark et al.,
@@ -30,7 +31,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(dim, classes)
-        nn.init.zeros_(self.head.weight)
+        nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
