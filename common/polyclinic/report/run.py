@@ -63,7 +63,7 @@ class Run:
             for name, row in self.summary.get("comparison", {}).items()
             if all(_finite(row.get(figure)) for figure in FIGURES)
         }
-        order = ["random", "pixels", ALONE, "federated", "pooled"]
+        order = ["random", "pixels", ALONE, "scratch", "init", "federated", "pooled"]
         return dict(sorted(rows.items(), key=lambda item: (_place(item[0], order), item[0])))
 
     @property

@@ -26,8 +26,8 @@ ROWS = {
     "pixels": "16 × 16 pixels",
     "federated": "federated",
     "pooled": "all sites pooled",
-    "scratch": "without pretraining",
-    "init": "initial weights, without pretraining",
+    "scratch": "no pretraining",
+    "init": "initial weights",
 }
 AGAINST = {"random": "an untrained encoder", "pixels": "16 × 16 pixels", "pooled": "pooling all images"}
 ALONE = "alone:"

@@ -87,7 +87,7 @@ REFERENCES = {
 }
 NOT_YET = {
     2: "needs the federated regime of this command, which it does not have yet",
-    4: "needs `simulate --leave-one-site-out`, which does not exist yet",
+    4: "is measured by `polyclinic simulate --leave-one-site-out`; this command does not make its rows yet",
     5: "needs the federated regime of this command, which it does not have yet",
 }
 """Tables whose rows cannot be run, and why."""
