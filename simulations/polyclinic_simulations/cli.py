@@ -150,6 +150,8 @@ def export(
 ) -> None:
     """Copy what others need from a run: encoder.safetensors, MODEL_CARD.md, report.html, study.toml.
 
+    The report is written anew, without pictures of images and without the sites' cards: the run's own has both.
+
     Example:
 
       polyclinic export runs/cxr-1 --to cxr-encoder
@@ -158,10 +160,11 @@ def export(
 
     from polyclinic.errors import Refused
     from polyclinic.files import write_atomic
+    from polyclinic.report import render_shared
     from polyclinic.study import load_study
 
     _summary(run)
-    files = ("encoder.safetensors", "MODEL_CARD.md", "report.html")
+    files = ("encoder.safetensors", "MODEL_CARD.md")
     if missing := [name for name in files if not (run / name).is_file()]:
         raise Refused(f"{run} has no {missing[0]}", "make it again: polyclinic simulate ... --resume")
     if to.exists():
@@ -170,6 +173,7 @@ def export(
     to.mkdir(parents=True)
     for name in files:
         shutil.copyfile(run / name, to / name)
+    write_atomic(to / "report.html", render_shared(run))
     write_atomic(to / "study.toml", study.to_toml(simulation=False))
     print(to)
 
@@ -240,6 +244,6 @@ def _free(name: str) -> Path:
     for number in count(1):
         path = Path("runs") / f"{name}-{number}"
         with storage(path), suppress(FileExistsError):
-            path.mkdir(parents=True)
+            path.mkdir(mode=0o700, parents=True)
             return path
     raise AssertionError("there are more numbers")

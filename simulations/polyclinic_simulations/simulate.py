@@ -19,7 +19,7 @@ import torch
 from polyclinic.artifacts import write_model_card
 from polyclinic.cohort.card import make_card
 from polyclinic.errors import QuorumLost, Refused, StudyError
-from polyclinic.evaluation import NotMeasurable, classes_of
+from polyclinic.evaluation import NotMeasurable, classes_of, unmapped
 from polyclinic.files import storage, write_atomic
 from polyclinic.methods.base import Batch
 from polyclinic.model import build_stage
@@ -100,7 +100,7 @@ def claimed(run: RunDir, study: Study, resume: bool) -> Iterator[None]:
     if resume and run.study != study:
         raise StudyError(f"{run.path} holds a run of another study", "resume with the study file it was started with")
     with storage(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
+        run.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # its report shows images
     with _locked(run.path):
         run.create(study)
         try:
@@ -129,6 +129,9 @@ def _keep_cards(run: RunDir, study: Study, sites: Mapping[str, Site], warn: bool
     cards = {name: make_card(site.cohort.folder, site.cohort) for name, site in sites.items()}
     (run.path / "report").mkdir(exist_ok=True)
     write_atomic(run.path / "report" / "cards.json", json.dumps(cards))
+    words = [word for site in sites.values() for word in site.cohort.labels]
+    for text in unmapped(study.evaluation.labels, words) if warn else ():
+        run.event("warning", text=text)
     micle = any(stage.method == "micle" for stage in study.stages)
     for name, card in cards.items() if warn else ():
         single = len(sites[name].cohort) == sites[name].cohort.n_patients
@@ -152,6 +155,7 @@ def _conclude(
     newest = checkpoints.newest(run.checkpoints, study.hash, lambda text: run.event("warning", text=text))
     assert newest is not None  # the rounds are made
     federated = newest[1]
+    bare = "scratch" in study.evaluation.rows and all(isinstance(stage, Finetune) for stage in study.stages)
     comparison: dict[str, dict[str, float]] = {}
     classifier: dict[str, dict[str, float]] = {}
     operating: list[dict[str, Any]] = []
@@ -184,7 +188,7 @@ def _conclude(
         "comparison": comparison,
         "classifier": classifier,
         "operating": operating,
-        "notes": notes,
+        "notes": notes + (["no row scratch: the study pretrains nothing, and is that row itself"] if bare else []),
         "warnings": _warnings(run.path),
         "wall_s": round(time.monotonic() - started, 1),
         "bytes_sent": _bytes_sent(run.path),

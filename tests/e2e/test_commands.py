@@ -67,6 +67,12 @@ def test_export_copies_what_others_need_and_nothing_of_this_machine(finished: Pa
     assert "simulation" in tomllib.loads((finished / "study.toml").read_text())
     assert "simulation" not in tomllib.loads(text)
     assert "/" not in text
+    own, given = ((folder / "report.html").read_text() for folder in (finished, to))
+    assert "data:image/png" in own
+    assert "data:image/png" not in given  # pictures of patients stay with the run
+    assert "Photometric" in own or "photometric" in own
+    assert "hotometric" not in given  # as do the sites' cards
+    assert "What the encoder is worth" in given
     assert load_study(to / "study.toml").hash == load_study(finished / "study.toml").hash
 
     (to / "encoder.safetensors").write_bytes(b"theirs")

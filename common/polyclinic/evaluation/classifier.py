@@ -100,7 +100,7 @@ def classifier_scores(
         ece=expected_calibration_error(confidence, right),
         n_test=len(numbers),
         operating=[
-            {"class": classes[k], **operating_point(probabilities[:, k], truth[:, k], wanted)}
+            {"class": classes[k], "wanted": wanted, **operating_point(probabilities[:, k], truth[:, k], wanted)}
             for k in measurable
             for wanted in SENSITIVITIES
         ],

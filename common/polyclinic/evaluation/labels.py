@@ -1,5 +1,8 @@
 """From the words that sites use to the classes that a probe tells apart."""
 
+from collections import Counter
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +31,32 @@ def classes_of(labels: Words, mapping: dict[str, list[str]]) -> Words:
     words, places = np.unique(labels, return_inverse=True)
     named = [classes.get(_word(str(word)), _word(str(word))) for word in words]
     return np.array(named, dtype=np.str_)[places] if named else np.array([], dtype=np.str_)
+
+
+def unmapped(mapping: dict[str, list[str]], labels: Iterable[str]) -> list[str]:
+    """What a mapping of labels passes over, in words: those that nobody uses, and those that it does not name.
+
+    >>> unmapped({"ill": ["flu", "flue"]}, ["flu", "well", "well"])[1]
+    "[evaluation] labels does not name 'well' (2 images): each such word is a class of its own"
+    """
+    if not mapping:
+        return []
+    counts = Counter(_word(cell) for cell in labels)
+    named = {_word(word): word for words in mapping.values() for word in words}
+    known = {part for word in counts for part in (word, *word.split("|"))}
+    texts = [
+        f"[evaluation] labels names {_listed(named[word] for word in sorted(named.keys() - known))}, which no image has"
+    ] * bool(named.keys() - known)
+    strange = {word: n for word, n in counts.most_common() if word and not {word, *word.split("|")} & named.keys()}
+    if strange:
+        found = _listed(f"{word!r} ({n} image{'s' * (n != 1)})" for word, n in strange.items())
+        texts.append(f"[evaluation] labels does not name {found}: each such word is a class of its own")
+    return texts
+
+
+def _listed(words: Iterable[str], most: int = 8) -> str:
+    every = list(words)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 def targets_of(labels: Words, mapping: dict[str, list[str]], multi_label: bool) -> NDArray[np.float32]:

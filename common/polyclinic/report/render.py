@@ -31,6 +31,12 @@ def render_report(run: Path) -> Path:
     return page
 
 
+def render_shared(run: Path) -> str:
+    """The report as it may leave the house: without the pictures of images and without the sites' cards."""
+    shown = context(read_run(run)) | {"views": None, "cards": []}
+    return _environment().get_template("report.html.j2").render(shown)
+
+
 def _environment() -> Environment:
     """Everything that is not markup made here is escaped: names of sites and labels come from outside."""
     environment = Environment(
