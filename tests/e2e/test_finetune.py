@@ -32,23 +32,28 @@ batch_size = 16
 TAIL = """
 [evaluation]
 test_fraction = 0.5
-rows = ["random", "scratch", "alone", "pooled"]
+rows = {rows}
 labels = {labels}
 """ + "".join(f'\n[[simulation.site]]\nname = "{name}"\ncohort = "{name}"\n' for name in SITES)
 LABELS = '{ well = ["normal"], ill = ["nodule", "consolidation", "effusion"] }'
 
 
-def run(folder: Path, patients: Path, state: Path, settings: str = "", labels: str = LABELS) -> tuple[int, str]:
-    (folder / "study.toml").write_text(HEAD + STAGES.format(settings=settings) + TAIL.replace("{labels}", labels))
+def tail(*rows: str) -> str:
+    """The study after its stages, with these rows beside `federated`."""
+    return TAIL.replace("{labels}", LABELS).replace("{rows}", json.dumps(rows))
+
+
+def run(folder: Path, patients: Path, state: Path, *rows: str, settings: str = "") -> tuple[int, str]:
+    (folder / "study.toml").write_text(HEAD + STAGES.format(settings=settings) + tail(*rows))
     done = polyclinic("simulate", folder / "study.toml", "--data", patients, "--state", state, "--out", folder / "run")
     return done.returncode, done.stdout + done.stderr
 
 
 def test_a_study_that_fine_tunes_reports_its_classifiers(patients: Path, state: Path, tmp_path: Path) -> None:
-    code, said = run(tmp_path, patients, state)
+    code, said = run(tmp_path, patients, state, "random", "scratch", "pooled")
     assert code == 0, said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert list(summary["classifier"]) == ["federated", "scratch", *(f"alone:{name}" for name in SITES), "pooled"]
+    assert list(summary["classifier"]) == ["federated", "scratch", "pooled"]
     assert list(summary["comparison"]) == ["random", *summary["classifier"]]
     assert summary["operating"]
     assert "Fine-tuned classifier" in said
@@ -68,8 +73,7 @@ def test_fine_tuning_alone_from_a_file_whose_path_nobody_sees(patients: Path, st
     save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, secret / "w.safetensors")
     init = 'init = { file = "Jane Doe/w.safetensors", family = "polyclinic" }\n'
     stage = STAGES[STAGES.index('[[stages]]\nkind = "finetune"') :].format(settings="")
-    tail = TAIL.replace("{labels}", LABELS).replace('rows = ["random", "scratch", "alone", "pooled"]', "rows = []")
-    (tmp_path / "study.toml").write_text(HEAD.rstrip() + "\n" + init + stage + tail)
+    (tmp_path / "study.toml").write_text(HEAD.rstrip() + "\n" + init + stage + tail())
     out = tmp_path / "run"
     done = polyclinic("simulate", tmp_path / "study.toml", "--data", patients, "--state", state, "--out", out)
     assert done.returncode == 0, done.stderr
@@ -88,7 +92,7 @@ def test_a_site_without_labels_is_left_out_by_name_and_the_others_go_on(
     (tmp_path / "beta").mkdir()
     for number, file in enumerate(sorted((patients / "beta").rglob("*.dcm"))):
         shutil.copyfile(file, tmp_path / "beta" / f"{number}.dcm")  # and no labels.csv
-    code, said = run(tmp_path, tmp_path, state)
+    code, said = run(tmp_path, tmp_path, state, "alone")
     assert code == 0, said
     refused = events(tmp_path / "run", "update_refused")
     own = [event for event in refused if "row" not in event]
@@ -108,6 +112,6 @@ def test_a_site_without_labels_is_left_out_by_name_and_the_others_go_on(
     ],
 )
 def test_wrong_settings_are_refused(settings: str, said: str, patients: Path, state: Path, tmp_path: Path) -> None:
-    code, printed = run(tmp_path, patients, state, settings)
+    code, printed = run(tmp_path, patients, state, settings=settings)
     assert code == 2
     assert said in printed

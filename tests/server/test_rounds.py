@@ -372,7 +372,7 @@ def test_one_site_cannot_end_the_fine_tuning_of_all(lie: dict[int, float], patie
 
 
 def test_a_site_that_misses_a_round_changes_nothing_about_the_best(tmp_path: Path) -> None:
-    study = tiny_study(stages=[FINETUNE], evaluation=CLASSES)
+    study = tiny_study(stages=[FINETUNE], evaluation=CLASSES, aggregation={"round_deadline_s": 1.0})
     hard = {number: 10 + loss for number, loss in FALLING.items()}
     apps = {name: honest(name, validation=hard if name == "west" else FALLING) for name in SITES}
 
