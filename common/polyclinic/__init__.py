@@ -4,15 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polyclinic.artifacts import load_encoder as load_encoder
+    from polyclinic.artifacts import load_images as load_images
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_encoder"]
+__all__ = ["__version__", "load_encoder", "load_images"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load_encoder`, imported when first asked for: worker processes that decode images must not wait for torch."""
-    if name == "load_encoder":
-        from polyclinic.artifacts import load_encoder
+    """What `__all__` names, imported when first asked for: processes that decode images must not wait for torch."""
+    if name in __all__:
+        from polyclinic import artifacts
 
-        return load_encoder
+        return getattr(artifacts, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

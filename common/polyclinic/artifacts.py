@@ -3,18 +3,23 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from polyclinic import __version__
+from polyclinic.cohort.intake import Intake
+from polyclinic.cohort.quarantine import MEANING, Unusable
+from polyclinic.cohort.worker import decode
 from polyclinic.encoders import build_encoder
-from polyclinic.errors import CheckpointError, StudyError
+from polyclinic.errors import CheckpointError, CohortError, StudyError
 from polyclinic.files import atomic, write_atomic
 from polyclinic.seeding import forked
 from polyclinic.study import Encoder, Images, Study, Weights
@@ -152,9 +157,7 @@ def load_encoder(path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: no such file, damaged, or not an encoder that Polyclinic saved.
     """
-    file = Path(path)
-    file = file / ENCODER if file.is_dir() else file
-    tensors, metadata = load_tensors(file)
+    tensors, metadata = load_tensors(file := _encoder_file(path))
     try:
         if metadata.get("format") != FORMAT:
             raise ValueError("its metadata do not say how to build the encoder")
@@ -166,12 +169,54 @@ def load_encoder(path: str | Path) -> nn.Module:
             encoder = build_encoder(settings, images)
         encoder.load_state_dict(tensors)
     except (ValueError, RuntimeError) as error:
-        reason = "; ".join(item["msg"] for item in error.errors()) if isinstance(error, ValidationError) else error
-        raise CheckpointError(
-            f"{file.name} is not an encoder that polyclinic saved: {reason}",
-            "give a run directory or the encoder.safetensors in it; the version that wrote it stands in its metadata",
-        ) from error
+        raise _not_ours(file, error) from error
     return encoder.eval()
+
+
+def load_images(files: Iterable[str | Path], like: str | Path) -> Tensor:
+    """(images, channels, size, size) float32 in [0, 1]: DICOM, PNG or JPEG files, prepared as for the encoder `like`.
+
+    `like` is what `load_encoder` takes. A file of several frames gives as many images. What a site keeps out of its
+    cohort, since names may be burned in, is read as well.
+
+    Raises:
+        CheckpointError: as `load_encoder`. CohortError: a file cannot be used; the error says which, and why.
+    """
+    _, metadata = load_tensors(file := _encoder_file(like))
+    try:
+        wanted = Images.model_validate_json(metadata.get("images", ""))
+    except ValueError as error:
+        raise _not_ours(file, error) from error
+    intake = Intake(wanted.size, wanted.channels, wanted.window, allow_burned_in=True)
+    found = [image for path in files for image in _decoded(Path(path), intake)]
+    if not found:
+        raise CohortError("there are no files to read", "name at least one")
+    return torch.from_numpy(np.stack(found)).float() / 255
+
+
+def _decoded(path: Path, intake: Intake) -> list[NDArray[np.uint8]]:
+    try:
+        return decode(path.read_bytes(), intake, b"")[0]
+    except OSError as error:
+        raise CohortError(f"cannot read {path}: {error.strerror}", "give the path of an image file") from error
+    except Unusable as error:
+        raise CohortError(f"{path} cannot be used: {MEANING[error.reason]}", "leave it out") from error
+
+
+def _encoder_file(path: str | Path) -> Path:
+    file = Path(path)
+    file = file / ENCODER if file.is_dir() else file
+    if not file.is_file():
+        raise CheckpointError(f"there is no {file}", "give the directory of a finished run, or an encoder.safetensors")
+    return file
+
+
+def _not_ours(file: Path, error: Exception) -> CheckpointError:
+    reason = "; ".join(item["msg"] for item in error.errors()) if isinstance(error, ValidationError) else error
+    return CheckpointError(
+        f"{file.name} is not an encoder that polyclinic saved: {reason}",
+        "give a run directory or the encoder.safetensors in it; the version that wrote it stands in its metadata",
+    )
 
 
 def write_model_card(run: Path) -> Path:

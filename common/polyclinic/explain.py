@@ -14,7 +14,7 @@ MAX_SHOWN = 64
 
 FIXES = {
     "bool_type": "give true or false",
-    "extra_forbidden": "the nearest known key is {near!r}",
+    "extra_forbidden": "{known}",
     "finite_number": "give a finite number",
     "float_type": "give a number",
     "greater_than": "give more than {gt}",
@@ -55,8 +55,7 @@ def _one(item: dict[str, Any], model: type[BaseModel]) -> tuple[str, str, str]:
         problem, _, fix = str(context["error"]).rpartition(": ")
         return key, problem or f"{key} is {_shown(item['input'])}", fix
     if kind == "extra_forbidden":
-        known = [name for table in tables for name in table.model_fields]
-        context["near"] = difflib.get_close_matches(str(item["loc"][-1])[:MAX_SHOWN], known, n=1, cutoff=0.0)[0]
+        context["known"] = _known(str(item["loc"][-1])[:MAX_SHOWN], [n for table in tables for n in table.model_fields])
         problem = f"unknown key {key!r}"
     elif kind.startswith("union_tag"):
         key += "." + context["discriminator"].strip("'")
@@ -64,6 +63,17 @@ def _one(item: dict[str, Any], model: type[BaseModel]) -> tuple[str, str, str]:
     else:
         problem = f"{key} is " + ("missing" if kind == "missing" else _shown(item["input"]))
     return key, problem, FIXES[kind].format(**context) if kind in FIXES else item["msg"]
+
+
+def _known(key: str, known: Sequence[str]) -> str:
+    """The known key that `key` may be meant for, or all of them where it is like none.
+
+    >>> _known("sead", ["name", "seed"]), _known("foo", ["name", "seed"])
+    ("the nearest known key is 'seed'", "the known keys are 'name', 'seed'")
+    """
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.5):
+        return f"the nearest known key is {near[0]!r}"
+    return "the known keys are " + ", ".join(map(repr, dict.fromkeys(known)))
 
 
 def _shown(value: Any) -> str:

@@ -5,7 +5,7 @@ A new method adds its class here, its file under `methods/` and one line in `MET
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Settings(BaseModel):
@@ -66,6 +66,13 @@ class Stage(Settings):
     """Of the learning rate, over all rounds of the stage."""
     warmup_rounds: float = Field(default=1.0, ge=0)
     """Rounds over which the learning rate rises from zero; at most a quarter of the stage."""
+
+    @field_validator("kind", mode="before", check_fields=False)
+    @classmethod
+    def _known_kind(cls, kind: Any) -> Any:
+        if kind not in ("pretrain", "finetune"):
+            raise ValueError("give 'pretrain' or 'finetune'")
+        return kind
 
 
 class Pretrain(Stage):

@@ -70,12 +70,17 @@ def save(folder: Path, checkpoint: Checkpoint, tensors: Tensors) -> None:
     stored = {name: torch.from_numpy(value) for name, value in tensors.items()}
     save_tensors(path.with_suffix(".safetensors"), stored, {FACTS: text})
     write_atomic(path, text)
-    kept = [path.stem for path in _paths(folder)[:KEPT]]
     for old in folder.glob("best-*"):
         if old.name != BEST.format(checkpoint.best.measured):
             old.unlink(missing_ok=True)
+    drop(folder, KEPT)
+
+
+def drop(folder: Path, kept: int) -> None:
+    """Remove all checkpoints but the newest `kept`."""
+    names = [path.stem for path in _paths(folder)[:kept]]
     for old in sorted(folder.glob("*round-*")):  # .json before .safetensors: no checkpoint stands without its tensors
-        if old.stem not in kept:
+        if old.stem not in names:
             old.unlink(missing_ok=True)
 
 

@@ -4,10 +4,11 @@
     local    Polyclinic's round loop, gate, fold and checkpoints on its `local` engine
     flower   Flower's FedAvg on its simulation runtime, which runs on Ray
 
-Each contender runs twice in a process of its own. The first time it is timed from command to end, imports included.
-The second time the memory of its whole process tree is sampled, which takes time: the sum of proportional set sizes, in
-which a page that several processes share is counted once (so nothing else on the machine should have the same libraries
-in memory). It needs Linux.
+Each contender runs in processes of its own. The first time it is timed from command to end, imports included. Then the
+memory of its whole process tree is sampled, which takes time: the sum of proportional set sizes, in which a page that
+several processes share is counted once (so nothing else on the machine should have the same libraries in memory). How
+much of its libraries the kernel keeps there differs by tens of megabytes from run to run: it is the median of several,
+and `peaks_mb` has them all. It needs Linux.
 
 Both simulators send every message through a ClientApp of Flower's. Polyclinic's is its own, with `answer` replaced by
 one that adds 1, since there is no model to train; and because a study's tensors come from its encoder, so is
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from statistics import median_low
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
@@ -143,11 +145,11 @@ def _check(result: Any, first: Any, rounds: int) -> None:
         raise SystemExit("the rounds have not added up")
 
 
-def run_one(contender: str, sites: int, megabytes: int, rounds: int) -> dict[str, Any]:
-    """A contender's wall time with its parts, and its peak memory."""
+def run_one(contender: str, sites: int, megabytes: int, rounds: int, watched: int) -> dict[str, Any]:
+    """A contender's wall time with its parts, and its peak memory in `watched` runs."""
     options = ["--contender", contender, "--sizes", f"{sites}x{megabytes}", "--rounds", str(rounds)]
     started, ended, times, _ = run(options, watch=False)
-    _, _, _, peak = run(options, watch=True)
+    peaks = [round(run(options, watch=True)[3] / 1e6) for _ in range(watched)]
     return {
         "contender": contender,
         "sites": sites,
@@ -156,7 +158,8 @@ def run_one(contender: str, sites: int, megabytes: int, rounds: int) -> dict[str
         "imports_s": round(times["imported"] - started, 2),
         "before_rounds_s": round(times["first_round"] - times["imported"], 2),
         "rounds_s": round(ended - times["first_round"], 2),
-        "peak_mb": round(peak / 1e6),
+        "peak_mb": median_low(peaks),
+        "peaks_mb": peaks,
     }
 
 
@@ -223,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="SITESxMB")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--watched", type=int, default=5, help="runs in which memory is sampled")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS / "empty_work.json")
@@ -233,7 +237,7 @@ def main() -> None:
         wanted.out.write_text(json.dumps(CONTENDERS[wanted.contender](sites, megabytes, wanted.rounds)))
         return
     machine = describe()
-    runs = [run_one(name, *size, wanted.rounds) for size in sizes for name in wanted.contenders]
+    runs = [run_one(name, *size, wanted.rounds, wanted.watched) for size in sizes for name in wanted.contenders]
     keep(wanted.out, machine, {"rounds": wanted.rounds, "runs": runs})
 
 

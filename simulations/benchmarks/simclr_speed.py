@@ -143,8 +143,11 @@ def their_steps(model: nn.Module, loader: Any, bf16: bool) -> Iterator[float]:
         yield perf_counter()
 
 
-def measure(folder: Path, state: Path, batch: int, threads: int, repeats: int) -> dict[str, Any]:
-    """Images per second of every row, the median of `repeats` passes over all rows in turn."""
+def measure(folder: Path, state: Path, batch: int, threads: int, repeats: int, loading: list[int]) -> dict[str, Any]:
+    """Images per second of every row, the median of `repeats` passes over all rows in turn.
+
+    Theirs stand once for each number of worker processes in `loading`.
+    """
     started = perf_counter()
     cohort = build_cohort(folder, Images(size=SIZE), state, workers=threads)
     built = perf_counter() - started
@@ -152,7 +155,7 @@ def measure(folder: Path, state: Path, batch: int, threads: int, repeats: int) -
         "polyclinic, group norm, as a study resolves it": partial(ours, cohort.folder, batch, threads, "bf16"),
         "polyclinic, group norm, fp32": partial(ours, cohort.folder, batch, threads, "fp32"),
     }
-    for workers in (0, 2):
+    for workers in loading:
         start = partial(theirs, folder, batch, threads, workers)
         rows[f"lightly, group norm, {workers} workers"] = partial(start, norm=group_norm)
         rows[f"lightly, group norm, {workers} workers, bf16"] = partial(start, norm=group_norm, bf16=True)
@@ -193,11 +196,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2, help="of torch, on either side")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--loading", type=int, nargs="+", default=[0, 2], help="worker processes on their side")
     parser.add_argument("--out", type=Path, default=RESULTS / "simclr_speed.json")
     wanted = parser.parse_args()
     machine = describe()
     machine["versions"].update({package: version(package) for package in ("lightly", "torchvision", "pillow")})
-    size = {name: getattr(wanted, name) for name in ("batch", "threads", "repeats")}
+    size = {name: getattr(wanted, name) for name in ("batch", "threads", "repeats", "loading")}
     with TemporaryDirectory() as temporary:
         folder = wanted.data or write_images(Path(temporary) / "data", wanted.images)
         figures = measure(folder, Path(temporary) / "state", **size)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from contextlib import suppress
 from enum import StrEnum
 from itertools import count
@@ -108,13 +109,21 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Run directories.")]
 
       polyclinic compare runs/cxr-1 runs/cxr-2
     """
-    from polyclinic_simulations.display import comparison_table
+    from polyclinic_simulations.display import classifier_table, comparison_table
 
-    rows = {f"{run} {name}": row for run in runs for name, row in _summary(run)["comparison"].items()}
+    found = {run: _summary(run) for run in runs}
+    tables = {
+        kind: {f"{run} {row}": scores for run, made in found.items() for row, scores in made.get(kind, {}).items()}
+        for kind in ("comparison", "classifier")
+    }
+    if len({summary.get("test_patients") for summary in found.values()}) > 1:
+        print("warning: the runs were measured on different test patients: read their intervals", file=sys.stderr)
     if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        Console().print(comparison_table(rows))
+        print(json.dumps(tables, indent=2))
+        return
+    for kind, show in (("comparison", comparison_table), ("classifier", classifier_table)):
+        if tables[kind]:
+            Console().print(show(tables[kind]))
 
 
 def evaluate(
@@ -137,11 +146,16 @@ def evaluate(
     from polyclinic_simulations.display import comparison_table
     from polyclinic_simulations.outside import evaluate_outside
 
-    rows = evaluate_outside(run, cohort, state, allow_burned_in)
+    rows, known = evaluate_outside(run, cohort, state, allow_burned_in)
+    if known:
+        text = f"warning: {known} of these images are the run's own sites' too: what it learnt from them flatters it"
+        print(text, file=sys.stderr)
     if as_json:
         print(json.dumps(rows, indent=2))
-    else:
-        Console().print(comparison_table(rows))
+        return
+    Console().print(comparison_table(rows))
+    learnt, tested = rows["federated"]["n_train"], rows["federated"]["n_test"]
+    print(f"probes learnt on {learnt} images and measured on {tested} other patients of {cohort.name}")
 
 
 def export(

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -44,17 +45,21 @@ class Display:
             self._show(self._stage, f"{self._stage}, loss {event['loss']:.3f}", event["round"], None)
             if not row:
                 self._say(_round_line(event), bars=False)
+        elif name == "row_started":
+            self._show("rows", f"row {row}", event["made"], event["rows"])
         elif name == "row_finished":
+            if "made" in event:
+                self._show("rows", f"row {row}", event["made"], None)
             self._say(f"row {row}: AUC {event['auc']:.3f}", bars=False)
         elif name in ("update_refused", "site_missing"):
             why = event.get("reason", "no answer")
-            self._say(f"[yellow]round {event['round']}: {event['site']} left out: {why}[/yellow]")
+            self._say(f"[yellow]round {event['round']}: {event['site']} left out: {escape(why)}[/yellow]")
         elif name == "stopped_early":
             self._say(
                 f"round {event['round']}: no better on validation patients for {event['patience']} rounds, stopped"
             )
         elif name == "warning":
-            self._say(f"[yellow]{event['text']}[/yellow]")
+            self._say(f"[yellow]{escape(event['text'])}[/yellow]")
 
     def _show(self, key: str, text: str, done: int, total: int | None) -> None:
         if key not in self._tasks:

@@ -12,7 +12,8 @@ as it is (zero-shot: a fraction of 0), and fine-tuned there with ever more of it
 """
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from polyclinic.files import write_atomic
 from polyclinic.model import encoder_of
 from polyclinic.stages import Finetune
 from polyclinic.study import Study, load_study, resolve
-from polyclinic.wire import Tensors
 from polyclinic_client.site import Site
 from polyclinic_client.work import Progress
 from polyclinic_server.rundir import Listener, RunDir
@@ -33,6 +33,7 @@ from polyclinic_simulations.compare import classify, train_row, without_pretrain
 from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, settle
 from polyclinic_simulations.simulate import claimed
+from polyclinic_simulations.tidy import tidy
 
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.33, 0.5, 1.0)
 STARTS = ("pretrained", "joined", "supervised")
@@ -58,6 +59,8 @@ def leave_one_site_out(
     _check(study)
     run = RunDir(out, listen)
     with claimed(run, study, resume):
+        if (found := out / "summary.json").exists():
+            return dict(json.loads(found.read_text()))
         sites = settle(gather(study, data, state, reading), study, run)
         if len(sites) <= study.aggregation.min_sites:
             raise StudyError(
@@ -70,6 +73,7 @@ def leave_one_site_out(
             write_atomic(out / "holdout.csv", pd.DataFrame(rows).to_csv(index=False))
         summary = {"study": study.name, "hash": study.hash, "leave_one_site_out": {n: _needed(rows, n) for n in sites}}
         write_atomic(out / "summary.json", json.dumps(summary, indent=2))
+        tidy(out)
         return summary
 
 
@@ -84,23 +88,35 @@ def _check(study: Study) -> None:
 def _hold_out(
     name: str, study: Study, sites: Mapping[str, Site], folder: Path, run: RunDir, progress: Progress | None
 ) -> list[dict[str, Any]]:
-    """All rows of one held-out site."""
-    others = {site: member for site, member in sites.items() if site != name}
-    rows = []
+    """All rows of one held-out site. `seconds` are those since the row before: a start's first pays for the start."""
+    rows, began = [], time.monotonic()
     for start in STARTS:
-        here = folder / start
-        known = others if start == "pretrained" else sites
-        encoder = None if start == "supervised" else _pretrain(study, known, here / "pretraining", progress)
-        tuned = _finetuning(study, encoder, here)
-        tensors = train_row(tuned, others, here / "finetuning", None, progress)
-        found = [("in-distribution", 0.0, classify(tuned, tensors, others))]
-        found += _efficiency(name, sites[name], tuned, tensors, here, progress)
-        for scope, fraction, scores in found:
+        for scope, fraction, scores in _start(name, start, study, sites, folder / start, progress):
+            took, began = time.monotonic() - began, time.monotonic()
             if scores is not None:
                 row = {"held_out": name, "start": start, "scope": scope, "label_fraction": fraction, **scores.row()}
                 run.event("row_finished", row=f"{name}, {start}, {scope}, {fraction:.0%} of labels", auc=scores.auc)
-                rows.append(row)
+                rows.append({**row, "seconds": round(took, 1)})
     return rows
+
+
+def _start(
+    name: str, start: str, study: Study, sites: Mapping[str, Site], folder: Path, progress: Progress | None
+) -> Iterator[tuple[str, float, ClassifierScores | None]]:
+    """(scope, fraction of the held-out site's labels, scores) of one start, as they are made."""
+    others = {site: member for site, member in sites.items() if site != name}
+    known = others if start == "pretrained" else sites
+    encoder = None if start == "supervised" else _pretrain(study, known, folder / "pretraining", progress)
+    tuned = _finetuning(study, encoder, folder)
+    tensors = train_row(tuned, others, folder / "finetuning", None, progress)
+    yield "in-distribution", 0.0, classify(tuned, tensors, others)
+    home = {name: sites[name]}
+    yield "held-out", 0.0, classify(tuned, tensors, home)
+    save_encoder(folder / "encoder.safetensors", encoder_of(tuned, tensors), tuned)
+    for fraction in FRACTIONS[1:]:
+        here = folder / f"labels-{fraction}"
+        own = _finetuning(tuned, folder / "encoder.safetensors", here, fraction)
+        yield "held-out", fraction, classify(own, train_row(own, home, here, None, progress), home)
 
 
 def _pretrain(study: Study, sites: Mapping[str, Site], folder: Path, progress: Progress | None) -> Path:
@@ -129,20 +145,6 @@ def _finetuning(study: Study, encoder: Path | None, folder: Path, fraction: floa
     path = folder / "finetuning.toml"
     write_atomic(path, resolve(plain).to_toml())
     return load_study(path)  # with the SHA-256 of the file
-
-
-def _efficiency(
-    name: str, site: Site, tuned: Study, tensors: Tensors, folder: Path, progress: Progress | None
-) -> list[tuple[str, float, ClassifierScores | None]]:
-    """(scope, fraction, scores on the new hospital's test patients) of every fraction of its labels."""
-    home = {name: site}
-    found = [("held-out", 0.0, classify(tuned, tensors, home))]
-    save_encoder(folder / "encoder.safetensors", encoder_of(tuned, tensors), tuned)
-    for fraction in FRACTIONS[1:]:
-        here = folder / f"labels-{fraction}"
-        own = _finetuning(tuned, folder / "encoder.safetensors", here, fraction)
-        found.append(("held-out", fraction, classify(own, train_row(own, home, here, None, progress), home)))
-    return found
 
 
 def _needed(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """A run's encoder on a cohort that it has not seen."""
 
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from polyclinic.artifacts import load_encoder
-from polyclinic.cohort import build_cohort
+from polyclinic.cohort import Cohort, build_cohort, open_cohort
 from polyclinic.errors import CohortError
 from polyclinic.evaluation import NotMeasurable, features, pixel_features
 from polyclinic.study import load_study
@@ -15,8 +18,9 @@ from polyclinic_simulations.compare import Features, encoder_features, probe
 
 def evaluate_outside(
     run: Path, cohort: Path, state: Path, allow_burned_in: bool = False
-) -> dict[str, dict[str, float]]:
-    """Rows pixels, random and federated, learnt and scored on the cohort's own patients.
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Rows pixels, random and federated, learnt and scored on the cohort's own patients; and how many of its images
+    the run's sites hold too, as far as their cohorts are still where they were.
 
     Raises:
         CohortError: the cohort is not there, or its labels do not allow a probe.
@@ -34,6 +38,19 @@ def evaluate_outside(
         "federated": lambda images: features(encoder, images, study.compute, device),
     }
     try:
-        return {name: asdict(probe(encode, study, sites)) for name, encode in rows.items()}
+        return {name: asdict(probe(encode, study, sites)) for name, encode in rows.items()}, _known(run, built)
     except NotMeasurable as reason:
         raise CohortError(f"no probe on {cohort.name}: {reason}", "map its words in [evaluation] labels") from reason
+
+
+def _known(run: Path, cohort: Cohort) -> int:
+    """Images of `cohort` that are the same, pixel by pixel, as one of the run's sites'."""
+    folders = {json.loads(path.read_text())["cohort"] for path in run.glob("sites/*/site.json")}
+    held = {image for folder in folders if Path(folder).is_dir() for image in _images(open_cohort(Path(folder)))}
+    return sum(image in held for image in _images(cohort))
+
+
+def _images(cohort: Cohort) -> Iterator[bytes]:
+    """The SHA-256 of each image's pixels."""
+    for row in cohort.rows:
+        yield hashlib.sha256(cohort.images[row].tobytes()).digest()

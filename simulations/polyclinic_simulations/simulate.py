@@ -1,6 +1,7 @@
 """A whole study on this machine: cohorts, rounds, rows, report."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ from polyclinic_simulations.compare import encoder_features, row, row_names
 from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, settle
 from polyclinic_simulations.engines.local import LocalGrid
+from polyclinic_simulations.tidy import tidy
 
 EXAMPLES = 6
 """Images in the figure of views."""
@@ -75,6 +77,7 @@ def simulate(
             lead(LocalGrid({name: make_app(partial(_given, site), progress) for name, site in sites.items()}), run)
         summary = _conclude(study, run, sites, engine, listen, progress, started)
         run.event("report_written")
+        tidy(out, keep=run.checkpoints)
         return summary
 
 
@@ -92,7 +95,9 @@ def claimed(run: RunDir, study: Study, resume: bool) -> Iterator[None]:
         raise Refused(f"{run.path} is a file", "give a folder as --out")
     stands = run.path.exists() and any(path.suffix != ".tmp" for path in run.path.iterdir())
     if stands and not resume:
-        raise Refused(f"{run.path} is not empty", "give another --out, or --resume to go on with the run in it")
+        known = (run.path / "study.toml").exists()
+        fix = "give another --out" + (", or --resume to go on with the run in it" if known else "")
+        raise Refused(f"{run.path} is not empty", fix)
     if resume and not (run.path / "study.toml").exists():
         raise Refused(
             f"there is no run to resume in {run.path}", "give the folder of a run as --out, or leave --resume out"
@@ -160,8 +165,8 @@ def _conclude(
     classifier: dict[str, dict[str, float]] = {}
     operating: list[dict[str, Any]] = []
     notes: list[str] = []
-    for name in row_names(study, sites):
-        run.event("row_started", row=name)
+    for number, name in enumerate(names := row_names(study, sites)):
+        run.event("row_started", row=name, made=number, rows=len(names))
         try:
             probed, classified = row(name, study, sites, run.path, federated, _of_row(name, listen), progress)
         except NotMeasurable as reason:  # of the labels, which all rows share
@@ -177,7 +182,8 @@ def _conclude(
         if classified is not None:
             classifier[name] = classified.row()
             operating = classified.operating if name == "federated" else operating
-        run.event("row_finished", row=name, **(comparison.get(name) or classifier[name]))
+        found = comparison.get(name) or classifier[name]
+        run.event("row_finished", row=name, made=number + 1, **found)
     _pictures(study, run.path, sites, federated)
     summary = {
         "study": study.name,
@@ -185,6 +191,7 @@ def _conclude(
         "engine": engine,
         "sites": {n: {"patients": s.cohort.n_patients, "images": len(s.cohort)} for n, s in sites.items()},
         "rounds": study.rounds,
+        "test_patients": _test_patients(run.path, study),
         "comparison": comparison,
         "classifier": classifier,
         "operating": operating,
@@ -222,6 +229,14 @@ def _pictures(study: Study, run: Path, sites: Mapping[str, Site], federated: Any
     batch = Batch(given, torch.arange(len(given)), torch.zeros(len(given), len(study.evaluation.classes)))
     drawn = [method.views(batch, torch_generator(seed_for(study.seed, "shown", round=n))).views[0] for n in range(3)]
     save_views_figure(run / "report" / "views.png", originals, drawn)
+
+
+def _test_patients(run: Path, study: Study) -> str:
+    """A digest of what decides who is tested: the sites' patients, the seed and the split."""
+    sites = [json.loads(path.read_text()) for path in sorted(run.glob("sites/*/site.json"))]
+    chosen = [[site[key] for key in ("name", "patients", "digest")] for site in sites]
+    rule = [study.seed, study.evaluation.split, study.evaluation.test_fraction]
+    return hashlib.sha256(json.dumps([chosen, rule]).encode()).hexdigest()
 
 
 def _warnings(run: Path) -> list[str]:

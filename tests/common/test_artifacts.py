@@ -2,15 +2,18 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import polyclinic
-from polyclinic.artifacts import FORMAT, load_encoder, load_tensors, save_encoder, save_tensors
+from polyclinic.artifacts import FORMAT, load_encoder, load_images, load_tensors, save_encoder, save_tensors
+from polyclinic.cohort import build_cohort
 from polyclinic.encoders import build_encoder
-from polyclinic.errors import CheckpointError, StorageError
+from polyclinic.errors import CheckpointError, CohortError, StorageError
 from polyclinic.seeding import forked
 from polyclinic.study import resolve
 
@@ -178,3 +181,25 @@ def test_importing_polyclinic_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError):
         polyclinic.nothing  # noqa: B018
+
+
+def test_files_come_as_they_stand_in_a_cohort(tmp_path):
+    (tmp_path / "files").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "files" / "a.png")
+    settings = study(size=32)
+    encoder = saved(tmp_path, settings)
+    images = load_images([tmp_path / "files" / "a.png"], like=tmp_path)
+    cohort = build_cohort(tmp_path / "files", settings.images, tmp_path / "state", workers=1)
+    assert torch.equal(images, cohort.pixels([0]).float() / 255)
+    assert encoder(images).shape == (1, encoder.dim)
+
+
+def test_files_that_are_no_images_are_named_with_the_reason(tmp_path):
+    saved(tmp_path, study(size=32))
+    (tmp_path / "notes.png").write_text("text")
+    for file, why in (("notes.png", "neither DICOM"), ("none.png", "No such file")):
+        with pytest.raises(CohortError, match=f"{file}.*{why}"):
+            load_images([tmp_path / file], like=tmp_path)
+    with pytest.raises(CheckpointError, match="there is no"):
+        load_images([tmp_path / "notes.png"], like=tmp_path / "none")

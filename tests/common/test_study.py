@@ -197,6 +197,17 @@ def test_an_unknown_table_names_the_nearest_known_one(key: str, nearest: str) ->
         resolve(study_with(key, 1)[0])
 
 
+def test_an_unknown_key_that_is_like_none_lists_them_all() -> None:
+    with pytest.raises(StudyError, match=r"unknown key 'study\.foo'\n  fix: the known keys are 'name', 'seed'"):
+        resolve({**SMALL, "study": {"name": "x", "foo": 1}})
+
+
+@pytest.mark.parametrize("kind", ["fintune", "pretraining", 3])
+def test_an_unknown_kind_of_stage_names_both(kind: object) -> None:
+    with pytest.raises(StudyError, match=f"stages.0.kind is {kind!r}\n  fix: give 'pretrain' or 'finetune'"):
+        resolve({**SMALL, "stages": [STAGE | {"kind": kind}]})
+
+
 def test_all_problems_are_named_at_once_up_to_a_few() -> None:
     data = {"study": {"name": "x", "seed": -1}, "stages": [STAGE | {"rounds": 0}]}
     with pytest.raises(

@@ -33,10 +33,15 @@ def test_compare_puts_runs_side_by_side(finished: Path, tmp_path: Path) -> None:
         rows = json.loads((finished / "summary.json").read_text())["comparison"]
         expected |= {f"{name} {row}": scores for row, scores in rows.items()}
     printed = polyclinic("compare", "first", "second", "--json", cwd=tmp_path).stdout
-    assert json.loads(printed) == expected
-    table = polyclinic("compare", "first", "second", cwd=tmp_path).stdout
+    assert json.loads(printed) == {"comparison": expected, "classifier": {}}
+    done = polyclinic("compare", "first", "second", cwd=tmp_path)
     for name, scores in expected.items():
-        assert re.search(rf"{name} .*{scores['auc']:.3f}", table)
+        assert re.search(rf"{name} .*{scores['auc']:.3f}", done.stdout)
+    assert done.stderr == ""
+
+    summary = json.loads((finished / "summary.json").read_text())
+    (tmp_path / "second" / "summary.json").write_text(json.dumps({**summary, "test_patients": "others"}))
+    assert "different test patients" in polyclinic("compare", "first", "second", cwd=tmp_path).stderr
 
 
 def test_evaluate_reads_the_encoder_on_another_cohort(finished: Path, tmp_path: Path) -> None:
@@ -48,6 +53,16 @@ def test_evaluate_reads_the_encoder_on_another_cohort(finished: Path, tmp_path: 
     assert list(rows) == ["pixels", "random", "federated"]
     assert all(0 <= row["auc_low"] <= row["auc"] <= row["auc_high"] <= 1 for row in rows.values())
     assert len({row["auc"] for row in rows.values()}) > 1
+    assert "flatters" not in done.stderr
+
+
+def test_evaluate_warns_of_images_that_the_run_learnt_from(finished: Path, patients: Path, tmp_path: Path) -> None:
+    write_site(tmp_path / "delta", "delta", 40, seed=6)
+    ours, theirs = (sorted(folder.rglob("*.dcm"))[0] for folder in (patients / "alpha", tmp_path / "delta"))
+    theirs.write_bytes(ours.read_bytes())
+    done = polyclinic("evaluate", finished, "--cohort", tmp_path / "delta", "--state", tmp_path / "state")
+    assert "warning: 1 of these images" in done.stderr
+    assert re.search(r"probes learnt on \d+ images and measured on \d+ other patients of delta", done.stdout)
 
 
 def test_evaluate_refuses_a_cohort_that_is_not_there(finished: Path, tmp_path: Path) -> None:

@@ -43,6 +43,15 @@ def test_metrics_hold_every_round_and_site_once(finished: Path) -> None:
     assert len(keys) == len(set(keys))
 
 
+def test_keeps_nothing_that_only_going_on_would_need(finished: Path) -> None:
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
+        "round-0003.json",
+        "round-0003.safetensors",
+    ]
+    weights = {path.relative_to(finished).as_posix() for path in finished.rglob("*.safetensors")}
+    assert weights == {"encoder.safetensors", "checkpoints/round-0003.safetensors"}
+
+
 def test_prints_the_table_and_where_the_report_is(finished: Path) -> None:
     printed = (finished.parent / "printed.txt").read_text()
     assert "federated" in printed
@@ -141,13 +150,12 @@ def measured(run: Path) -> list[dict[str, str]]:
 def test_a_checkpoint_truncated_by_hand_is_passed_over(
     finished: Path, study: Path, patients: Path, state: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     run = tmp_path / "run"
-    shutil.copytree(finished, run)
+    arguments = ("simulate", study, "--data", patients, "--state", state, "--out", run)
+    polyclinic(*arguments, code=KILL.format(moment=MOMENTS["while the rows are made"], calls=1))
     newest = run / "checkpoints" / "round-0003.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
-    done = polyclinic("simulate", study, "--data", patients, "--state", state, "--out", run, "--resume")
+    done = polyclinic(*arguments, "--resume")
     assert done.returncode == 0, done.stderr
     assert "round-0003" in done.stderr
     assert load_tensors(newest)[0].keys() == load_tensors(finished / "checkpoints" / "round-0003.safetensors")[0].keys()

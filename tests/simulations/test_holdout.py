@@ -1,6 +1,7 @@
 """Leaving one site out: who trains where, what is compared, and what the numbers say."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,26 @@ def test_the_held_out_site_trains_only_where_it_may(
         for start, needed in found["labels_needed"].items():
             reached = [f for f in few if own.loc[(start, f), "auc"] >= goal]
             assert needed == (reached[0] if reached else None)
-    before = (tmp_path / "run" / "holdout.csv").read_bytes()
+    made = len(trainings)
     again = leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state", resume=True)
     assert json.dumps(again) == json.dumps(summary)
-    assert (tmp_path / "run" / "holdout.csv").read_bytes() == before
+    assert len(trainings) == made  # what is finished is finished, and nothing that only going on would need is kept
+    assert not list((tmp_path / "run").rglob("moments-*")) + list((tmp_path / "run").rglob("checkpoints"))
+
+
+def test_interrupted_and_resumed_is_as_undisturbed(few: tuple[float, ...], study: Study, tmp_path: Path) -> None:
+    def impatient(event: Mapping[str, Any]) -> None:
+        if "supervised, in-distribution" in str(event.get("row")):
+            raise KeyboardInterrupt
+
+    where = tmp_path / "data", tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        leave_one_site_out(study, tmp_path / "run", *where, listen=impatient)
+    resumed = leave_one_site_out(study, tmp_path / "run", *where, resume=True)
+    whole = leave_one_site_out(study, tmp_path / "whole", *where)
+    assert json.dumps(resumed) == json.dumps(whole)
+    one, other = (pd.read_csv(tmp_path / name / "holdout.csv").drop(columns="seconds") for name in ("run", "whole"))
+    pd.testing.assert_frame_equal(one, other)
 
 
 @pytest.mark.parametrize("stages", [[SIMCLR], [TUNE]])

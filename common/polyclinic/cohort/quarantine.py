@@ -50,7 +50,7 @@ MEANING = {
     Reason.SECONDARY_CAPTURE: "a screenshot or scan, which may show the patient's name in the pixels",
     Reason.DERIVED: "computed from images: a segmentation, dose or parametric map",
     Reason.TOO_LARGE: "more bytes or pixels than are decoded (see limits.py)",
-    Reason.NO_DECODER: "no decoder for its transfer syntax is installed",
+    Reason.NO_DECODER: "no decoder for its transfer syntax is installed; the extra `gpl-decoders` adds some",
     Reason.UNSUPPORTED: "a photometric interpretation or bit layout outside the documented order",
     Reason.DAMAGED: "cannot be parsed, or its pixels cannot be decoded",
     Reason.CONSTANT: "every pixel has the same value",

@@ -42,6 +42,7 @@ def show_card(card: Mapping[str, Any], folder: Path) -> None:
     if card["quarantine"]:
         console.print(_quarantine(card["quarantine"]))
         console.print(f"each by its id: [bold]{escape(str(folder / QUARANTINE))}[/bold]", soft_wrap=True)
+        console.print("the file of an id: [bold]polyclinic cohort which DIR ID[/bold]")
     for warning in card["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
 
@@ -58,7 +59,7 @@ def bars(histogram: list[float]) -> str:
 
 def _words(title: str, rows: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
-    table.add_column(min_width=len(title), max_width=36, overflow="ellipsis", no_wrap=True)
+    table.add_column(min_width=len(title), max_width=36, overflow="fold")
     table.add_column(justify="right")
     for word, count in list(rows.items())[:LISTED]:
         table.add_row(escape(word) or "[dim](none)[/dim]", str(count))

@@ -48,7 +48,7 @@ def papers(
     from polyclinic_simulations.display import Display
     from polyclinic_simulations.papers.page import render_page
     from polyclinic_simulations.papers.plans import TIERS, Plan, plans
-    from polyclinic_simulations.papers.run import as_table, run_plan
+    from polyclinic_simulations.papers.run import Workshop, as_table, run_plan
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     wanted = [plan for plan in plans() if not table or plan.table in table]
@@ -57,22 +57,22 @@ def papers(
         out.mkdir(parents=True, exist_ok=True)
     started, folder = time.monotonic(), work / tier.value
     with Display() as display:
+        at = Workshop(
+            TIERS[tier.value],
+            data,
+            folder,
+            display.reading,
+            lambda e: display.event({**e, "row": "this row"}),
+            display.steps,
+        )
         for plan in wanted:
             if time.monotonic() - started > minutes * 60 and not (folder / "rows" / plan.name / "result.json").exists():
                 continue
-            results[plan] = run_plan(
-                plan,
-                TIERS[tier.value],
-                data,
-                folder,
-                display.reading,
-                lambda event: display.event({**event, "row": "this row"}),
-                display.steps,
-            )
+            results[plan] = run_plan(plan, at)
             found = as_table(results, f"{tier.value} tier, {where}")
             write_atomic(out / "papers.csv", found.to_csv(index=False))
             write_atomic(out / "papers.html", render_page(found, [plan for plan in wanted if plan not in results]))
-            value = found.loc[found["metric"] == "auc", "value"].iloc[-1]
+            value, *_ = results[plan]["metrics"].get("auc", [float("nan")])
             display.event({"event": "row_finished", "row": plan.name, "auc": value})
     Console().print(f"{len(results)} of {len(wanted)} rows: {out / 'papers.html'}", soft_wrap=True, highlight=False)
 

@@ -8,7 +8,8 @@ from markupsafe import Markup
 
 from polyclinic.report.plots import RIGHT
 from polyclinic.report.svg import Axis, dots, drawing, element, line, text, tick_text
-from polyclinic_simulations.papers.plans import NOT_YET, REFERENCES, Plan
+from polyclinic_simulations.papers.goals import verdicts
+from polyclinic_simulations.papers.plans import REFERENCES, Plan
 
 ROW = 24
 GROUP = ["dataset", "split", "regime", "method", "init", "label_fraction"]
@@ -24,7 +25,8 @@ TITLES = {
 
 def render_page(results: pd.DataFrame, missing: Iterable[Plan]) -> str:
     """The page of `results` (papers.csv) and of the rows that have not been run."""
-    waiting: dict[int, list[str]] = {number: [why] for number, why in NOT_YET.items()}
+    goals = verdicts(results)
+    waiting: dict[int, list[str]] = {}
     for plan in missing:
         waiting.setdefault(plan.table, []).append(plan.name.partition("-")[2])
     tables = [
@@ -32,6 +34,7 @@ def render_page(results: pd.DataFrame, missing: Iterable[Plan]) -> str:
             "number": number,
             "title": title,
             "reference": REFERENCES[number],
+            "goals": goals[number],
             "rows": summary(results[results["table"] == number]) if len(results) else [],
             "plot": plot(results[(results["table"] == number)]) if len(results) else "",
             "missing": waiting.get(number, []),
@@ -60,7 +63,7 @@ def summary(rows: pd.DataFrame) -> list[dict[str, str]]:
 
 def label(key: dict[str, object]) -> str:
     """A row in words."""
-    words = [str(key["dataset"]), f"{key['split']} split", str(key["method"])]
+    words = [str(key["dataset"]), f"{key['split']} split", f"{key['method']}, {key['regime']}"]
     words += ["with outside images"] if key["init"] == "outside" else []
     return ", ".join(words) + ("" if key["label_fraction"] == 1 else f", {key['label_fraction']:.0%} of labels")
 
@@ -80,7 +83,9 @@ def plot(rows: pd.DataFrame, metric: str = "auc") -> Markup:
     for place, (key, group) in enumerate(groups):
         named = dict(zip(GROUP, key, strict=True))
         y = 8 + ROW * (place + 0.5)
-        short = f"{named['method']}{' + outside' if named['init'] == 'outside' else ''}, {named['dataset']}"
+        short = f"{named['method']}{' + outside' if named['init'] == 'outside' else ''}, "
+        short += str(named["dataset"]) if named["regime"] == "central" else f"{named['regime']}"
+        short += "" if named["label_fraction"] == 1 else f", {named['label_fraction']:.0%}"
         marks.append(text(axis.start - 10, y + 4, short if len(short) <= 32 else short[:31] + "…", "end"))
         for k, (_, seed) in enumerate(group.sort_values("seed").iterrows()):
             at = y + 5 * (k - (len(group) - 1) / 2)

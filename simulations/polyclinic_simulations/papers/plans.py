@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from polyclinic_simulations.holdout import FRACTIONS
+
 SEEDS = (0, 1, 2)
+LOCAL_EPOCHS = 3
+"""Between two rounds of a consortium's pretraining."""
+STARTS = {"simclr": "pretrained", "simclr joined": "joined", "scratch": "supervised"}
+"""Table 4: the methods, and what `holdout` calls them."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,21 @@ LABELS: dict[str, dict[str, list[str]]] = {
     "nih-chestxray8-subset": {"clear": ["No_findings"], "pneumonia": ["Pneumonia"]},
 }
 LABELS["covid-ct-border"] = LABELS["covid-ct"]
+LABELS["ham10000-subset"] = {word: [word] for word in ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")}
+PNEUMONIA = [
+    "Pneumonia", "SARS", "Pneumocystis", "Streptococcus", "Klebsiella", "E.Coli", "Varicella", "Legionella", "Lipoid",
+    "Mycoplasma Bacterial Pneumonia", "Bacterial", "Chlamydophila", "Influenza",
+]  # fmt: skip
+COVID = ["COVID-19", "COVID-19, ARDS"]
+CLEAR = ["No_findings", "No Finding", "No finding"]
+LABELS["covid-chestxray"] = {"covid": COVID, "other": [*PNEUMONIA, *CLEAR]}
+CHEST = {"pneumonia": [*PNEUMONIA, *COVID], "clear": CLEAR, "ignore": ["todo", "Unknown", "ARDS"]}
+"""Of the three hospitals of table 4."""
+HOSPITALS = ("covid-chestxray", "nih-chestxray8-subset", "figure1-chestxray")
+CHANNELS = {"ham10000-subset": 3}
+"""Of the datasets that are not grey."""
+SITES, ALPHA = 5, 0.5
+"""Into which a dataset is dealt where it is not trained on centrally: Dirichlet(ALPHA) over its classes."""
 OUTSIDE = {"covid-ct": "luna16-slices"}
 """Unlabelled images of the same kind, for init = "outside"."""
 
@@ -85,16 +106,10 @@ REFERENCES = {
     4: "REMEDIS: 1 to 33 % of the labels match the supervised baseline at 100 %.",
     5: "SSL-FL: accuracy 0.915 against 0.771 from scratch, 0.958 pooled, over 12 sites.",
 }
-NOT_YET = {
-    2: "needs the federated regime of this command, which it does not have yet",
-    4: "is measured by `polyclinic simulate --leave-one-site-out`; this command does not make its rows yet",
-    5: "needs the federated regime of this command, which it does not have yet",
-}
-"""Tables whose rows cannot be run, and why."""
 
 
 def plans() -> Iterator[Plan]:
-    """All rows that can be run, seed by seed, so that an interrupted run holds whole comparisons."""
+    """All rows, seed by seed, so that an interrupted run holds whole comparisons."""
     for seed in SEEDS:
         for method in ("scratch", "mae", "sssd", "simclr", "mlvicx"):
             yield Plan(1, "covid-ct", "published", "central", method, "random", 1.0, seed)
@@ -110,17 +125,49 @@ def plans() -> Iterator[Plan]:
             yield Plan(1, "covid-ct", "document", "central", method, "random", 1.0, seed)
         for method in ("mae", "sssd", "simclr", "mlvicx"):
             yield Plan(1, "covid-ct", "document", "central", method, "outside", 1.0, seed)
+    for seed in SEEDS:
+        for method in ("scratch", "simclr", "simclr+micle"):
+            for fraction in (0.1, 0.3, 1.0):
+                yield Plan(2, "ham10000-subset", "patient", "federated", method, "random", fraction, seed)
+            yield Plan(2, "covid-chestxray", "patient", "central", method, "random", 1.0, seed)
+    for seed in SEEDS:
+        yield from _beside_pooled(seed)
+    for seed in SEEDS:
+        yield from _leaving_one_out(seed)
 
 
-def pretraining(plan: Plan, tier: Tier) -> dict[str, Any]:
-    """The pretrain stage of a row: six rounds that share its epochs."""
-    method, extra = ("mlvicx", {"weight": 0.0}) if plan.method == "vicreg" else (plan.method, {})
-    rounds = 6
-    return {
-        "kind": "pretrain",
-        "method": method,
-        "rounds": rounds,
-        "local_epochs": tier.epochs[plan.method] // rounds,
-        "batch_size": tier.batch_size,
-        **extra,
-    }
+def _beside_pooled(seed: int) -> Iterator[Plan]:
+    """Table 5 of one seed: at every fraction of the labels, scratch, and each method in each regime."""
+    fractions = (0.01, 0.05, 0.1, 1.0)
+    for fraction in fractions:
+        yield Plan(5, "ham10000-subset", "patient", "federated", "scratch", "random", fraction, seed)
+    for method in ("mae", "simclr", "sssd", "mlvicx"):
+        for regime in ("federated", "pooled", "alone"):
+            for fraction in fractions:
+                yield Plan(5, "ham10000-subset", "patient", regime, method, "random", fraction, seed)
+
+
+def _leaving_one_out(seed: int) -> Iterator[Plan]:
+    """Table 4 of one seed: every start at the other hospitals ("without X"), and at the one that took no part."""
+    for hospital in HOSPITALS:
+        for method in STARTS:
+            yield Plan(4, f"without {hospital}", "patient", "federated", method, "random", 1.0, seed)
+            for fraction in FRACTIONS:
+                yield Plan(4, hospital, "site", "federated", method, "random", fraction, seed)
+
+
+def pretraining(plan: Plan, tier: Tier) -> list[dict[str, Any]]:
+    """The pretrain stages of a row. Those of a method that follows another share the epochs, two to one.
+
+    Central training has six rounds, for the checkpoints; sites meet after every LOCAL_EPOCHS.
+    """
+    methods = plan.method.split("+")
+    epochs = tier.epochs[methods[0]]
+    stages = []
+    for method, share in zip(methods, (2 / 3, 1 / 3) if len(methods) == 2 else (1.0,), strict=True):
+        rounds = 6 if plan.regime == "central" else max(round(share * epochs / LOCAL_EPOCHS), 1)
+        local = max(round(share * epochs / 6), 1) if plan.regime == "central" else LOCAL_EPOCHS
+        name, extra = ("mlvicx", {"weight": 0.0}) if method == "vicreg" else (method, {})
+        stage = {"kind": "pretrain", "method": name, "rounds": rounds, "local_epochs": local}
+        stages.append({**stage, "batch_size": tier.batch_size, **extra})
+    return stages

@@ -3,8 +3,9 @@
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,91 +17,177 @@ from polyclinic.cohort import Cohort, build_cohort, union
 from polyclinic.errors import CohortError
 from polyclinic.files import atomic, write_atomic
 from polyclinic.model import encoder_of
-from polyclinic.study import Study, load_study, resolve
+from polyclinic.seeding import seed_for
+from polyclinic.study import Dirichlet, Study, load_study, resolve
 from polyclinic_client.site import Site
 from polyclinic_client.work import Progress
 from polyclinic_server.rundir import Listener
 from polyclinic_simulations.compare import classify, train_row, without_pretraining
-from polyclinic_simulations.papers.plans import LABELS, OUTSIDE, Plan, Tier, pretraining
+from polyclinic_simulations.consortium import pool
+from polyclinic_simulations.holdout import leave_one_site_out
+from polyclinic_simulations.papers.plans import (
+    ALPHA,
+    CHANNELS,
+    CHEST,
+    HOSPITALS,
+    LABELS,
+    OUTSIDE,
+    SITES,
+    STARTS,
+    Plan,
+    Tier,
+    pretraining,
+)
+from polyclinic_simulations.partition import partition
+from polyclinic_simulations.tidy import tidy
 
 BORDER = 0.15
 """Width of the rim that the border-only control sees, fraction of the side: no lung reaches it."""
 METRICS = ("auc", "accuracy", "balanced_accuracy", "ece")
+_FIGURES = {f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")}
 
 Reading = Callable[[str, int, int], None]
 
 
-def run_plan(
-    plan: Plan, tier: Tier, data: Path, work: Path, reading: Reading, listen: Listener | None, progress: Progress | None
-) -> dict[str, Any]:
-    """{"metrics": {metric: [value, low, high]}, "seconds": s} of a row.
+@dataclass(frozen=True)
+class Workshop:
+    """In which rows are made.
 
-    Args:
+    Attributes:
+        tier: how large, how long.
         data: the folder that holds the datasets.
-        work: where cohorts, encoders and finished rows are kept.
+        folder: where cohorts, encoders and finished rows are kept.
+        reading, listen, progress: are told of files, events and batches.
+    """
+
+    tier: Tier
+    data: Path
+    folder: Path
+    reading: Reading = lambda what, done, total: None
+    listen: Listener | None = None
+    progress: Progress | None = None
+
+
+def run_plan(plan: Plan, at: Workshop) -> dict[str, Any]:
+    """{"metrics": {metric: [value, low, high]}, "seconds": s} of a row; no metrics where it cannot be measured.
 
     Raises:
         CohortError: a dataset is missing, or its test patients cannot be scored.
     """
-    kept = work / "rows" / plan.name / "result.json"
+    kept = at.folder / "rows" / plan.name / "result.json"
     if kept.exists():
         return dict(json.loads(kept.read_text()))
-    started = time.monotonic()
-    stages = [{"kind": "finetune", **tier.finetune}]
-    study = without_pretraining(_study(plan, tier, "finetune", stages, "random"), keep_init=False)
-    cohort = dataset(plan.dataset, plan.split, data, study, work, reading)
-    if plan.method != "scratch":
-        weights = _pretrained(plan, tier, cohort, data, work, reading, listen, progress)
-        study = _study(plan, tier, "finetune", stages, weights)
-    sites = {"central": Site("central", cohort, kept.parent)}
-    scores = classify(study, train_row(study, sites, kept.parent, listen, progress), sites)
-    if scores is None:
-        raise CohortError(f"{plan.dataset} has too few labelled test patients", "use the dataset as it was published")
-    metrics = {
-        name: [getattr(scores, name), getattr(scores, f"{name}_low", None), getattr(scores, f"{name}_high", None)]
-        for name in METRICS
-    }
-    result = {"metrics": metrics, "seconds": round(time.monotonic() - started, 1)}
+    result = _held_out(plan, at) if plan.table == 4 else _measured(plan, at, kept.parent)
+    kept.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(kept, json.dumps(result))
+    tidy(kept.parent)
     return result
 
 
-def _pretrained(
-    plan: Plan,
-    tier: Tier,
-    cohort: Cohort,
-    data: Path,
-    work: Path,
-    reading: Reading,
-    listen: Listener | None,
-    progress: Progress | None,
-) -> str:
-    """The encoder file of a row's pretraining, on the row's training patients and, with init = "outside", on more."""
-    name = replace(plan, table=0, label_fraction=1.0).name
-    folder = work / "pretrained" / name
-    study = _study(plan, tier, "pretrain", [pretraining(plan, tier)], "random")
+def _measured(plan: Plan, at: Workshop, folder: Path) -> dict[str, Any]:
+    """The mean over those who train by themselves, each scored on all test patients; of one alone, its interval too."""
+    started = time.monotonic()
+    stages = [{"kind": "finetune", **at.tier.finetune, "label_fraction": plan.label_fraction}]
+    scratch = without_pretraining(_study(plan, at.tier, "finetune", stages, "random"), keep_init=False)
+    cohort = dataset(plan.dataset, plan.split, scratch, at)
+    more = dataset(OUTSIDE[plan.dataset], "none", scratch, at) if plan.init == "outside" else None
+    found = []
+    for name, team in _teams(plan, cohort, folder).items():
+        study = scratch
+        if plan.method != "scratch":
+            study = _study(plan, at.tier, "finetune", stages, _pretrained(plan, name, team, more, at))
+        tensors = train_row(study, team, folder / name, at.listen, at.progress)
+        if (scores := classify(study, tensors, _sites(plan, cohort, folder))) is None:
+            raise CohortError(f"{plan.dataset} has too few labelled test patients", "use the dataset as published")
+        found.append(scores)
+    values = {metric: float(np.mean([getattr(scores, metric) for scores in found])) for metric in METRICS}
+    ends = {
+        metric: [getattr(found[0], f"{metric}_{end}", None) if len(found) == 1 else None for end in ("low", "high")]
+        for metric in METRICS
+    }
+    metrics = {metric: [value, *ends[metric]] for metric, value in values.items()}
+    return {"metrics": metrics, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _sites(plan: Plan, cohort: Cohort, folder: Path) -> dict[str, Site]:
+    """Who holds the dataset: one site that has all of it, or several that it is dealt to."""
+    if plan.regime == "central":
+        return {"central": Site("central", cohort, folder / "sites" / "central")}
+    parts = partition(cohort, SITES, Dirichlet(kind="dirichlet", alpha=ALPHA), seed_for(plan.seed, "partition"))
+    dealt = {f"site-{number}": cohort.select(part) for number, part in enumerate(parts, start=1)}
+    return {name: Site(name, part, folder / "sites" / name) for name, part in dealt.items()}
+
+
+def _teams(plan: Plan, cohort: Cohort, folder: Path) -> dict[str, dict[str, Site]]:
+    """Who trains together: {name of the team: its sites}."""
+    sites = _sites(plan, cohort, folder)
+    if plan.regime == "alone":
+        return {name: {name: site} for name, site in sites.items()}
+    if plan.regime == "pooled":
+        return {"pooled": {"pooled": pool(sites, folder / "sites" / "pooled")}}
+    return {plan.regime: sites}
+
+
+def _pretrained(plan: Plan, name: str, team: Mapping[str, Site], more: Cohort | None, at: Workshop) -> str:
+    """The encoder file of a team's pretraining, on its training patients and, with init = "outside", on `more`."""
+    folder = at.folder / "pretrained" / replace(plan, table=0, label_fraction=1.0).name / name
     if not (file := folder / "encoder.safetensors").exists():
-        if plan.init == "outside":
-            cohort = union([cohort, dataset(OUTSIDE[plan.dataset], "none", data, study, work, reading)])
-        site = Site("central", cohort, folder)
-        tensors = train_row(study, {"central": site}, folder, listen, progress)
+        study = _study(plan, at.tier, "pretrain", pretraining(plan, at.tier), "random")
+        if more is not None:
+            team = {site: replace(member, cohort=union([member.cohort, more])) for site, member in team.items()}
+        tensors = train_row(study, team, folder, at.listen, at.progress)
         save_encoder(file, encoder_of(study, tensors), study)
+        tidy(folder)
     return str(file)
+
+
+def _held_out(plan: Plan, at: Workshop) -> dict[str, Any]:
+    """A row of the protocol that leaves each hospital out in turn; the first row that is asked for runs it all."""
+    out = at.folder / "holdout" / f"seed-{plan.seed}"
+    wanted = replace(plan, method="simclr", label_fraction=1.0)
+    stages = [*pretraining(wanted, at.tier), {"kind": "finetune", **at.tier.finetune}]
+    plain = _study(wanted, at.tier, "holdout", stages, "random").model_dump(mode="json")
+    study = resolve({**plain, "simulation": {"site": [{"name": name, "cohort": name} for name in HOSPITALS]}})
+    resume = (out / "study.toml").exists()
+    leave_one_site_out(
+        study,
+        out,
+        at.data,
+        at.folder / "state",
+        resume=resume,
+        listen=at.listen,
+        reading=at.reading,
+        progress=at.progress,
+    )
+    table = pd.read_csv(out / "holdout.csv")
+    here = plan.split == "site"
+    row = table[
+        (table["held_out"] == plan.dataset.removeprefix("without "))
+        & (table["start"] == STARTS[plan.method])
+        & (table["scope"] == ("held-out" if here else "in-distribution"))
+        & (table["label_fraction"] == (plan.label_fraction if here else 0.0))
+    ]
+    if row.empty:
+        return {"metrics": {}, "seconds": 0.0}
+    values = {name: float(value) for name, value in row.iloc[0].items() if name in _FIGURES or name == "seconds"}
+    metrics = {name: [values[name], *(values.get(f"{name}_{end}") for end in ("low", "high"))] for name in METRICS}
+    return {"metrics": metrics, "seconds": values["seconds"]}
 
 
 def _study(plan: Plan, tier: Tier, kind: str, stages: list[dict[str, Any]], init: str) -> Study:
     """The study of one part of a row; read from a file where it starts from an encoder, whose hash it then holds."""
     encoder = {**tier.encoder, "context": plan.method == "mlvicx"}
+    dataset = plan.dataset.removeprefix("without ")
     if init != "random":
         encoder["init"] = {"file": init, "family": "polyclinic"}
     return _with_weights(
         {
             "study": {"name": f"papers-{kind}", "seed": plan.seed},
-            "images": tier.images,
+            "images": {**tier.images, "channels": CHANNELS.get(dataset, 1)},
             "encoder": encoder,
             "stages": stages,
             "evaluation": {
-                "labels": LABELS[plan.dataset],
+                "labels": CHEST if plan.table == 4 else LABELS[dataset],
                 "split": "column" if plan.split == "published" else "patient",
                 "rows": [],
             },
@@ -119,18 +206,19 @@ def _with_weights(plain: dict[str, Any], init: str) -> Study:
     return load_study(path)
 
 
-def dataset(name: str, split: str, data: Path, study: Study, work: Path, reading: Reading) -> Cohort:
+def dataset(name: str, split: str, study: Study, at: Workshop) -> Cohort:
     """A dataset as a cohort.
 
     `split` "document" regroups covid-ct's patients by the document that their slices were printed in, so that no
     document is on both sides; a dataset whose name ends in "-border" has everything but the rim blackened.
     """
-    folder = data / name.removesuffix("-border")
+    folder = at.data / name.removesuffix("-border")
     if not folder.exists():
         raise CohortError(f"the dataset is not there: {folder}", "give the folder of all datasets as --data")
     if split == "document":
-        folder = by_document(folder, work / "by-document" / name)
-    cohort = build_cohort(folder, study.images, work / "state", progress=lambda done, total: reading(name, done, total))
+        folder = by_document(folder, at.folder / "by-document" / name)
+    told = partial(at.reading, name)
+    cohort = build_cohort(folder, study.images, at.folder / "state", progress=told)
     if not name.endswith("-border"):
         return cohort
     images = cohort.pixels(slice(None)).numpy()

@@ -59,15 +59,13 @@ def test_overhead_from_known_times(load: Any) -> None:
 
 
 def test_simclr_speed(run: Any) -> None:
-    kept = run("simclr_speed", "--images 16 --batch 4 --threads 1 --repeats 1")
+    kept = run("simclr_speed", "--images 16 --batch 4 --threads 1 --repeats 1 --loading 2")
     rows = kept["images_per_s"]
-    assert len(rows) == 10
+    assert len(rows) == 6
     assert min(rows.values()) > 0
     ours = max(rows[name] for name in rows if name.startswith("polyclinic"))
-    documented = max(rows[f"lightly, group norm, {workers} workers"] for workers in (0, 2))
-    in_bf16 = max(rows[f"lightly, group norm, {workers} workers, bf16"] for workers in (0, 2))
-    assert kept["ratio"] == round(ours / documented, 2)
-    assert kept["ratio_in_bf16"] == round(ours / in_bf16, 2)
+    assert kept["ratio"] == round(ours / rows["lightly, group norm, 2 workers"], 2)
+    assert kept["ratio_in_bf16"] == round(ours / rows["lightly, group norm, 2 workers, bf16"], 2)
 
 
 def test_pool_first(run: Any) -> None:
@@ -77,10 +75,10 @@ def test_pool_first(run: Any) -> None:
 
 
 def test_empty_work(run: Any) -> None:
-    [bare] = run("empty_work", "--sizes 2x1 --rounds 2 --contenders bare")["runs"]
+    [bare] = run("empty_work", "--sizes 2x1 --rounds 2 --contenders bare --watched 2")["runs"]
     assert bare["contender"] == "bare"
     assert bare["wall_s"] == pytest.approx(bare["imports_s"] + bare["before_rounds_s"] + bare["rounds_s"], abs=0.02)
-    assert bare["peak_mb"] > 10
+    assert min(bare["peaks_mb"]) == bare["peak_mb"] > 10
 
 
 def test_empty_work_through_the_real_rounds(load: Any) -> None:
