@@ -20,10 +20,10 @@ PACKAGES = {
 
 LAYERS = [
     {"errors", "__version__"},
-    {"files", "seeding", "explain"},
+    {"files", "seeding", "explain", "processes", "bundle"},
     {"stages"},
     {"study"},
-    {"augment", "cohort", "encoders", "wire"},
+    {"augment", "cohort", "encoders", "wire", "enrolment"},
     {"methods"},
     {"training", "model"},
     {"evaluation"},
@@ -35,7 +35,9 @@ LAYERS = [
 
 FLWR = (
     "polyclinic.wire",
+    "polyclinic.bundle",
     "polyclinic_client.app",
+    "polyclinic_client.clientapp",
     "polyclinic_server.app",
     "polyclinic_server.rounds",
     "polyclinic_server.mail",

@@ -58,7 +58,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(unpacked: Path) -> None:
-    wanted = {Path("polyclinic_client/bundle") / path.name for path in (ROOT / "deploy/app").iterdir()}
+    wanted = {Path("polyclinic/app_bundle") / path.name for path in (ROOT / "deploy/app").iterdir()}
     wanted |= {Path("polyclinic_simulations/studies") / path.name for path in (ROOT / "simulations/studies").iterdir()}
     for folder in PACKAGES:
         files = (path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".pyc")

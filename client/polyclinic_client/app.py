@@ -8,12 +8,14 @@ import logging
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from typing import Protocol
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from polyclinic import __version__, wire
 from polyclinic.errors import PolyclinicError, SiteFailed
+from polyclinic_client.hospital import Hospital
 from polyclinic_client.site import Site, open_site
 from polyclinic_client.work import Progress, answer
 
@@ -25,8 +27,21 @@ SITE_ERROR = 1000
 Handler = Callable[[Message, Context], RecordDict]
 
 
-def make_app(find_site: Callable[[Context], Site], progress: Progress | None = None) -> ClientApp:
-    """A ClientApp that answers for the site that `find_site` gives for a node's context."""
+class Member(Protocol):
+    """Whoever a node answers for."""
+
+    @property
+    def name(self) -> str:
+        """As the coordinator enrolled it."""
+        ...
+
+    def serve(self, text: str) -> Site:
+        """The site for a study in its canonical form; raises where that may not run here."""
+        ...
+
+
+def make_app(find_site: Callable[[Context], Member], progress: Progress | None = None) -> ClientApp:
+    """A ClientApp that answers for whom `find_site` gives for a node's context."""
     client = ClientApp()
 
     @client.query()
@@ -40,12 +55,13 @@ def make_app(find_site: Callable[[Context], Site], progress: Progress | None = N
     @_guarded
     def work(message: Message, context: Context) -> RecordDict:
         order, tensors = wire.unpack_order(message.content)
-        return wire.pack_reply(*answer(order, tensors, _open(find_site, context), progress))
+        site = _open(find_site, context).serve(order.study)
+        return wire.pack_reply(*answer(order, tensors, site, progress))
 
     return client
 
 
-def _open(find_site: Callable[[Context], Site], context: Context) -> Site:
+def _open(find_site: Callable[[Context], Member], context: Context) -> Member:
     """The site; why there is none names folders of the site's, which nobody else is to know."""
     try:
         return find_site(context)
@@ -70,4 +86,11 @@ def _guarded(handler: Handler) -> Callable[[Message, Context], Message]:
     return replying
 
 
-app = make_app(lambda context: open_site(Path(str(context.node_config["site"]))))
+def _of(context: Context) -> Member:
+    """The hospital whose folder the node was started with, or the simulated site of a state folder."""
+    if "home" in context.node_config:
+        return Hospital(Path(str(context.node_config["home"])))
+    return open_site(Path(str(context.node_config["site"])))
+
+
+app = make_app(_of)

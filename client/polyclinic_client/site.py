@@ -24,6 +24,10 @@ class Site:
     cohort: Cohort
     state: Path
 
+    def serve(self, text: str) -> "Site":
+        """Itself: a simulated site takes part in whatever is simulated."""
+        return self
+
     def split(self, study: Study) -> tuple[Cohort, Cohort]:
         """(train, test) cohorts by patient: the same in every round of a study, and no stage trains on test."""
         return split_patients(self.cohort, study.evaluation, seed_for(study.seed, "split", site=self.name))

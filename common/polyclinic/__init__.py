@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from polyclinic.artifacts import load_classifier as load_classifier
     from polyclinic.artifacts import load_encoder as load_encoder
     from polyclinic.artifacts import load_images as load_images
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_encoder", "load_images"]
+__all__ = ["__version__", "load_classifier", "load_encoder", "load_images"]
 
 
 def __getattr__(name: str) -> Any:

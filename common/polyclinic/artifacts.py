@@ -4,13 +4,14 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -22,11 +23,14 @@ from polyclinic.encoders import build_encoder
 from polyclinic.errors import CheckpointError, CohortError, StudyError
 from polyclinic.files import atomic, write_atomic
 from polyclinic.seeding import forked
+from polyclinic.stages import Finetune
 from polyclinic.study import Encoder, Images, Study, Weights
 
 ENCODER = "encoder.safetensors"
 MODEL_CARD = "MODEL_CARD.md"
+CLASSIFIER = "classifier.safetensors"
 FORMAT = "polyclinic-encoder-1"
+CLASSIFIER_FORMAT = "polyclinic-classifier-1"
 CHECKSUM = "crc32"
 DTYPES = {
     torch.float64: "F64",
@@ -137,15 +141,23 @@ def load_weights(init: Weights) -> dict[str, Tensor]:
 
 def save_encoder(path: Path, encoder: nn.Module, study: Study) -> None:
     """Write an encoder's weights with what is needed to build it and to feed it: `load_encoder` reads it back."""
-    metadata = {
-        "format": FORMAT,
+    save_tensors(path, encoder.state_dict(), {"format": FORMAT, **_facts(study)})
+
+
+def save_classifier(path: Path, classifier: nn.Module, study: Study, stage: Finetune) -> None:
+    """Write the encoder and head that `stage` has made: `load_classifier` reads them back."""
+    answers = {"classes": json.dumps(study.evaluation.classes), "multi_label": json.dumps(stage.multi_label)}
+    save_tensors(path, classifier.state_dict(), {"format": CLASSIFIER_FORMAT, **_facts(study), **answers})
+
+
+def _facts(study: Study) -> dict[str, str]:
+    return {
         "encoder": json.dumps(study.plain()["encoder"]),
         "images": study.images.model_dump_json(),
         "study": study.name,
         "hash": study.hash,
         "polyclinic": __version__,
     }
-    save_tensors(path, encoder.state_dict(), metadata)
 
 
 def load_encoder(path: str | Path) -> nn.Module:
@@ -157,20 +169,80 @@ def load_encoder(path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: no such file, damaged, or not an encoder that Polyclinic saved.
     """
-    tensors, metadata = load_tensors(file := _encoder_file(path))
-    try:
+    tensors, metadata = load_tensors(file := _file(path, ENCODER))
+    with _ours(file, "an encoder"):
         if metadata.get("format") != FORMAT:
             raise ValueError("its metadata do not say how to build the encoder")
-        images = Images.model_validate_json(metadata.get("images", ""))
-        settings = Encoder.model_validate_json(metadata.get("encoder", ""))
-        if settings.name.startswith("vit") and images.size % settings.patch:
-            raise ValueError(f"its patches of {settings.patch} pixels do not divide its images of {images.size}")
-        with forked(0):
-            encoder = build_encoder(settings, images)
+        encoder = _encoder(metadata)
         encoder.load_state_dict(tensors)
-    except (ValueError, RuntimeError) as error:
-        raise _not_ours(file, error) from error
     return encoder.eval()
+
+
+class Predictor(nn.Module):
+    """A fine-tuned encoder with its head: (images, channels, size, size) in [0, 1] -> (images, classes) probabilities.
+
+    Attributes:
+        classes: their names. Probabilities add up to 1, unless the study let an image be of several classes.
+    """
+
+    def __init__(self, encoder: nn.Module, classes: list[str], multi_label: bool) -> None:
+        super().__init__()
+        self.classes, self._multi_label = classes, multi_label
+        self.encoder = encoder
+        self.head = nn.Linear(int(encoder.dim), len(classes))  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        logits: Tensor = self.head(self.encoder(images)).float()
+        return logits.sigmoid() if self._multi_label else logits.softmax(dim=1)
+
+
+def load_classifier(path: str | Path) -> Predictor:
+    """The classifier of a run directory whose study ended in fine-tuning, in evaluation mode.
+
+    Raises:
+        CheckpointError: no such file, damaged, or not a classifier that Polyclinic saved.
+    """
+    tensors, metadata = load_tensors(file := _file(path, CLASSIFIER))
+    with _ours(file, "a classifier"):
+        if metadata.get("format") != CLASSIFIER_FORMAT:
+            raise ValueError("its metadata do not say how to build the classifier")
+        words = TypeAdapter(list[str]).validate_json(metadata.get("classes", ""))
+        with forked(0):
+            found = Predictor(_encoder(metadata), words, metadata.get("multi_label") == "true")
+        found.load_state_dict(tensors)
+    return found.eval()
+
+
+def _encoder(metadata: dict[str, str]) -> nn.Module:
+    """The untrained encoder that a file's metadata describe."""
+    images = Images.model_validate_json(metadata.get("images", ""))
+    settings = Encoder.model_validate_json(metadata.get("encoder", ""))
+    if settings.name.startswith("vit") and images.size % settings.patch:
+        raise ValueError(f"its patches of {settings.patch} pixels do not divide its images of {images.size}")
+    with forked(0):
+        return build_encoder(settings, images)
+
+
+@contextmanager
+def _ours(file: Path, what: str) -> Iterator[None]:
+    """What does not fit is told of the file, which someone else may have written."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        reason = "; ".join(item["msg"] for item in error.errors()) if isinstance(error, ValidationError) else error
+        raise CheckpointError(
+            f"{file.name} is not {what} that polyclinic saved: {reason}",
+            "give a run directory or the file in it; the version that wrote it stands in its metadata",
+        ) from error
+
+
+def _file(path: str | Path, name: str) -> Path:
+    file = Path(path)
+    file = file / name if file.is_dir() else file
+    if not file.is_file():
+        raise CheckpointError(f"there is no {file}", f"give the directory of a finished run that has {name}")
+    return file
 
 
 def load_images(files: Iterable[str | Path], like: str | Path) -> Tensor:
@@ -182,11 +254,9 @@ def load_images(files: Iterable[str | Path], like: str | Path) -> Tensor:
     Raises:
         CheckpointError: as `load_encoder`. CohortError: a file cannot be used; the error says which, and why.
     """
-    _, metadata = load_tensors(file := _encoder_file(like))
-    try:
+    _, metadata = load_tensors(file := _file(like, ENCODER))
+    with _ours(file, "an encoder"):
         wanted = Images.model_validate_json(metadata.get("images", ""))
-    except ValueError as error:
-        raise _not_ours(file, error) from error
     intake = Intake(wanted.size, wanted.channels, wanted.window, allow_burned_in=True)
     found = [image for path in files for image in _decoded(Path(path), intake)]
     if not found:
@@ -201,22 +271,6 @@ def _decoded(path: Path, intake: Intake) -> list[NDArray[np.uint8]]:
         raise CohortError(f"cannot read {path}: {error.strerror}", "give the path of an image file") from error
     except Unusable as error:
         raise CohortError(f"{path} cannot be used: {MEANING[error.reason]}", "leave it out") from error
-
-
-def _encoder_file(path: str | Path) -> Path:
-    file = Path(path)
-    file = file / ENCODER if file.is_dir() else file
-    if not file.is_file():
-        raise CheckpointError(f"there is no {file}", "give the directory of a finished run, or an encoder.safetensors")
-    return file
-
-
-def _not_ours(file: Path, error: Exception) -> CheckpointError:
-    reason = "; ".join(item["msg"] for item in error.errors()) if isinstance(error, ValidationError) else error
-    return CheckpointError(
-        f"{file.name} is not an encoder that polyclinic saved: {reason}",
-        "give a run directory or the encoder.safetensors in it; the version that wrote it stands in its metadata",
-    )
 
 
 def write_model_card(run: Path) -> Path:

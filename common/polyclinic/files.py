@@ -1,7 +1,9 @@
 """Files that are either whole or not there: written beside, flushed, then renamed."""
 
 import errno
+import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,3 +60,27 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data`, durably, all or nothing."""
     with atomic(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def locked(path: Path, patience_s: float = 0.0) -> Iterator[bool]:
+    """Whether this process alone works in the folder `path` meanwhile. A lock ends with its process, however that does.
+
+    Where another process has it, it is tried for `patience_s` seconds.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        until = time.monotonic() + patience_s
+        while not (free := _take(handle)) and time.monotonic() < until:
+            time.sleep(0.1)
+        yield free
+    finally:
+        os.close(handle)
+
+
+def _take(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -4,13 +4,19 @@ Its run configuration names the run directory, which holds the study and `seats.
 """
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from polyclinic.artifacts import save_encoder
-from polyclinic.model import encoder_of
+from polyclinic.artifacts import CLASSIFIER, ENCODER, save_classifier, save_encoder, write_model_card
+from polyclinic.errors import Collapsed, PolyclinicError, Refused
+from polyclinic.files import locked, write_atomic
+from polyclinic.model import build_stage, encoder_of, load_tensors
+from polyclinic.report import render_report
+from polyclinic.stages import Finetune
 from polyclinic_server.rounds import run_study
 from polyclinic_server.rundir import RunDir
 
@@ -19,8 +25,23 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Lead the study of the run directory to its end, and leave its encoder there."""
-    lead(grid, RunDir(Path(str(context.run_config["run"]))))
+    """Lead the study of the run directory to its end, and leave its encoder and report there.
+
+    Flower may start it twice for one run directory; the second leaves at once. What no repetition would mend ends the
+    run; anything else leaves it to be started again, from its newest checkpoint.
+    """
+    run = RunDir(Path(str(context.run_config["run"])))
+    with locked(run.path, patience_s=5.0) as free:
+        if not free:
+            return
+        try:
+            lead(grid, run)
+            conclude(run)
+        except (Refused, Collapsed) as error:
+            run.event("run_failed", problem=error.problem, fix=error.fix)
+        except PolyclinicError as error:
+            run.event("run_interrupted", problem=error.problem, fix=error.fix)
+            raise
 
 
 def lead(grid: Grid, run: RunDir) -> None:
@@ -28,5 +49,41 @@ def lead(grid: Grid, run: RunDir) -> None:
     study = run.study
     seats = json.loads((run.path / "seats.json").read_text())
     tensors = run_study(grid, study, run, seats)
-    save_encoder(run.path / "encoder.safetensors", encoder_of(study, tensors), study)
+    save_encoder(run.path / ENCODER, encoder_of(study, tensors), study)
+    if isinstance(stage := study.stages[-1], Finetune):
+        _, classifier = build_stage(study, len(study.stages) - 1)
+        load_tensors(classifier, tensors)
+        save_classifier(run.path / CLASSIFIER, classifier, study, stage)
     run.event("run_finished", rounds=study.rounds)
+
+
+def conclude(run: RunDir) -> None:
+    """Summary, model card and report of a run across a network, whose images nobody has in one place.
+
+    `federated` in the comparison is what the sites measured on their own test patients with their own probes, weighted
+    by patients; it has no interval, since nobody sees all answers.
+    """
+    study, seats = run.study, json.loads((run.path / "seats.json").read_text())
+    table = pd.read_csv(run.path / "metrics.csv", keep_default_na=False)
+    last = table[(table["site"] == "") & (table["round"] == study.rounds)].set_index("metric")["value"]
+    measured = {name: float(last[name]) for name in ("probe_auc", "probe_balanced_accuracy") if name in last}
+    summary = {
+        "study": study.name,
+        "hash": study.hash,
+        "engine": "deployed",
+        "sites": {name: {"patients": patients} for name, patients in seats.items()},
+        "rounds": study.rounds,
+        "comparison": {},
+        "classifier": {},
+        "operating": [],
+        "probes": measured,
+        "notes": [],
+        "warnings": [],
+        "bytes_sent": int(table.loc[table["metric"] == "bytes_up", "value"].sum()),
+        "epsilon": {},
+        "versions": {package: version(package) for package in ("polyclinic", "torch", "flwr")},
+    }
+    write_atomic(run.path / "summary.json", json.dumps(summary, indent=2))
+    write_model_card(run.path)
+    render_report(run.path)
+    run.event("run_reported")

@@ -4,10 +4,12 @@ Waits are bounded, and nothing that arrives can stop the caller: what is nobody'
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from polyclinic import wire
@@ -16,6 +18,18 @@ from polyclinic_server.rundir import RunDir
 
 POLL_S = 0.2
 """Seconds between looks for replies when none has come."""
+LOST = (
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+)
+"""Errors by which Flower says that a node, or the process that worked for it, is gone: what it was asked is asked again
+once it is back. It answers from what it has stored, or goes on from the state of the round before."""
+AGAIN = 20
+"""How often a site is asked again in one round."""
+AGAIN_S = 2.0
+"""Seconds between looks for nodes that are back."""
 GRACE_S = 600.0
 """Seconds after a round's deadline at which its messages expire: a node that comes back later gets none of them."""
 
@@ -38,14 +52,23 @@ def find_sites(grid: Grid, run: RunDir, seats: Mapping[str, int], patience_s: fl
     nodes: dict[str, int] = {}
     asked: set[int] = set()
     pending: dict[str, int] = {}
+    looked = time.monotonic()
+    lost: set[int] = set()
     while set(nodes) != set(seats):
+        if time.monotonic() - looked > AGAIN_S:
+            looked, asked = time.monotonic(), asked - lost
+            lost.clear()
         for node in [node for node in grid.get_node_ids() if node not in asked]:
             asked.add(node)
             question = Message(RecordDict(), node, MessageType.QUERY, ttl=patience_s + GRACE_S)
             pending.update(dict.fromkeys(grid.push_messages([question]), node))
         replies = list(grid.pull_messages(list(pending)))
         for reply in replies:
-            if (sender := _sender(reply, pending)) is not None:
+            if (sender := _sender(reply, pending)) is None:
+                continue
+            if _is_lost(reply):
+                lost.add(sender)
+            else:
                 _seat(reply, sender, nodes, run, seats)
         if not replies:
             if time.monotonic() > deadline:
@@ -75,19 +98,31 @@ def replies(
 ) -> Iterator[tuple[str, Message]]:
     """(site, reply) as they arrive, until every site has answered or patience is at its end.
 
-    What has arrived by then is taken, even where taking the one before lasted beyond the deadline.
+    What has arrived by then is taken, even where taking the one before lasted beyond the deadline. A site whose node
+    has gone is asked again when it is back.
     """
     deadline = time.monotonic() + patience_s
     names = {node: site for site, node in nodes.items()}
     pending = _send(grid, round, nodes, patience_s + GRACE_S)
     missing = set(nodes)
-    late = False
-    while pending and not late:
+    again = Counter[str]()
+    lost: set[str] = set()
+    looked, late = time.monotonic(), False
+    while (pending or lost) and not late:
         late = time.monotonic() > deadline
+        if lost and time.monotonic() - looked > AGAIN_S:
+            looked, back = time.monotonic(), {site for site in lost if nodes[site] in set(grid.get_node_ids())}
+            lost -= back
+            again.update(back)
+            pending |= _send(grid, round, {site: nodes[site] for site in sorted(back)}, patience_s + GRACE_S)
         seen = False
         for message in _arrived(grid, list(pending)):
             seen = True
             if (sender := _sender(message, pending)) is not None:
+                if _is_lost(message) and again[names[sender]] < AGAIN:
+                    lost.add(names[sender])
+                    run.event("site_lost", round=round.number, site=names[sender], reason=_error(message))
+                    continue
                 missing.discard(names[sender])
                 yield names[sender], message
             elif (site := names.get(message.metadata.src_node_id)) is not None:
@@ -147,6 +182,10 @@ def read(message: Message) -> tuple[Reply, Packed | None]:
 def refuse(run: RunDir, round: Round, site: str, reason: object) -> None:
     """Write down, by name and reason, that a site has lost its turn."""
     run.event("update_refused", round=round.number, site=site, reason=wire.plain(reason))
+
+
+def _is_lost(message: Message) -> bool:
+    return bool(message.has_error() and message.error.code in LOST)
 
 
 def _error(message: Message) -> str | None:

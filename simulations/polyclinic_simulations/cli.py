@@ -162,7 +162,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     to: Annotated[Path, typer.Option(help="A new folder for the encoder, its model card and the report.")],
 ) -> None:
-    """Copy what others need from a run: encoder.safetensors, MODEL_CARD.md, report.html, study.toml.
+    """Copy what others need from a run: encoder and classifier, MODEL_CARD.md, report.html, study.toml.
 
     The report is written anew, without pictures of images and without the sites' cards: the run's own has both.
 
@@ -172,6 +172,7 @@ def export(
     """
     import shutil
 
+    from polyclinic.artifacts import CLASSIFIER
     from polyclinic.errors import Refused
     from polyclinic.files import write_atomic
     from polyclinic.report import render_shared
@@ -187,6 +188,8 @@ def export(
     to.mkdir(parents=True)
     for name in files:
         shutil.copyfile(run / name, to / name)
+    if (run / CLASSIFIER).exists():
+        shutil.copyfile(run / CLASSIFIER, to / CLASSIFIER)
     write_atomic(to / "report.html", render_shared(run))
     write_atomic(to / "study.toml", study.to_toml(simulation=False))
     print(to)
@@ -231,7 +234,9 @@ def _run(
     console = Console()
     if holding_out:
         console.print(holdout_table(summary["leave_one_site_out"]))
-        console.print(f"every row: {out / 'holdout.csv'}", soft_wrap=True, highlight=False)
+        console.print(
+            f"every row: {out / 'holdout.csv'}\nreport: {out / 'holdout.html'}", soft_wrap=True, highlight=False
+        )
         return
     if summary["comparison"]:
         console.print(comparison_table(summary["comparison"]))

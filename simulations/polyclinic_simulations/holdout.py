@@ -32,6 +32,7 @@ from polyclinic_server.rundir import Listener, RunDir
 from polyclinic_simulations.compare import classify, train_row, without_pretraining
 from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, settle
+from polyclinic_simulations.holdout_page import render_holdout
 from polyclinic_simulations.simulate import claimed
 from polyclinic_simulations.tidy import tidy
 
@@ -71,7 +72,10 @@ def leave_one_site_out(
         for name in sites:
             rows += _hold_out(name, study, sites, out / "holdout" / name, run, progress)
             write_atomic(out / "holdout.csv", pd.DataFrame(rows).to_csv(index=False))
-        summary = {"study": study.name, "hash": study.hash, "leave_one_site_out": {n: _needed(rows, n) for n in sites}}
+        needed = {name: _needed(rows, name) for name in sites}
+        summary = {"study": study.name, "hash": study.hash, "leave_one_site_out": needed}
+        page = render_holdout(study.name, pd.DataFrame(rows), needed)
+        write_atomic(out / "holdout.html", page)
         write_atomic(out / "summary.json", json.dumps(summary, indent=2))
         tidy(out)
         return summary

@@ -1,9 +1,7 @@
 """A whole study on this machine: cohorts, rounds, rows, report."""
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +19,7 @@ from polyclinic.artifacts import write_model_card
 from polyclinic.cohort.card import make_card
 from polyclinic.errors import QuorumLost, Refused, StudyError
 from polyclinic.evaluation import NotMeasurable, classes_of, unmapped
-from polyclinic.files import storage, write_atomic
+from polyclinic.files import locked, storage, write_atomic
 from polyclinic.methods.base import Batch
 from polyclinic.model import build_stage
 from polyclinic.report import embedding_table, read_run, render_report, save_views_figure
@@ -106,7 +104,9 @@ def claimed(run: RunDir, study: Study, resume: bool) -> Iterator[None]:
         raise StudyError(f"{run.path} holds a run of another study", "resume with the study file it was started with")
     with storage(run.path):
         run.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # its report shows images
-    with _locked(run.path):
+    with locked(run.path) as free:
+        if not free:
+            raise Refused(f"another process is working in {run.path}", "wait for it, or give another --out")
         run.create(study)
         try:
             yield
@@ -114,19 +114,6 @@ def claimed(run: RunDir, study: Study, resume: bool) -> Iterator[None]:
             if not run.checkpoints.exists():
                 shutil.rmtree(run.path)
             raise
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """No other process works in `folder` meanwhile; the lock ends with this process, however that ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise Refused(f"another process is working in {folder}", "wait for it, or give another --out") from error
-    finally:
-        os.close(handle)
 
 
 def _keep_cards(run: RunDir, study: Study, sites: Mapping[str, Site], warn: bool) -> None:

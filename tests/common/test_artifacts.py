@@ -10,10 +10,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import polyclinic
-from polyclinic.artifacts import FORMAT, load_encoder, load_images, load_tensors, save_encoder, save_tensors
+from polyclinic.artifacts import (
+    FORMAT,
+    load_encoder,
+    load_images,
+    load_tensors,
+    save_classifier,
+    save_encoder,
+    save_tensors,
+)
 from polyclinic.cohort import build_cohort
 from polyclinic.encoders import build_encoder
 from polyclinic.errors import CheckpointError, CohortError, StorageError
+from polyclinic.model import build_stage
 from polyclinic.seeding import forked
 from polyclinic.study import resolve
 
@@ -203,3 +212,34 @@ def test_files_that_are_no_images_are_named_with_the_reason(tmp_path):
             load_images([tmp_path / file], like=tmp_path)
     with pytest.raises(CheckpointError, match="there is no"):
         load_images([tmp_path / "notes.png"], like=tmp_path / "none")
+
+
+def classifier(folder, multi_label=False):
+    stage = {"kind": "finetune", "rounds": 1, "multi_label": multi_label}
+    labels = {"labels": {"ill": ["x"], "well": ["y"]}}
+    images = {"size": 32}
+    settings = resolve({"study": {"name": "s"}, "images": images, "stages": [stage], "evaluation": labels})
+    _, module = build_stage(settings, 0)
+    save_classifier(folder / "classifier.safetensors", module, settings, settings.stages[0])
+    return module.eval()
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_classifier_comes_back_and_gives_probabilities(tmp_path, multi_label):
+    module, found = classifier(tmp_path, multi_label), polyclinic.load_classifier(tmp_path)
+    images = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, probabilities = module(images), found(images)
+    assert found.classes == ["ill", "well"]
+    assert torch.equal(probabilities, logits.sigmoid() if multi_label else logits.softmax(dim=1))
+
+
+def test_an_encoder_is_no_classifier_and_a_missing_one_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no .*classifier\.safetensors"):
+        polyclinic.load_classifier(tmp_path)
+    saved(tmp_path, study())
+    with pytest.raises(CheckpointError, match=r"encoder\.safetensors is not a classifier that polyclinic saved"):
+        polyclinic.load_classifier(tmp_path / "encoder.safetensors")
+    classifier(tmp_path)
+    with pytest.raises(CheckpointError, match=r"classifier\.safetensors is not an encoder that polyclinic saved"):
+        polyclinic.load_encoder(tmp_path / "classifier.safetensors")

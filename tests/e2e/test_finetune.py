@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from safetensors.torch import save_file
 
+from polyclinic.artifacts import load_classifier
 from polyclinic.encoders import build_encoder
 from polyclinic.seeding import forked
 from polyclinic.study import Encoder, Images
@@ -57,6 +58,7 @@ def test_a_study_that_fine_tunes_reports_its_classifiers(patients: Path, state: 
     assert list(summary["comparison"]) == ["random", *summary["classifier"]]
     assert summary["operating"]
     assert "Fine-tuned classifier" in said
+    assert load_classifier(tmp_path / "run").classes == ["ill", "well"]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "What the fine-tuned classifier is worth" in page
     metrics = pd.read_csv(tmp_path / "run" / "metrics.csv", keep_default_na=False)

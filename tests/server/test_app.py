@@ -21,7 +21,9 @@ def test_leads_the_study_and_leaves_its_encoder(tmp_path: Path) -> None:
     (tmp_path / "seats.json").write_text(json.dumps(dict.fromkeys(SITES, 10)))
     context = Context(1, 1, {}, RecordDict(), {"run": str(tmp_path)})
     app(LocalGrid({name: honest(name) for name in SITES}), context)
-    assert events(run)[-1]["event"] == "run_finished"
+    assert [event["event"] for event in events(run)][-2:] == ["run_finished", "run_reported"]
+    assert (tmp_path / "report.html").exists()
+    assert json.loads((tmp_path / "summary.json").read_text())["engine"] == "deployed"
     encoder, metadata = load_tensors(tmp_path / "encoder.safetensors")
     last, _ = load_tensors(run.checkpoints / f"round-{study.rounds:04d}.safetensors")
     assert metadata["hash"] == study.hash

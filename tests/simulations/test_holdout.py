@@ -14,6 +14,7 @@ from polyclinic.study import Study
 from polyclinic.wire import Tensors
 from polyclinic_simulations import holdout
 from polyclinic_simulations.holdout import STARTS, leave_one_site_out
+from polyclinic_simulations.holdout_page import render_holdout
 
 from ..tiny import SIMCLR, SITES, TinyEncoder, tiny_study, write_cohort
 
@@ -85,6 +86,9 @@ def test_the_held_out_site_trains_only_where_it_may(
         for start, needed in found["labels_needed"].items():
             reached = [f for f in few if own.loc[(start, f), "auc"] >= goal]
             assert needed == (reached[0] if reached else None)
+    page = (tmp_path / "run" / "holdout.html").read_text()
+    assert page.count('aria-label="AUC by fraction of the labels"') == len(SITES)
+    assert all(f"<h2>{name}</h2>" in page for name in SITES)
     made = len(trainings)
     again = leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state", resume=True)
     assert json.dumps(again) == json.dumps(summary)
@@ -120,3 +124,10 @@ def test_too_few_sites_are_refused(study: Study, tmp_path: Path) -> None:
     three = tiny_study(**{**plain, "aggregation": {"min_sites": 3}})
     with pytest.raises(StudyError, match="3 sites leave 2 when one is held out"):
         leave_one_site_out(three, tmp_path / "run", tmp_path / "data", tmp_path / "state")
+
+
+def test_the_page_says_so_where_nothing_could_be_measured() -> None:
+    page = render_holdout("<b>s</b>", pd.DataFrame([]), {"north": {"note": "too few labelled test patients"}})
+    assert "too few labelled test patients" in page
+    assert "<svg" not in page
+    assert "<b>" not in page

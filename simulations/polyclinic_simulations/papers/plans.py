@@ -63,7 +63,7 @@ TIERS = {
         epochs={"mae": 150, "sssd": 150, "simclr": 36, "mlvicx": 36, "vicreg": 36},
         batch_size=64,
         finetune={"rounds": 25, "batch_size": 32, "learning_rate": 5e-4, "probe_rounds": 2, "warmup_rounds": 2.0},
-        threads=2,
+        threads=1,
     ),
     "gpu": Tier(
         images={"size": 224},

@@ -1,0 +1,157 @@
+"""`polyclinic site`: make a site, join a consortium, approve studies, keep the node running. torch loads inside."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from polyclinic.cohort import Cohort
+    from polyclinic.study import Study
+
+HomeDir = Annotated[Path, typer.Option("--home", help="The site's folder.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group `site`."""
+    group = typer.Typer(no_args_is_help=True, help="Take part in a consortium: one folder, outbound connections only.")
+    for command in (init, join, approve, withdraw, start, status):
+        group.command()(command)
+    app.add_typer(group, name="site")
+
+
+def init(
+    name: Annotated[str, typer.Option(help="What the coordinator is to call this site.")],
+    data: Annotated[Path, typer.Option(help="The images: read, never written to.")],
+    home: HomeDir = Path("site"),
+) -> None:
+    """Make a site: its key, site.toml with every setting explained, and the request to send to the coordinator.
+
+    Example:
+
+      polyclinic site init --name north --data /mnt/images
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from polyclinic.errors import Refused
+    from polyclinic.study import Name
+    from polyclinic_client.hospital import make_hospital
+
+    try:
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError as error:
+        raise Refused(f"{name[:64]!r} is no name of a site", str(error.errors()[0]["ctx"]["error"])) from error
+    request = make_hospital(home, name, data)
+    print(f"send {home / 'request.json'} to the coordinator, and read out this fingerprint when they call:")
+    print(request.fingerprint)
+    print("next: polyclinic site join ANSWER")
+
+
+def join(
+    answer: Annotated[Path, typer.Argument(help="The file that the coordinator sent back.")],
+    home: HomeDir = Path("site"),
+) -> None:
+    """Keep the coordinator's answer: its address, its certificate, the one bundle that may run here."""
+    from polyclinic_client.hospital import Hospital
+
+    found = Hospital(home).join(answer)
+    print(f"{found.name} may speak to {found.coordinator} at {found.address}\nnext: polyclinic site start")
+
+
+def approve(
+    study: Annotated[Path, typer.Argument(help="The study file, as the coordinator gave it out.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: HomeDir = Path("site"),
+) -> None:
+    """Say in plain words what a study will do here, ask, and record the approval.
+
+    Example:
+
+      polyclinic site approve study.toml
+    """
+    from polyclinic.cohort.cli import _bar
+    from polyclinic.errors import Refused
+    from polyclinic.study import load_study
+    from polyclinic_client.hospital import Hospital
+
+    hospital, read = Hospital(home), load_study(study)
+    hospital.settings.policy.check(read)
+    import sys
+
+    with _bar(shown=sys.stderr.isatty()) as progress:
+        cohort = hospital.cohort_for(read, progress)
+    for line in _meaning(read, cohort):
+        print(line)
+    if not yes and not typer.confirm("Approve it?"):
+        raise Refused("not approved", "nothing runs")
+    found = hospital.approve(read, cohort)
+    print(f"approved by {found.by} at {found.approved}: {read.hash}")
+
+
+def _meaning(study: "Study", cohort: "Cohort") -> "Iterator[str]":
+    """What a study will do at this site."""
+    from polyclinic.model import initial_tensors
+    from polyclinic.wire import EVALUATION
+
+    tensors = initial_tensors(study, 0, None)
+    size = sum(value.nbytes for value in tensors.values()) / 1e6
+    stages = ", then ".join(
+        f"{stage.rounds} rounds of {stage.local_epochs} passes of {stage.method}" for stage in study.stages
+    )
+    yield f"{study.name} ({study.hash})"
+    yield f"trains on {len(cohort)} images of {cohort.n_patients} patients: {stages}"
+    yield f"sends {size:.1f} MB a round: the change of {len(tensors)} tensors of the network, the number of patients,"
+    yield f"and figures of these names: loss, images, patients, seconds, {', '.join(sorted(EVALUATION))}"
+    yield f"privacy: {study.privacy.mode}" + (
+        "; the change of the weights may tell something about the images" if study.privacy.mode == "none" else ""
+    )
+
+
+def withdraw(study: Annotated[str, typer.Argument(help="The study's hash.")], home: HomeDir = Path("site")) -> None:
+    """Take an approval back: the study's next message is refused."""
+    from polyclinic_client.hospital import Hospital
+
+    Hospital(home).withdraw(study)
+    print(f"{study} may not run here any more")
+
+
+def start(home: HomeDir = Path("site")) -> None:
+    """Run the node until told to stop (Ctrl-C, SIGTERM). Only outbound connections, to the coordinator."""
+    import logging
+
+    from polyclinic_client.agent import run_agent
+    from polyclinic_client.hospital import Hospital
+
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    run_agent(Hospital(home))
+
+
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, home: HomeDir = Path("site")
+) -> None:
+    """Show what the site knows: the coordinator, and the studies that it approved."""
+    from polyclinic.files import locked
+    from polyclinic_client.hospital import Hospital
+
+    hospital = Hospital(home)
+    with locked(hospital.path) as free:
+        running = not free
+    paths = sorted((hospital.path / "approved").glob("*.json"))
+    approved = {path.stem: json.loads(path.read_text()) for path in paths}
+    facts = {
+        "name": hospital.name,
+        "coordinator": hospital.joined.address if hospital.joined else None,
+        "running": running,
+        "approved": {hash: {"by": found["by"], "at": found["approved"]} for hash, found in approved.items()},
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    print(
+        f"{facts['name']}: {'running' if running else 'not running'}, coordinator {facts['coordinator'] or 'unknown'}"
+    )
+    for hash, found in approved.items():
+        print(f"approved: {hash} by {found['by']} at {found['approved']}")

@@ -1,0 +1,61 @@
+"""What runs at a site under the name `flwr-clientapp`: Flower's own program, held to the code that is installed here.
+
+Flower's node starts it for every message, downloads the bundle that the coordinator submitted and would import whatever
+that names. Here the bundle's bytes must have the hash that this installation gives its own, and the app that is run is
+the installed one, whatever the bundle says. Should Flower rename what is replaced, nothing runs.
+"""
+
+import hashlib
+import logging
+from typing import Any
+
+from polyclinic.bundle import bundle_hash
+from polyclinic.errors import Refused
+
+log = logging.getLogger(__name__)
+
+REPLACED = ("install_from_fab", "get_load_client_app_fn", "get_project_dir")
+"""In flwr.supernode.runtime.run_clientapp."""
+
+
+def main() -> None:
+    """As Flower's program of that name."""
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+    from flwr.supernode.runtime import run_clientapp
+
+    hold(run_clientapp)
+    flwr_clientapp()
+
+
+def hold(runtime: Any) -> None:
+    """Replace, in Flower's module `runtime`, how a bundle is installed and which app is loaded.
+
+    Raises:
+        Refused: the module is not the one that this was written for.
+    """
+    if missing := [name for name in REPLACED if not callable(getattr(runtime, name, None))]:
+        raise Refused(
+            f"this version of Flower has no {missing[0]}: no message is answered",
+            "install the version of flwr that polyclinic asks for",
+        )
+    runtime.install_from_fab = check
+    runtime.get_load_client_app_fn = lambda **_: lambda *_: installed()
+
+
+def check(bundle: bytes, *_: Any, **__: Any) -> None:
+    """Refuse any bundle but ours, before a byte of it is unpacked.
+
+    Raises:
+        Refused: it is another.
+    """
+    found = hashlib.sha256(bundle).hexdigest()
+    if found != bundle_hash():
+        log.error("a bundle with the hash %s was refused: this site runs installed code only", found)
+        raise Refused("the bundle is not the one that this site has installed", "submit Polyclinic's own bundle")
+
+
+def installed() -> Any:
+    """The site's own ClientApp."""
+    from polyclinic_client.app import app
+
+    return app

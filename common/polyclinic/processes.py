@@ -1,0 +1,108 @@
+"""Keeping other programs running: started again when they end, with longer and longer waits between."""
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+log = logging.getLogger(__name__)
+
+SHORTEST_S, LONGEST_S = 1.0, 30.0
+"""Waits before a program is started again: doubled each time, until it has run for HEALTHY_S."""
+HEALTHY_S = 60.0
+GRACE_S = 10.0
+"""Between being asked to end and being killed."""
+LOG_BYTES = 10_000_000
+"""After which a program's output goes to a new file; the one before is kept."""
+PR_SET_PDEATHSIG = 1
+
+
+class Program:
+    """One program that is to run. Its children are its own process group, and end with it."""
+
+    def __init__(self, name: str, command: Sequence[str], output: Path, environment: Mapping[str, str]) -> None:
+        self.name, self.command = name, list(command)
+        self._output, self._environment = output, dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._wait_s, self._start_at, self._started = SHORTEST_S, 0.0, 0.0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, while there is one."""
+        return self._process.pid if self._process is not None else None
+
+    def tend(self) -> None:
+        """Start it if it does not run and its wait is over; notice that it has ended."""
+        now = time.monotonic()
+        if self._process is not None and (code := self._process.poll()) is not None:
+            self._end_group()
+            self._wait_s = SHORTEST_S if now - self._started > HEALTHY_S else min(2 * self._wait_s, LONGEST_S)
+            self._process, self._start_at = None, now + self._wait_s
+            log.warning("%s ended with %d; it is started again in %.0f s", self.name, code, self._wait_s)
+        if self._process is None and now >= self._start_at:
+            self._start()
+
+    def _start(self) -> None:
+        self._started = time.monotonic()
+        if self._output.exists() and self._output.stat().st_size > LOG_BYTES:
+            self._output.replace(self._output.with_suffix(".old.log"))
+        with self._output.open("ab") as output:
+            self._process = subprocess.Popen(  # noqa: S603 (a list that callers build of their own settings)
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._environment},
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+        log.info("%s runs as process %d", self.name, self._process.pid)
+
+    def stop(self) -> None:
+        """End it and its children: asked first, killed after GRACE_S."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(GRACE_S)
+        self._end_group()
+        self._process.wait()
+        self._process = None
+
+    def _end_group(self) -> None:
+        assert self._process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    """In the child: be killed when whoever started it is, or a second one would be started beside it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def keep_running(programs: Sequence[Program], meanwhile: Callable[[], None], every_s: float = 0.5) -> None:
+    """Tend `programs`, calling `meanwhile` between, until SIGTERM or SIGINT; then stop them, the last first."""
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while not asked:
+            for program in programs:
+                program.tend()
+            meanwhile()
+            time.sleep(every_s)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for program in reversed(programs):
+            program.stop()

@@ -1,0 +1,279 @@
+"""`polyclinic coordinator`: make a coordinator, enrol sites, keep it running, launch studies. torch loads inside."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from polyclinic.study import Study
+    from polyclinic_server.home import Home
+
+FOLLOW_S = 0.5
+HomeDir = Annotated[Path, typer.Option("--home", help="The coordinator's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group `coordinator`."""
+    group = typer.Typer(no_args_is_help=True, help="Lead a consortium: enrol hospitals, launch studies.")
+    for command in (init, renew, enrol, revoke, start, launch, status, stop):
+        group.command()(command)
+    app.add_typer(group, name="coordinator")
+
+
+def init(
+    address: Annotated[str, typer.Option(help="host:port at which hospitals reach this machine.")],
+    name: Annotated[str, typer.Option(help="Of this coordinator, in its certificates.")] = "coordinator",
+    listen: Annotated[str | None, typer.Option(help="address:port to bind here. Default: all, same port.")] = None,
+    superlink_port: Annotated[int, typer.Option(help="On loopback, for Flower.", min=1, max=65_535)] = 8000,
+    home: HomeDir = Path("coordinator"),
+) -> None:
+    """Make a coordinator: its own authority, this machine's certificate, the gateway's configuration.
+
+    Example:
+
+      polyclinic coordinator init --address polyclinic.example.org:443
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from polyclinic.enrolment import Address
+    from polyclinic.errors import Refused
+    from polyclinic.study import Name
+    from polyclinic_server.home import Settings, make_home
+
+    try:
+        TypeAdapter(Name).validate_python(name)
+        for given in [address, listen or address]:
+            TypeAdapter(Address).validate_python(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Refused(f"{first['input']!r} will not do", str(first["ctx"]["error"])) from error
+    host, _, port = address.rpartition(":")
+    made = make_home(home, Settings(name, address, listen or f"0.0.0.0:{port}", superlink_port, [host.strip("[]")]))
+    print(f"{made.path}\nnext: polyclinic coordinator start; open port {port} to the hospitals, and no other")
+
+
+def renew(home: HomeDir = Path("coordinator")) -> None:
+    """Give this machine a new certificate, from the same authority: hospitals need not be told. Then start again."""
+    from polyclinic_server.home import Home
+    from polyclinic_server.home import renew as renew_certificate
+    from polyclinic_server.pki import days_left
+
+    found = Home(home)
+    renew_certificate(found.path, found.settings)
+    print(f"valid for {days_left((found.path / 'server.crt').read_bytes())} days; start the coordinator again")
+
+
+def enrol(
+    request: Annotated[Path, typer.Argument(help="The request file that the hospital sent.")],
+    fingerprint: Annotated[
+        str | None, typer.Option(help="That the hospital reads out; without it, you are asked to compare.")
+    ] = None,
+    patients: Annotated[int, typer.Option(help="For how many the site may count at most.", min=1, max=65_536)] = 65_536,
+    to: Annotated[Path | None, typer.Option(help="The answer. Default: join-NAME.json")] = None,
+    home: HomeDir = Path("coordinator"),
+) -> None:
+    """Enrol a hospital: compare the fingerprint of its key over the telephone, then send back the answer.
+
+    Example:
+
+      polyclinic coordinator enrol request-north.json
+    """
+    from polyclinic.enrolment import Request, read_file
+    from polyclinic.errors import Refused
+    from polyclinic.files import write_atomic
+    from polyclinic_server.home import Home
+
+    found, asked = Home(home), read_file(request, Request)
+    print(f"site {asked.name}, key {asked.fingerprint}, version {asked.version}")
+    if fingerprint is None and not typer.confirm("Does the hospital read out the same fingerprint?"):
+        raise Refused("not enrolled", "ask the hospital for its request again")
+    if fingerprint not in (None, asked.fingerprint):
+        raise Refused(f"the key's fingerprint is {asked.fingerprint}", "ask the hospital for its request again")
+    answer = found.enrol(asked, patients)
+    path = to or Path(f"join-{asked.name}.json")
+    write_atomic(path, answer.model_dump_json(indent=2))
+    print(f"send back: {path}")
+
+
+def revoke(site: Annotated[str, typer.Argument(help="The site's name.")], home: HomeDir = Path("coordinator")) -> None:
+    """Let a site take no part any more. While the coordinator runs, within seconds; its name is not given again."""
+    from polyclinic_server.home import Home
+
+    print(f"{Home(home).revoke(site).name} is revoked")
+
+
+def start(home: HomeDir = Path("coordinator")) -> None:
+    """Run SuperLink and the gateway, and whatever study is launched, until told to stop (Ctrl-C, SIGTERM)."""
+    import logging
+
+    from polyclinic_server.home import Home
+    from polyclinic_server.supervisor import Supervisor
+
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    Supervisor(Home(home)).run()
+
+
+def launch(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    follow: Annotated[bool, typer.Option(help="Show rounds as they close; Ctrl-C leaves the study running.")] = True,
+    home: HomeDir = Path("coordinator"),
+) -> None:
+    """Run a study at the enrolled hospitals: shows what it will do, asks, and follows it.
+
+    Example:
+
+      polyclinic coordinator launch study.toml
+    """
+    from polyclinic.errors import Refused
+    from polyclinic.study import load_study
+    from polyclinic_server.home import Home
+
+    found, read = Home(home), load_study(study)
+    seats = {name: site.patients for name, site in found.sites().items() if not site.revoked}
+    if found.wanted is not None:
+        raise Refused(f"{found.wanted.name} is running", "wait for it, or: polyclinic coordinator stop")
+    if len(seats) < read.aggregation.min_sites:
+        raise Refused(
+            f"{len(seats)} sites are enrolled, and the study asks for {read.aggregation.min_sites}",
+            "enrol more, or lower aggregation.min_sites",
+        )
+    for line in _preview(read, seats):
+        print(line)
+    if not yes and not typer.confirm("Launch it?"):
+        raise Refused("not launched", "launch it when you are ready")
+    run = _prepare(found, read, seats)
+    found.want(run)
+    print(f"launched: {run}")
+    if follow:
+        _follow(run)
+
+
+def _preview(study: "Study", seats: dict[str, int]) -> Iterator[str]:
+    """What a study will do, before anything is asked of a site."""
+    from polyclinic.model import initial_tensors
+
+    tensors = initial_tensors(study, 0, None)
+    size = sum(value.nbytes for value in tensors.values()) / 1e6
+    stages = ", then ".join(f"{stage.rounds} rounds of {stage.method}" for stage in study.stages)
+    yield f"{study.name} ({study.hash}): {stages}"
+    yield f"at {len(seats)} sites: {', '.join(seats)}"
+    yield f"each round sends every site {size:.1f} MB and takes as much back: {len(tensors)} tensors, and its metrics"
+    yield f"a round closes when all have answered, or after {study.aggregation.round_deadline_s / 60:.0f} minutes"
+
+
+def _prepare(home: "Home", study: "Study", seats: dict[str, int]) -> Path:
+    """A run directory with the study and the sites."""
+    from polyclinic.files import write_atomic
+    from polyclinic.study import resolve
+    from polyclinic_server.rundir import RunDir
+
+    for number in count(1):
+        path = home.path / "runs" / f"{study.name}-{number}"
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+            break
+    plain = study.model_dump(mode="json", exclude={"simulation"})
+    run = RunDir(path)
+    run.create(resolve(plain))
+    write_atomic(path / "seats.json", json.dumps(seats))
+    run.event("launched", hash=study.hash, sites=list(seats))
+    return path
+
+
+def _follow(run: Path) -> None:
+    """Print what happens, until the run has ended."""
+    from polyclinic.errors import Interrupted, PolyclinicError
+
+    at = 0
+    try:
+        while True:
+            lines = (run / "events.jsonl").read_text().splitlines()
+            for event in map(json.loads, lines[at:]):
+                if text := _line(event):
+                    print(text, flush=True)
+                if event["event"] == "run_reported":
+                    print(f"report: {run / 'report.html'}")
+                    return
+                if event["event"] == "run_stopped":
+                    return
+                if event["event"] == "run_failed":
+                    raise PolyclinicError(event["problem"], event["fix"])
+            at = len(lines)
+            time.sleep(FOLLOW_S)
+    except KeyboardInterrupt:
+        raise Interrupted("the study goes on", "see it with: polyclinic coordinator status --follow") from None
+
+
+def _line(event: dict[str, Any]) -> str:
+    """An event in words; "" for those that are of no interest to who follows."""
+    name = event["event"]
+    if name == "round_closed":
+        return f"round {event['round']}: loss {event['loss']:.3f}, {event['accepted']} sites, {event['seconds']:.1f} s"
+    if name == "update_refused":
+        return f"round {event['round']}: {event['site']} left out: {event['reason']}"
+    if name == "site_lost":
+        return f"round {event['round']}: {event['site']} is gone for now; it is asked again when it is back"
+    if name == "site_missing":
+        return f"round {event['round']}: {event['site']} has not answered"
+    if name == "run_interrupted":
+        return f"interrupted: {event['problem']}; it goes on by itself"
+    plain = {"submitted": "handed to Flower", "run_resumed": "goes on from its last checkpoint"}
+    return plain.get(name, event.get("text", "") if name == "warning" else "")
+
+
+def status(
+    follow: Annotated[bool, typer.Option("--follow", help="Go on showing rounds.")] = False,
+    as_json: Json = False,
+    home: HomeDir = Path("coordinator"),
+) -> None:
+    """Show the sites, and the study that runs."""
+    from polyclinic_server.home import Home
+    from polyclinic_server.pki import days_left
+    from polyclinic_server.supervisor import last_event
+
+    found = Home(home)
+    run = found.wanted
+    sites = {
+        name: "revoked" if site.revoked else "registered" if site.node else "enrolled"
+        for name, site in found.sites().items()
+    }
+    facts = {
+        "address": found.settings.address,
+        "certificate_days": days_left((found.path / "server.crt").read_bytes()),
+        "sites": sites,
+        "run": None if run is None else {"path": str(run), "last": last_event(run)},
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table("site", "state", title=f"{found.settings.name} at {found.settings.address}", title_justify="left")
+    for name, state in sites.items():
+        table.add_row(name, state)
+    Console().print(table)
+    print(f"certificate: {facts['certificate_days']} days left")
+    print("no study is running" if run is None else f"running: {run}")
+    if follow and run is not None:
+        _follow(run)
+
+
+def stop(home: HomeDir = Path("coordinator")) -> None:
+    """Stop the running study. What is finished is kept; it is not gone on with."""
+    from polyclinic.errors import Refused
+    from polyclinic_server.home import Home
+    from polyclinic_server.supervisor import stop_run
+
+    found = Home(home)
+    if (run := found.wanted) is None:
+        raise Refused("no study is running", "see polyclinic coordinator status")
+    stop_run(found, run)
+    print(f"stopped: {run}")

@@ -1,0 +1,191 @@
+"""The coordinator's folder: authority, machine's certificate, gateway, enrolled sites, runs.
+
+coordinator.toml   name, address that sites reach, ports
+authority.key/.crt server.key/.crt   superlink.db   gateway/nginx.conf   flwr/config.toml
+sites/NAME.json    an enrolled site: its public key, the patients that it may count for, Flower's number for it
+runs/              a run directory a study; wanted.json names the one that is to run
+"""
+
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from polyclinic.bundle import bundle_hash
+from polyclinic.enrolment import Join, Request
+from polyclinic.errors import Refused
+from polyclinic.files import locked, storage, write_atomic
+from polyclinic_server.gateway import configuration
+from polyclinic_server.pki import make_authority, make_server
+
+SETTINGS = "coordinator.toml"
+CONNECTION = "coordinator"
+"""SuperLink's name in Flower's own configuration."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """coordinator.toml.
+
+    Attributes:
+        name: of the consortium's coordinator, in certificates.
+        address: host:port at which sites reach the gateway.
+        listen: address:port that the gateway is bound to here.
+        superlink_port: on loopback.
+        hosts: names and addresses in the machine's certificate.
+    """
+
+    name: str
+    address: str
+    listen: str
+    superlink_port: int
+    hosts: list[str]
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """sites/NAME.json. `node` is Flower's number, 0 until it is registered; a revoked site keeps its file."""
+
+    name: str
+    public_key: str
+    patients: int
+    node: int = 0
+    revoked: bool = False
+
+
+class Home:
+    """A coordinator's folder that exists."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        try:
+            self.settings = Settings(**tomllib.loads((self.path / SETTINGS).read_text()))
+        except FileNotFoundError as error:
+            raise Refused(
+                f"there is no coordinator in {path}", "make one: polyclinic coordinator init --home DIR"
+            ) from error
+        except (TypeError, ValueError) as error:
+            raise Refused(f"{path / SETTINGS} cannot be read: {error}", "restore it from a backup") from error
+
+    def sites(self) -> dict[str, Enrolled]:
+        """The enrolled sites by name, revoked ones among them."""
+        found = [Enrolled(**json.loads(path.read_text())) for path in sorted((self.path / "sites").glob("*.json"))]
+        return {site.name: site for site in found}
+
+    def keep(self, site: Enrolled) -> None:
+        """Write a site's file."""
+        write_atomic(self.path / "sites" / f"{site.name}.json", json.dumps(asdict(site)))
+
+    def enrol(self, request: Request, patients: int) -> Join:
+        """Enrol a site; what it gets in answer.
+
+        Raises:
+            Refused: a site of that name, or with that key, is enrolled already.
+        """
+        for site in self.sites().values():
+            if site.name == request.name and (site.revoked or site.public_key != request.public_key):
+                raise Refused(
+                    f"{request.name!r} is {'revoked' if site.revoked else 'enrolled with another key'}",
+                    "give the site a new name" if site.revoked else "revoke that site first, or correct the name",
+                )
+            if site.public_key == request.public_key and site.name != request.name:
+                raise Refused(f"{site.name!r} is enrolled with this key", "have the site make a key of its own")
+        known = self.sites().get(request.name)
+        self.keep(Enrolled(request.name, request.public_key, patients, known.node if known else 0))
+        return Join(
+            name=request.name,
+            coordinator=self.settings.name,
+            address=self.settings.address,
+            authority=(self.path / "authority.crt").read_text(),
+            bundle=bundle_hash(),
+        )
+
+    def revoke(self, name: str) -> Enrolled:
+        """Note that a site may take no part any more.
+
+        Raises:
+            Refused: no site of that name is enrolled.
+        """
+        if (site := self.sites().get(name)) is None:
+            raise Refused(f"no site {name!r} is enrolled", f"the sites are {', '.join(self.sites()) or 'none yet'}")
+        gone = replace(site, revoked=True)
+        self.keep(gone)
+        return gone
+
+    @property
+    def wanted(self) -> Path | None:
+        """The run directory that is to run."""
+        with suppress(FileNotFoundError):
+            return self.path / "runs" / str(json.loads((self.path / "wanted.json").read_text())["run"])
+        return None
+
+    def want(self, run: Path | None) -> None:
+        """Say which run is to run; None: nothing."""
+        if run is None:
+            (self.path / "wanted.json").unlink(missing_ok=True)
+        else:
+            write_atomic(self.path / "wanted.json", json.dumps({"run": run.name}))
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """No other process leads from this folder meanwhile.
+
+        Raises:
+            Refused: one does.
+        """
+        with locked(self.path) as free:
+            if not free:
+                raise Refused(f"another process leads from {self.path}", "stop it first, or use another --home")
+            yield
+
+
+def make_home(path: Path, settings: Settings) -> Home:
+    """Make a coordinator's folder.
+
+    Raises:
+        Refused: there is something in it already.
+    """
+    if path.exists() and any(path.iterdir()):
+        raise Refused(f"{path} is not empty", "give another --home; nothing there is ever overwritten")
+    with storage(path):
+        for folder in (path, path / "sites", path / "runs", path / "gateway", path / "flwr", path / "logs"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
+    home = path.resolve()
+    key, authority = make_authority(settings.name)
+    write_secret(home / "authority.key", key)
+    write_atomic(home / "authority.crt", authority)
+    renew(home, settings)
+    write_atomic(home / "gateway" / "nginx.conf", configuration(home, settings.listen, settings.superlink_port))
+    connection: dict[str, Any] = {
+        "address": f"127.0.0.1:{settings.superlink_port}",
+        "root-certificates": str(home / "authority.crt"),
+    }
+    flower = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
+    write_atomic(home / "flwr" / "config.toml", tomli_w.dumps(flower))
+    write_atomic(home / SETTINGS, tomli_w.dumps(asdict(settings)))  # last: with it, it is a coordinator's folder
+    return Home(home)
+
+
+def renew(home: Path, settings: Settings) -> None:
+    """A new key and certificate for the machine, from the same authority: sites need not be told."""
+    own: Sequence[str] = [*settings.hosts, "localhost", "127.0.0.1"]
+    authority_key, authority = ((home / f"authority.{kind}").read_bytes() for kind in ("key", "crt"))
+    key, certificate = make_server(authority_key, authority, settings.name, list(dict.fromkeys(own)))
+    write_secret(home / "server.key", key)
+    write_atomic(home / "server.crt", certificate)
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """As `write_atomic`, readable by its owner only from the first byte."""
+    before = os.umask(0o077)
+    try:
+        write_atomic(path, data)
+    finally:
+        os.umask(before)

@@ -1,0 +1,165 @@
+"""What `polyclinic coordinator start` does: keeps SuperLink and the gateway running, registers sites, and runs the
+wanted study again and again until it has ended.
+
+A study's progress stands in its checkpoints, so it is Flower's run that is expendable: when the ServerApp, SuperLink or
+the machine has died, another run goes on from the newest checkpoint. That a run is alive is told by the lock that its
+ServerApp holds on the run directory, whatever Flower believes.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from polyclinic.bundle import bundle_folder
+from polyclinic.errors import PolyclinicError
+from polyclinic.files import locked
+from polyclinic.processes import Program, keep_running
+from polyclinic_server.home import CONNECTION, Enrolled, Home
+from polyclinic_server.rundir import RunDir
+
+log = logging.getLogger(__name__)
+
+BIN = Path(sys.executable).parent
+FLOWER_TIMEOUT_S = 60.0
+"""For one of Flower's own commands."""
+STARTING_S = 60.0
+"""After a run was submitted, until its ServerApp must have taken the run directory's lock."""
+ENDED = ("run_reported", "run_failed", "run_stopped")
+"""Last events of a run that is not to be run again."""
+
+
+def environment(home: Path) -> dict[str, str]:
+    """For Flower's programs: our own installation first on PATH, no telemetry, no update checks."""
+    return {
+        "PATH": os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)]),
+        "FLWR_HOME": str(home / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+
+
+class Supervisor:
+    """The coordinator's programs and what is to be seen to between."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self._submitted = self._looked = 0.0
+        path, port = home.path, str(home.settings.superlink_port)
+        superlink = [
+            str(BIN / "flower-superlink"),
+            *("--ssl-certfile", str(path / "server.crt"), "--ssl-keyfile", str(path / "server.key")),
+            *("--ssl-ca-certfile", str(path / "authority.crt"), "--database", str(path / "superlink.db")),
+            *("--host", "127.0.0.1", "--port", port),
+            *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
+        ]
+        nginx = ["nginx", "-c", str(path / "gateway" / "nginx.conf"), "-e", str(path / "gateway" / "error.log")]
+        self.programs = [
+            Program("superlink", superlink, path / "logs" / "superlink.log", environment(path)),
+            Program("gateway", nginx, path / "logs" / "gateway.log", {}),
+        ]
+
+    def run(self) -> None:
+        """Until SIGTERM or SIGINT."""
+        with self.home.claimed():
+            keep_running(self.programs, self.look)
+
+    def look(self) -> None:
+        """See to sites and to the wanted run, at most every two seconds; what fails is tried again."""
+        if time.monotonic() - self._looked < 2.0:
+            return
+        self._looked = time.monotonic()
+        try:
+            self._register()
+            self._advance()
+        except (PolyclinicError, OSError) as error:
+            log.warning("will be tried again: %s", error)
+            self._looked += 3.0
+
+    def _register(self) -> None:
+        """Tell SuperLink of sites that it does not know yet, and of those that are revoked."""
+        for site in self.home.sites().values():
+            if not site.node and not site.revoked:
+                self.home.keep(replace(site, node=register(self.home, site)))
+            elif site.node and site.revoked:
+                flower(self.home, "supernode", "unregister", str(site.node), CONNECTION)
+                self.home.keep(replace(site, node=0))
+
+    def _advance(self) -> None:
+        """Submit the wanted run if it is neither at work nor at its end."""
+        if (run := self.home.wanted) is None:
+            self._submitted = 0.0
+            return
+        if last_event(run) in ENDED:
+            self.home.want(None)
+            return
+        with locked(run) as free:
+            waiting = self._submitted and time.monotonic() - self._submitted < STARTING_S
+            if not free:
+                self._submitted = 0.0
+                return
+        if waiting:
+            return
+        configured = f'run="{run}"'
+        flower(self.home, "run", str(bundle_folder()), CONNECTION, "--run-config", configured)
+        self._submitted = time.monotonic()
+        RunDir(run).event("submitted")
+
+
+def last_event(run: Path) -> str:
+    """The name of the newest event; "" before any."""
+    try:
+        lines = (run / "events.jsonl").read_bytes().splitlines()
+        return str(json.loads(lines[-1])["event"]) if lines else ""
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def register(home: Home, site: Enrolled) -> int:
+    """Flower's number of a site that SuperLink did not know."""
+    with NamedTemporaryFile("w", suffix=".pub", dir=home.path) as file:
+        file.write(site.public_key + "\n")
+        file.flush()
+        return int(flower(home, "supernode", "register", file.name, CONNECTION, "--name", site.name)["node-id"])
+
+
+def flower(home: Home, *arguments: str) -> dict[str, Any]:
+    """What one of Flower's own commands answers.
+
+    Raises:
+        PolyclinicError: it fails, or SuperLink does not answer.
+    """
+    command = [str(BIN / "flwr"), *arguments, "--format", "json"]
+    what = f"`flwr {' '.join(arguments[:2])}`"
+    try:
+        done = subprocess.run(  # noqa: S603 (our own installation's program, arguments as a list)
+            command,
+            env={**os.environ, **environment(home.path)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=FLOWER_TIMEOUT_S,
+        )
+        answer = json.loads(done.stdout[done.stdout.index("{") :])
+    except (subprocess.TimeoutExpired, ValueError) as error:
+        raise PolyclinicError(f"{what} gave no answer", "see logs/superlink.log; it is tried again") from error
+    if not answer.get("success", done.returncode == 0):
+        raise PolyclinicError(
+            f"{what} failed: {str(answer.get('error-message', answer))[:500]}", "see logs/superlink.log"
+        )
+    return dict(answer)
+
+
+def stop_run(home: Home, run: Path) -> None:
+    """End a run for good: nobody submits it again, and Flower's own runs of it are stopped."""
+    home.want(None)
+    RunDir(run).event("run_stopped")
+    for found in flower(home, "list", CONNECTION).get("runs", []):
+        if str(found.get("status", "")).startswith(("running", "starting", "pending")):
+            flower(home, "stop", str(found["run-id"]), CONNECTION)

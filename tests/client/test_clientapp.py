@@ -1,0 +1,55 @@
+"""Only installed code runs: another bundle is refused before it is unpacked, and ours is never imported from itself."""
+
+import io
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+from flwr.cli.build import build_fab_from_disk
+from flwr.supernode.runtime import run_clientapp
+
+from polyclinic.bundle import bundle_folder, bundle_hash
+from polyclinic.errors import Refused
+from polyclinic_client import clientapp
+from polyclinic_client.app import app
+
+pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern")
+
+
+def test_our_own_bundle_passes_and_has_no_code() -> None:
+    bundle = build_fab_from_disk(bundle_folder())
+    clientapp.check(bundle, skip_prompt=True)
+    names = zipfile.ZipFile(io.BytesIO(bundle)).namelist()
+    assert not [name for name in names if name.endswith(".py")]
+
+
+def test_any_other_byte_is_refused() -> None:
+    bundle = bytearray(build_fab_from_disk(bundle_folder()))
+    bundle[-1] ^= 1
+    with pytest.raises(Refused, match="not the one that this site has installed"):
+        clientapp.check(bytes(bundle), skip_prompt=True)
+
+
+def test_the_hook_still_bites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's own function asks for what is replaced, by these names, in its own module."""
+    names = run_clientapp.run_clientapp.__code__.co_names
+    assert {"install_from_fab", "get_load_client_app_fn"} <= set(names)
+    for name in clientapp.REPLACED:
+        monkeypatch.setattr(run_clientapp, name, getattr(run_clientapp, name))  # put back afterwards
+    clientapp.hold(run_clientapp)
+    load = run_clientapp.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
+    assert load("any", "0", "hash") is app
+    with pytest.raises(Refused):
+        run_clientapp.install_from_fab(b"foreign", skip_prompt=True)
+
+
+def test_another_flower_answers_nothing() -> None:
+    with pytest.raises(Refused, match="has no get_load_client_app_fn"):
+        clientapp.hold(SimpleNamespace(install_from_fab=print))
+
+
+def test_the_hash_is_the_same_in_every_build() -> None:
+    bundle_hash.cache_clear()
+    first = bundle_hash()
+    bundle_hash.cache_clear()
+    assert bundle_hash() == first
