@@ -5,10 +5,10 @@ READY := .venv/.ready
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check lock clean
+.PHONY: help demo test e2e lint check lock clean
 
 help: ## list what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/  make \1\t\2/' | expand -t 14
 
 demo: $(READY) ## train a consortium of hospitals with synthetic patients; writes one report under runs/
 	$(BIN)/polyclinic demo
@@ -20,6 +20,9 @@ lint: $(READY) ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+e2e: $(READY) ## run the tests with real processes on loopback: coordinator, gateway (nginx), three sites
+	$(BIN)/pytest -m deployed tests/deployment
 
 check: lint test ## what CI runs: style, types, tests with warnings as errors
 

@@ -30,6 +30,7 @@ LAYERS = [
     {"report"},
     {"artifacts"},
     {"cli", ""},
+    {"__main__"},
 ]
 """Parts of the library, lowest first; each may import what is below it, and itself. "" is the rest of `__init__.py`."""
 

@@ -6,7 +6,7 @@ as its kind and, where it is one of ours, its text without paths: never a traceb
 
 import logging
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from polyclinic import __version__, wire
-from polyclinic.errors import PolyclinicError, SiteFailed
+from polyclinic.errors import PolyclinicError
 from polyclinic_client.hospital import Hospital
 from polyclinic_client.site import Site, open_site
 from polyclinic_client.work import Progress, answer
@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 
 SITE_ERROR = 1000
 """Error code of a reply that says why a site did not do what it was asked."""
-
-Handler = Callable[[Message, Context], RecordDict]
 
 
 class Member(Protocol):
@@ -39,51 +37,68 @@ class Member(Protocol):
         """The site for a study in its canonical form; raises where that may not run here."""
         ...
 
+    def leaving(self, kind: str, content: RecordDict | str) -> None:
+        """Note what leaves in answer to a message of a kind: a reply, or the reason why there is none."""
+        ...
+
+
+Handler = Callable[[Message, Member], RecordDict]
+
 
 def make_app(find_site: Callable[[Context], Member], progress: Progress | None = None) -> ClientApp:
     """A ClientApp that answers for whom `find_site` gives for a node's context."""
     client = ClientApp()
 
     @client.query()
-    @_guarded
-    def who(message: Message, context: Context) -> RecordDict:
-        site = _open(find_site, context)
-        return RecordDict({"site": ConfigRecord({"site": site.name, "version": __version__})})
+    @partial(_guarded, find_site)
+    def who(message: Message, member: Member) -> RecordDict:
+        return RecordDict({"site": ConfigRecord({"site": member.name, "version": __version__})})
 
     @client.train()
     @client.evaluate()
-    @_guarded
-    def work(message: Message, context: Context) -> RecordDict:
+    @partial(_guarded, find_site)
+    def work(message: Message, member: Member) -> RecordDict:
         order, tensors = wire.unpack_order(message.content)
-        site = _open(find_site, context).serve(order.study)
-        return wire.pack_reply(*answer(order, tensors, site, progress))
+        return wire.pack_reply(*answer(order, tensors, member.serve(order.study), progress))
 
     return client
 
 
-def _open(find_site: Callable[[Context], Member], context: Context) -> Member:
-    """The site; why there is none names folders of the site's, which nobody else is to know."""
-    try:
-        return find_site(context)
-    except Exception as error:
-        raise SiteFailed("the site's cohort cannot be opened", "see the site's log") from error
+def _guarded(find_site: Callable[[Context], Member], handler: Handler) -> Callable[[Message, Context], Message]:
+    """Reply with what `handler` returns, or with why it could not, once the member has noted that it leaves.
 
-
-def _guarded(handler: Handler) -> Callable[[Message, Context], Message]:
-    """Reply with what `handler` returns, or with why it could not. The traceback stays here, for who asks for DEBUG."""
+    The traceback stays here, for who asks for DEBUG. Why there is no member at all names folders of the site's, which
+    nobody else is to know.
+    """
 
     @wraps(handler)
     def replying(message: Message, context: Context) -> Message:
         try:
-            return Message(handler(message, context), reply_to=message)
+            member = find_site(context)
+        except Exception:
+            log.debug("no site", exc_info=True)
+            return _failed(message, "the site's cohort cannot be opened")
+        try:
+            content = handler(message, member)
+            member.leaving(message.metadata.message_type, content)
+            return Message(content, reply_to=message)
         except Exception as error:
             ours = isinstance(error, PolyclinicError | wire.Malformed)
             reason = wire.plain(error.args[0]) if ours else type(error).__name__
-            log.error("a message could not be carried out: %s", reason)
             log.debug("where it failed", exc_info=True)
-            return Message(Error(code=SITE_ERROR, reason=reason), reply_to=message)
+        try:
+            member.leaving(message.metadata.message_type, reason)
+        except Exception:
+            log.debug("the ledger", exc_info=True)
+            reason = "the site cannot write its ledger: nothing leaves"
+        return _failed(message, reason)
 
     return replying
+
+
+def _failed(message: Message, reason: str) -> Message:
+    log.error("a message could not be carried out: %s", reason)
+    return Message(Error(code=SITE_ERROR, reason=reason), reply_to=message)
 
 
 def _of(context: Context) -> Member:

@@ -20,6 +20,10 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Take part in a consortium: one folder, outbound connections only.")
     for command in (init, join, approve, withdraw, start, status):
         group.command()(command)
+    book = typer.Typer(no_args_is_help=True, help="What has left this site.")
+    book.command("show")(show_ledger)
+    book.command("verify")(verify_ledger)
+    group.add_typer(book, name="ledger")
     app.add_typer(group, name="site")
 
 
@@ -155,3 +159,38 @@ def status(
     )
     for hash, found in approved.items():
         print(f"approved: {hash} by {found['by']} at {found['approved']}")
+
+
+def show_ledger(
+    as_json: Annotated[bool, typer.Option("--json", help="Every entry whole, one JSON object a line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="A line an entry, for the privacy officer.")] = False,
+    home: HomeDir = Path("site"),
+) -> None:
+    """Show what has left this site: when, to whom, for which study, how much.
+
+    Examples:
+
+      polyclinic site ledger show
+
+      polyclinic site ledger show --csv > outbound.csv
+    """
+    from polyclinic_client.hospital import Hospital
+
+    ledger = Hospital(home).ledger
+    if as_csv:
+        print(ledger.to_csv(), end="")
+        return
+    for entry in ledger.entries():
+        if as_json:
+            print(json.dumps(entry))
+            continue
+        what = f"round {entry['round']} of {entry['study'][:16]}, " if "study" in entry else ""
+        size = f"{len(entry['tensors'])} tensors, {entry['bytes'] / 1e6:.1f} MB" if "tensors" in entry else "no tensors"
+        print(f"{entry['entry']:>6}  {entry['time']}  {entry['kind']}: {what}{entry.get('error', size)}")
+
+
+def verify_ledger(home: HomeDir = Path("site")) -> None:
+    """Check that no entry of the ledger was changed, removed, added or moved since it was written."""
+    from polyclinic_client.hospital import Hospital
+
+    print(f"{Hospital(home).ledger.verify()} entries, each after the one before")

@@ -29,6 +29,8 @@ from polyclinic.errors import CohortError, Refused
 from polyclinic.explain import explain
 from polyclinic.files import storage, write_atomic
 from polyclinic.study import Name, Study, parse_canonical
+from polyclinic.wire import describe
+from polyclinic_client.ledger import Ledger
 from polyclinic_client.site import Site
 
 SETTINGS = "site.toml"
@@ -177,6 +179,21 @@ class Hospital:
 
     def _approval(self, study_hash: str) -> Path:
         return self.path / "approved" / f"{study_hash}.json"
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of what has left."""
+        return Ledger(self.path / "ledger")
+
+    def leaving(self, kind: str, content: object) -> None:
+        """Enter into the ledger what is about to leave.
+
+        Raises:
+            LedgerBroken, StorageError: it cannot be entered, and must not leave.
+        """
+        to = self.joined.address if self.joined else ""
+        facts = {"error": content} if isinstance(content, str) else describe(content)
+        self.ledger.append({"to": to, "kind": kind, **facts})
 
     def serve(self, text: str) -> Site:
         """The site as a study in its canonical form finds it.

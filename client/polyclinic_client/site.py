@@ -28,6 +28,9 @@ class Site:
         """Itself: a simulated site takes part in whatever is simulated."""
         return self
 
+    def leaving(self, kind: str, content: object) -> None:
+        """Nothing leaves a simulation."""
+
     def split(self, study: Study) -> tuple[Cohort, Cohort]:
         """(train, test) cohorts by patient: the same in every round of a study, and no stage trains on test."""
         return split_patients(self.cohort, study.evaluation, seed_for(study.seed, "split", site=self.name))

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -198,6 +198,30 @@ def unpack_reply(content: RecordDict) -> tuple[Reply, Packed | None]:
         raise Malformed("the reply carries more than a reply does")
     metrics = {group: _metrics(content.get(group), allowed) for group, allowed in _GROUPS.items()}
     return _typed(Reply, {**record, **metrics}), update
+
+
+def describe(content: object) -> dict[str, Any]:
+    """What a ledger says of a reply: every tensor by name, shape, SHA-256 and norm, and every figure."""
+    if not isinstance(content, RecordDict):
+        raise TypeError("not the content of a message")
+    facts: dict[str, Any] = {}
+    for record in content.config_records.values():
+        facts |= {name: value for name, value in record.items() if name != "site"}
+    if content.metric_records:
+        facts["metrics"] = {name: value for group in content.metric_records.values() for name, value in group.items()}
+    tensors = {name: array for group in content.array_records.values() for name, array in group.items()}
+    if tensors:
+        facts["bytes"] = sum(len(array.data) for array in tensors.values())
+        facts["tensors"] = [
+            {
+                "name": name,
+                "shape": list(array.shape),
+                "sha256": hashlib.sha256(array.data).hexdigest(),
+                "norm": float(np.linalg.norm(unpack_array(name, array).reshape(-1).astype(np.float64))),
+            }
+            for name, array in tensors.items()
+        ]
+    return facts
 
 
 def size(record: Packed) -> int:

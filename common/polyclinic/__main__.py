@@ -1,0 +1,5 @@
+"""`python -m polyclinic`: the command."""
+
+from polyclinic.cli import main
+
+main()

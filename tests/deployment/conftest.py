@@ -1,0 +1,199 @@
+"""A consortium of real processes on loopback: SuperLink, nginx, three SuperNodes, TLS and node authentication on."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polyclinic_simulations.phantom import write_site
+
+SITES = ("alpha", "beta", "gamma")
+STUDY = """
+[study]
+name = "{name}"
+seed = 3
+
+[images]
+size = 32
+
+[encoder]
+name = "vit_tiny"
+
+[[stages]]
+kind = "pretrain"
+method = "mae"
+rounds = {rounds}
+batch_size = 16
+
+[[stages]]
+kind = "pretrain"
+method = "simclr"
+rounds = 1
+batch_size = 16
+
+[evaluation]
+rows = []
+
+[aggregation]
+min_sites = 2
+round_deadline_s = {deadline}
+"""
+
+
+class Consortium:
+    """Folders of a coordinator and its sites, and the processes that run for them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder, folder / "coordinator"
+        self.port, superlink = free_port(), free_port()
+        address = f"127.0.0.1:{self.port}"
+        self.superlink = f"https://127.0.0.1:{superlink}"
+        self.command("coordinator", "init", "--address", address, "--listen", address, "--superlink-port", superlink)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        for number, name in enumerate(SITES):
+            write_site(folder / "images" / name, name, 10, 5, number=number)
+            self.command("site", "init", "--name", name, "--data", folder / "images" / name, "--home", name)
+            self.enrol(name)
+
+    def enrol(self, name: str) -> None:
+        """As the coordinator and the site do it over the telephone."""
+        shown = self.command("coordinator", "enrol", f"{name}/request.json", "--fingerprint", self.fingerprint(name))
+        assert f"site {name}" in shown
+        self.command("site", "join", f"join-{name}.json", "--home", name)
+
+    def fingerprint(self, name: str) -> str:
+        from polyclinic.enrolment import Request, read_file
+
+        return read_file(self.folder / name / "request.json", Request).fingerprint
+
+    def command(self, *words: object, code: int = 0) -> str:
+        """What `polyclinic ...` prints, run as its user would."""
+        done = subprocess.run(
+            [sys.executable, "-m", "polyclinic", *map(str, words)],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def start(self, *names: str) -> None:
+        """The coordinator, or a site's agent, in the background."""
+        for name in names:
+            words = ["coordinator", "start"] if name == "coordinator" else ["site", "start", "--home", name]
+            with (self.folder / f"{name}.log").open("ab") as log:
+                self.processes[name] = subprocess.Popen(
+                    [sys.executable, "-m", "polyclinic", *words], cwd=self.folder, stdout=log, stderr=log
+                )
+
+    def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> int:
+        """Its exit code."""
+        process = self.processes.pop(name)
+        process.send_signal(number)
+        return process.wait(timeout=60)
+
+    def study(self, name: str, rounds: int = 2, deadline: float = 240.0) -> Path:
+        path = self.folder / f"{name}.toml"
+        path.write_text(STUDY.format(name=name, rounds=rounds, deadline=deadline))
+        return path
+
+    def approve(self, study: Path, *names: str) -> None:
+        for name in names or SITES:
+            said = self.command("site", "approve", study, "--yes", "--home", name)
+            assert "trains on" in said
+
+    def launch(self, study: Path) -> Path:
+        """The run directory of a study that has been launched."""
+        said = self.command("coordinator", "launch", study, "--yes", "--no-follow")
+        return Path(said.rpartition("launched: ")[2].strip())
+
+    def simulate(self, study: Path) -> Path:
+        """The run directory of the same study in simulation."""
+        text = study.read_text() + "".join(
+            f'\n[[simulation.site]]\nname = "{name}"\ncohort = "images/{name}"\n' for name in SITES
+        )
+        rehearsal = study.with_name(f"rehearsal-{study.name}")
+        rehearsal.write_text(text)
+        out = self.folder / f"rehearsal-{study.stem}"
+        self.command("simulate", rehearsal, "--data", self.folder, "--state", "state", "--out", out)
+        return out
+
+    def log(self, name: str) -> str:
+        """Everything that a member's processes have written."""
+        folder = self.folder / name / "logs"
+        return "".join(path.read_text(errors="replace") for path in folder.glob("*.log"))
+
+    def close(self) -> None:
+        for name in list(self.processes):
+            self.stop(name)
+
+
+def events(run: Path, name: str = "") -> list[dict[str, Any]]:
+    """Those of a run, or those of one name; none before the first is whole."""
+    path = run / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    return [event for event in found if not name or event["event"] == name]
+
+
+def until(true: Callable[[], Any], patience_s: float, what: str) -> Any:
+    """What `true` gives, once that is something."""
+    end = time.monotonic() + patience_s
+    while not (found := true()):
+        assert time.monotonic() < end, f"{what}: waited {patience_s:.0f} s in vain"
+        time.sleep(0.1)
+    return found
+
+
+def finished(run: Path, patience_s: float = 280.0) -> list[dict[str, Any]]:
+    """All events of a run, once it has ended well."""
+    until(lambda: events(run, "run_reported") or events(run, "run_failed"), patience_s, "the run's end")
+    assert not events(run, "run_failed"), events(run)
+    return events(run)
+
+
+def processes(*words: str) -> list[int]:
+    """Those whose command line holds all of `words`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if all(word in line for word in words) and int(path.parent.name) != os.getpid():
+            found.append(int(path.parent.name))
+    return found
+
+
+def kill(pids: Sequence[int], number: signal.Signals = signal.SIGKILL) -> None:
+    assert pids
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]:
+    """Enrolled, joined and started. Without nginx it fails: nothing here is shown by leaving the gateway out."""
+    assert shutil.which("nginx"), "nginx is not installed"
+    made = Consortium(tmp_path_factory.mktemp("consortium"))
+    made.start("coordinator", *SITES)
+    try:
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,166 @@
+"""Studies across real processes: the bits of their simulation, whatever is killed; refusals that cost nobody else."""
+
+import csv
+import http.client
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from flwr.cli.build import build_fab_from_disk
+
+from polyclinic.bundle import bundle_folder
+from polyclinic_server.home import Home
+from polyclinic_server.supervisor import flower
+
+from .conftest import SITES, Consortium, events, finished, kill, processes, until
+
+pytestmark = [pytest.mark.deployed, pytest.mark.filterwarnings("ignore:GitWildMatchPattern")]
+
+
+@pytest.fixture(scope="module")
+def honest(consortium: Consortium) -> tuple[Path, Path]:
+    """(deployed, simulated) run directories of a study of two stages that nothing disturbed."""
+    study = consortium.study("honest")
+    consortium.approve(study)
+    run = consortium.launch(study)
+    finished(run)
+    return run, consortium.simulate(study)
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    names = ("encoder.safetensors", "checkpoints/round-0003.safetensors", "checkpoints/round-0003.json")
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def each_round_once(run: Path) -> bool:
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    keys = [(row["stage"], row["round"], row["site"], row["metric"]) for row in rows]
+    losses = {(row["round"], row["site"]) for row in rows if row["metric"] == "loss"}
+    return len(keys) == len(set(keys)) and losses == {(str(r), s) for r in (1, 2, 3) for s in ("", *SITES)}
+
+
+def test_a_deployed_study_has_the_bits_of_its_simulation(honest: tuple[Path, Path]) -> None:
+    run, rehearsal = honest
+    assert same_bits(run, rehearsal)
+    assert each_round_once(run)
+    assert {path.name for path in run.iterdir()} >= {"report.html", "MODEL_CARD.md", "summary.json"}
+
+
+@pytest.mark.parametrize(
+    "victim", [("flwr-serverapp",), ("flower-superlink",), ("flower-supernode", "beta"), ("nginx: worker",)]
+)
+def test_killed_in_a_round_and_back_with_the_same_bits(
+    victim: tuple[str, ...], honest: tuple[Path, Path], consortium: Consortium
+) -> None:
+    shutil.copy(consortium.folder / "honest.toml", consortium.folder / "again.toml")
+    run = consortium.launch(consortium.folder / "again.toml")
+    until(lambda: events(run, "round_started"), 120, "the first round")
+    time.sleep(2.0)
+    kill(processes(*victim))
+    finished(run)
+    assert same_bits(run, honest[1])
+    assert each_round_once(run)
+
+
+def test_a_site_that_has_not_approved_is_left_out_by_name_and_the_others_go_on(consortium: Consortium) -> None:
+    study = consortium.study("partly", rounds=1)
+    consortium.approve(study, "alpha", "gamma")
+    run = consortium.launch(study)
+    finished(run)
+    refused = events(run, "update_refused")
+    assert {event["site"] for event in refused} == {"beta"}
+    assert all("is not approved at this site" in event["reason"] for event in refused)
+    assert all(event["accepted"] == 2 for event in events(run, "round_closed"))
+    assert "is not approved at this site" in consortium.log("beta")
+
+
+def get(consortium: Consortium, path: str) -> int:
+    """The gateway's answer to a request for exactly this path."""
+    context = ssl.create_default_context(cafile=str(consortium.home / "authority.crt"))
+    connection = http.client.HTTPSConnection("127.0.0.1", consortium.port, context=context, timeout=10)
+    connection.putrequest("POST", path, skip_host=True)
+    connection.putheader("Host", "127.0.0.1")
+    connection.putheader("Content-Length", "0")
+    connection.endheaders()
+    return connection.getresponse().status
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/start-run", "/v1/runtime/pull-task-input", "/v1/fleet/../control/start-run",
+        "/v1/fleet/%2e%2e/control/start-run", "/v1/fleet/..%2fcontrol/start-run",
+        "/v1/fleet//../../v1/control/start-run",
+        "//v1/control/start-run", "/V1/control/start-run", "/v1/control", "/v1/fleet", "/openapi.json", "/docs", "/",
+    ],
+)  # fmt: skip
+def test_only_the_fleet_is_reached_through_the_gateway(path: str, consortium: Consortium) -> None:
+    assert get(consortium, path) == 403
+
+
+def test_the_gateway_lets_the_fleet_through_and_refuses_a_huge_body(consortium: Consortium) -> None:
+    assert get(consortium, "/v1/fleet/activate-node") not in (403, 404, 502)
+    context = ssl.create_default_context(cafile=str(consortium.home / "authority.crt"))
+    connection = http.client.HTTPSConnection("127.0.0.1", consortium.port, context=context, timeout=10)
+    connection.putrequest("POST", "/v1/fleet/push-messages")
+    connection.putheader("Content-Length", str(10**9))
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+
+
+FOREIGN = """
+from pathlib import Path
+Path({canary!r}).write_text("ran")
+from flwr.clientapp import ClientApp
+app = ClientApp()
+"""
+
+
+def test_a_foreign_bundle_runs_nothing_at_a_site(consortium: Consortium, tmp_path: Path) -> None:
+    canary, bundle = tmp_path / "canary", tmp_path / "app"
+    shutil.copytree(bundle_folder(), bundle)
+    (bundle / "foreign.py").write_text(FOREIGN.format(canary=str(canary)))
+    settings = (bundle / "pyproject.toml").read_text()
+    (bundle / "pyproject.toml").write_text(settings.replace("polyclinic_client.app:app", "foreign:app"))
+    assert b"foreign" in build_fab_from_disk(bundle)
+    run = consortium.home / "runs" / "foreign"
+    shutil.copytree(consortium.home / "runs" / "honest-1", run)
+    for path in [*(run / "checkpoints").iterdir(), run / "events.jsonl"]:
+        path.unlink()
+    flower(Home(consortium.home), "run", str(bundle), "coordinator", "--run-config", f'run="{run}"')
+    until(
+        lambda: all("was refused: this site runs installed code only" in consortium.log(s) for s in SITES),
+        120,
+        "refusal",
+    )
+    assert not canary.exists()
+    flower(Home(consortium.home), "list", "coordinator")
+    kill(processes("flwr-serverapp"), signal.SIGTERM)
+
+
+def test_a_second_agent_or_coordinator_is_refused(consortium: Consortium) -> None:
+    until(lambda: "runs as process" in (consortium.folder / "alpha.log").read_text(), 30, "the agent")
+    assert "another process runs" in consortium.command("site", "start", "--home", "alpha", code=2)
+    assert "another process leads" in consortium.command("coordinator", "start", code=2)
+
+
+def test_a_revoked_site_takes_no_part(honest: tuple[Path, Path], consortium: Consortium) -> None:
+    consortium.command("coordinator", "revoke", "gamma")
+    until(lambda: Home(consortium.home).sites()["gamma"].node == 0, 60, "revocation")
+    study = consortium.study("two", rounds=1)
+    consortium.approve(study, "alpha", "beta", "gamma")
+    run = consortium.launch(study)
+    finished(run)
+    assert all(event["sites"] == ["alpha", "beta"] for event in events(run, "round_started"))
+    with_key = subprocess.run(
+        [sys.executable, "-m", "polyclinic", "coordinator", "status", "--json"],
+        cwd=consortium.folder,
+        capture_output=True,
+        text=True,
+    )
+    assert '"gamma": "revoked"' in with_key.stdout
