@@ -5,7 +5,7 @@ READY := .venv/.ready
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test e2e lint check lock clean
+.PHONY: help demo test e2e chaos lint check lock clean
 
 help: ## list what can be made
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/  make \1\t\2/' | expand -t 14
@@ -22,6 +22,9 @@ lint: $(READY) ## check style and types
 	$(BIN)/mypy
 
 e2e: $(READY) ## run the tests with real processes on loopback: coordinator, gateway (nginx), three sites
+	$(BIN)/pytest -m "deployed and not slow" tests/deployment
+
+chaos: $(READY) ## the same, and everything killed that can be
 	$(BIN)/pytest -m deployed tests/deployment
 
 check: lint test ## what CI runs: style, types, tests with warnings as errors

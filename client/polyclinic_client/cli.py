@@ -18,7 +18,7 @@ HomeDir = Annotated[Path, typer.Option("--home", help="The site's folder.")]
 def register(app: typer.Typer) -> None:
     """Add the group `site`."""
     group = typer.Typer(no_args_is_help=True, help="Take part in a consortium: one folder, outbound connections only.")
-    for command in (init, join, approve, withdraw, start, status):
+    for command in (init, join, doctor, firewall, approve, withdraw, start, status):
         group.command()(command)
     book = typer.Typer(no_args_is_help=True, help="What has left this site.")
     book.command("show")(show_ledger)
@@ -63,6 +63,45 @@ def join(
 
     found = Hospital(home).join(answer)
     print(f"{found.name} may speak to {found.coordinator} at {found.address}\nnext: polyclinic site start")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    home: HomeDir = Path("site"),
+) -> None:
+    """Check whether this site can take part: PASS, WARN or FAIL, each with what to do. Exit code 1 if one fails."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    from polyclinic_client.doctor import examine
+
+    found, console = [], Console(highlight=False)
+    colours = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
+    for finding in examine(home):
+        found.append(finding)
+        if not as_json:
+            mark = f"[{colours[finding.level]}]{finding.level}[/]"
+            console.print(f"{mark}  {finding.check}: {escape(finding.found)}", soft_wrap=True)
+            if finding.fix:
+                console.print(f"      fix: {escape(finding.fix)}", soft_wrap=True)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found], indent=2))
+    if any(finding.level == "FAIL" for finding in found):
+        raise typer.Exit(1)
+
+
+def firewall(home: HomeDir = Path("site")) -> None:
+    """Print one page for the firewall team: which connection this machine needs, to where, and what for."""
+    from polyclinic.errors import Refused
+    from polyclinic_client.doctor import firewall_note
+    from polyclinic_client.hospital import Hospital
+
+    joined = Hospital(home).joined
+    if joined is None:
+        raise Refused("the coordinator has not answered yet", "then: polyclinic site join join-NAME.json")
+    print(firewall_note(joined), end="")
 
 
 def approve(

@@ -239,7 +239,7 @@ def status(
     """Show the sites, and the study that runs."""
     from polyclinic_server.home import Home
     from polyclinic_server.pki import days_left
-    from polyclinic_server.supervisor import last_event
+    from polyclinic_server.rundir import last_event
 
     found = Home(home)
     run = found.wanted

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyclinic.study import Aggregation
-from polyclinic.wire import Malformed, Order, Packed, Reply, Tensors, unpack_array
+from polyclinic.wire import Order, Reply, Tensors
 from polyclinic_server.aggregation.fedavg import CHUNK, LARGEST_VALUE
 
 NORM_FLOOR = 1e-3
@@ -44,7 +44,7 @@ class Gate:
         """Take note of the global tensors' own norm: no update of a stage's first round may be larger."""
         self.own = math.sqrt(sum(squares for value in tensors.values() for squares, _ in _chunks(value)))
 
-    def check(self, order: Order, study_hash: str, reply: Reply, update: Packed | None, tensors: Tensors) -> float:
+    def check(self, order: Order, study_hash: str, reply: Reply, update: Tensors | None, tensors: Tensors) -> float:
         """The norm of an update that passes.
 
         Raises:
@@ -73,26 +73,19 @@ class Gate:
         if not 1 <= reply.patients <= allowed:
             raise RefusedUpdate(f"it claims {reply.patients} patients; the site may claim 1 to {allowed}")
 
-    def _form(self, update: Packed, tensors: Tensors) -> None:
+    def _form(self, update: Tensors, tensors: Tensors) -> None:
         if set(update) != set(tensors):
             missing, extra = len(set(tensors) - set(update)), len(set(update) - set(tensors))
             raise RefusedUpdate(f"its tensors are not those asked for ({missing} missing, {extra} unknown)")
         for name, value in tensors.items():
-            array = update[name]
-            if tuple(array.shape) != value.shape or array.dtype != "float32":
-                raise RefusedUpdate(f"its tensor {name} is not float32 of shape {value.shape}")
-            if len(array.data) != value.nbytes:
-                raise RefusedUpdate(f"its tensor {name} has {len(array.data)} bytes instead of {value.nbytes}")
+            if update[name].shape != value.shape:
+                raise RefusedUpdate(f"its tensor {name} is not of shape {value.shape}")
 
-    def _norm(self, update: Packed, tensors: Tensors) -> float:
+    def _norm(self, update: Tensors, tensors: Tensors) -> float:
         """The norm, if every value is finite and within the fixed-point range. Summed in the order of `tensors`."""
         total = 0.0
         for name in tensors:
-            try:
-                value = unpack_array(name, update[name])
-            except Malformed as error:
-                raise RefusedUpdate(str(error)) from error
-            for squares, largest in _chunks(value):
+            for squares, largest in _chunks(update[name]):
                 if not math.isfinite(largest):
                     raise RefusedUpdate(f"its tensor {name} holds values that are not finite")
                 if largest >= LARGEST_VALUE:

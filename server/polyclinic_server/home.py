@@ -23,6 +23,7 @@ from polyclinic.errors import Refused
 from polyclinic.files import locked, storage, write_atomic
 from polyclinic_server.gateway import configuration
 from polyclinic_server.pki import make_authority, make_server
+from polyclinic_server.rundir import ENDED, last_event
 
 SETTINGS = "coordinator.toml"
 CONNECTION = "coordinator"
@@ -120,9 +121,10 @@ class Home:
 
     @property
     def wanted(self) -> Path | None:
-        """The run directory that is to run."""
+        """The run directory that is to run, until it has ended."""
         with suppress(FileNotFoundError):
-            return self.path / "runs" / str(json.loads((self.path / "wanted.json").read_text())["run"])
+            run = self.path / "runs" / str(json.loads((self.path / "wanted.json").read_text())["run"])
+            return None if last_event(run) in ENDED else run
         return None
 
     def want(self, run: Path | None) -> None:

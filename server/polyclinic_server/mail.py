@@ -168,7 +168,7 @@ def _sender(reply: Message, pending: dict[str, int]) -> int | None:
     return pending.pop(asked)
 
 
-def read(message: Message) -> tuple[Reply, Packed | None]:
+def read(message: Message) -> tuple[Reply, Tensors | None]:
     """A reply and its update, not yet looked at.
 
     Raises:

@@ -203,11 +203,11 @@ def _take(
     reply, update = read(message)
     norm = gate.check(round.orders[site], study.hash, reply, update, round.tensors)
     assert update is not None  # the gate has seen to it
-    down = sum(value.nbytes for value in round.tensors.values())
-    bytes_sent = {"bytes_down": down, "bytes_up": wire.size(update)}
+    down, up = (sum(value.nbytes for value in tensors.values()) for tensors in (round.tensors, update))
+    bytes_sent = {"bytes_down": down, "bytes_up": up}
     run.metrics(round.stage, round.number, site, {**reply.train, **bytes_sent})
     run.metrics(_stage_before(study, round), round.number - 1, site, reply.evaluation)
-    fold.add(wire.drain(update), weight_of(reply.patients, study.aggregation.weighting))
+    fold.add(update.items(), weight_of(reply.patients, study.aggregation.weighting))
     run.event("update_accepted", round=round.number, site=site, norm=norm, patients=reply.patients)
     return reply, norm
 

@@ -13,6 +13,8 @@ from polyclinic.study import Study, load_study
 
 Listener = Callable[[dict[str, Any]], None]
 
+ENDED = ("run_reported", "run_failed", "run_stopped")
+"""Last events of a deployed run that is not to be run again."""
 COLUMNS = ["stage", "round", "site", "metric", "value"]
 
 
@@ -71,3 +73,12 @@ def _drop_torn_line(path: Path) -> None:
     data = path.read_bytes() if path.exists() else b""
     if not data.endswith(b"\n") and data:
         os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def last_event(run: Path) -> str:
+    """The name of the newest event of a run directory; "" before any."""
+    try:
+        lines = (run / "events.jsonl").read_bytes().splitlines()
+        return str(json.loads(lines[-1])["event"]) if lines else ""
+    except (OSError, ValueError, KeyError):
+        return ""

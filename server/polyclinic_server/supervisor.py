@@ -31,8 +31,6 @@ FLOWER_TIMEOUT_S = 60.0
 """For one of Flower's own commands."""
 STARTING_S = 60.0
 """After a run was submitted, until its ServerApp must have taken the run directory's lock."""
-ENDED = ("run_reported", "run_failed", "run_stopped")
-"""Last events of a run that is not to be run again."""
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -96,9 +94,6 @@ class Supervisor:
         if (run := self.home.wanted) is None:
             self._submitted = 0.0
             return
-        if last_event(run) in ENDED:
-            self.home.want(None)
-            return
         with locked(run) as free:
             waiting = self._submitted and time.monotonic() - self._submitted < STARTING_S
             if not free:
@@ -110,15 +105,6 @@ class Supervisor:
         flower(self.home, "run", str(bundle_folder()), CONNECTION, "--run-config", configured)
         self._submitted = time.monotonic()
         RunDir(run).event("submitted")
-
-
-def last_event(run: Path) -> str:
-    """The name of the newest event; "" before any."""
-    try:
-        lines = (run / "events.jsonl").read_bytes().splitlines()
-        return str(json.loads(lines[-1])["event"]) if lines else ""
-    except (OSError, ValueError, KeyError):
-        return ""
 
 
 def register(home: Home, site: Enrolled) -> int:

@@ -61,7 +61,7 @@ def polyclinic(sites: int, model: Mapping[str, NDArray[np.float32]], memory: Mem
         if message.metadata.message_type == MessageType.QUERY:
             return Message(RecordDict({"site": ConfigRecord({"site": name})}), reply_to=message)
         content = wire.pack_reply(wire.Reply(study.hash, 0, 1, name, 1, {"loss": 0.0}, {}), None)
-        content["update"] = ArrayRecord({n: wire.pack_tensors({n: ones})[n] for n in model})
+        content["update"] = wire.pack_tensors(dict.fromkeys(model, ones))
         return Message(content, reply_to=message)
 
     def listen(event: Mapping[str, Any]) -> None:

@@ -14,4 +14,5 @@ from ..tiny import TinyEncoder
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(ENCODERS, "resnet18", lambda encoder, images: TinyEncoder(images.channels))
     monkeypatch.setattr(mail, "POLL_S", 0.01)
+    monkeypatch.setattr(mail, "AGAIN_S", 0.02)
     yield

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from polyclinic import wire
 from polyclinic.study import Study
+from polyclinic_server import mail
 from polyclinic_server.gate import RefusedUpdate
 from polyclinic_server.rounds import run_study
 from polyclinic_server.rundir import RunDir
@@ -81,8 +82,20 @@ def update(change: Callable[[str, np.ndarray], np.ndarray]) -> Callable[[Message
     return spoil
 
 
-def array(name: str, make: Callable[[Array], Array]) -> Callable[[Message], None]:
-    return lambda reply: reply.content["update"].__setitem__(name, make(reply.content["update"][name]))
+def array(make: Callable[[Array], Array]) -> Callable[[Message], None]:
+    """The array that all tensors of the update travel in goes through `make`."""
+    return lambda reply: reply.content["update"].__setitem__("tensors", make(reply.content["update"]["tensors"]))
+
+
+def names(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Message], None]:
+    """The update's tensors by name go through `change`, in place."""
+
+    def spoil(reply: Message) -> None:
+        tensors = wire.unpack_tensors(reply.content["update"])
+        change(tensors)
+        reply.content["update"] = wire.pack_tensors(tensors)
+
+    return spoil
 
 
 def field(**changes: Any) -> Callable[[Message], None]:
@@ -115,12 +128,20 @@ ATTACKS: dict[str, tuple[Callable[[Message], Any], str]] = {
     "inf": (update(poison_one(BIAS, -np.inf)), f"its tensor {BIAS} holds values that are not finite"),
     "over range": (update(poison_one(BIAS, 1e30)), f"its tensor {BIAS} changes a weight by 1e+30, at most 128"),
     "huge norm": (update(lambda _, v: v + 90), "is above the limit"),
-    "wrong shape": (update(lambda n, v: v.reshape(-1, 1) if n == BIAS else v), "is not float32 of shape (8,)"),
-    "wrong dtype": (array(BIAS, lambda a: Array("float64", a.shape, a.stype, a.data * 2)), "is not float32"),
-    "wrong form": (array(BIAS, lambda a: Array("float32", a.shape, "numpy.ndarray", a.data)), "is not raw float32"),
-    "truncated": (array(BIAS, lambda a: Array("float32", a.shape, a.stype, a.data[:-1])), "has 31 bytes instead of 32"),
-    "missing tensor": (lambda r: r.content["update"].__delitem__(BIAS), "(1 missing, 0 unknown)"),
-    "extra tensor": (array(BIAS, lambda a: a), ""),
+    "wrong shape": (update(lambda n, v: v.reshape(-1, 1) if n == BIAS else v), "is not of shape (8,)"),
+    "wrong form": (
+        array(lambda a: Array(a.dtype, a.shape, "numpy.ndarray", a.data)),
+        "the tensors are not in the form of a message",
+    ),
+    "truncated": (array(lambda a: Array(a.dtype, a.shape, a.stype, a.data[:-1])), "is not there, or twice"),
+    "longer": (array(lambda a: Array(a.dtype, a.shape, a.stype, a.data + b"x")), "1 bytes are of no tensor"),
+    "without a header": (array(lambda a: Array(a.dtype, a.shape, a.stype, b"\xff" * 64)), "have no header"),
+    "a header that lies": (
+        array(lambda a: Array(a.dtype, a.shape, a.stype, a.data[:8] + a.data[8:].replace(b"[8]", b"[9]", 1))),
+        "is not there, or twice",
+    ),
+    "missing tensor": (names(lambda t: t.pop(BIAS)), "(1 missing, 0 unknown)"),
+    "extra tensor": (names(lambda t: t.update(extra=t[BIAS])), "(0 missing, 1 unknown)"),
     "other study": (field(study="0" * 64), "it belongs to another study"),
     "other site's name": (field(site="east"), "it names another site as its sender"),
     "name of nobody": (field(site="x" * 10**5), "it names another site as its sender"),
@@ -145,8 +166,12 @@ ATTACKS: dict[str, tuple[Callable[[Message], Any], str]] = {
     "nothing": (lambda r: [r.content.pop(k) for k in list(r.content)] and None, "the message is not a reply"),
     "bomb": (lambda r: r.content.__setitem__("x", ConfigRecord({"x": ["y"] * 10**5})), "more than a reply does"),
     "many names": (
-        lambda r: r.content["update"].update({f"t{k}": Array("float32", (), "raw-le", b"abcd") for k in range(10**4)}),
+        names(lambda t: t.update({f"t{k}": np.zeros((), np.float32) for k in range(10**4)})),
         "(0 missing, 10000 unknown)",
+    ),
+    "many arrays": (
+        lambda r: r.content["update"].update({f"t{k}": Array("float32", (), "raw-le", b"abcd") for k in range(10**4)}),
+        "the tensors are not in the form of a message",
     ),
     "an error": (
         lambda r: [Message(Error(1000, "\x1b[2J" + "gone [/yellow] /data/Jane Doe\n" * 10**4), reply_to=asked(r))],
@@ -154,10 +179,6 @@ ATTACKS: dict[str, tuple[Callable[[Message], Any], str]] = {
     ),
     "an error of nothing": (lambda r: [Message(Error(0, None), reply_to=asked(r))], "the site failed: None"),
 }
-ATTACKS["extra tensor"] = (
-    lambda r: r.content["update"].__setitem__("extra", r.content["update"][BIAS]),
-    "(0 missing, 1 unknown)",
-)
 
 
 def asked(reply: Message) -> Message:
@@ -197,6 +218,37 @@ def test_a_replayed_update_is_refused(tmp_path: Path) -> None:
     assert refused["site"] == "west"
     assert len(events(run, "update_accepted")) == 5
     assert tensors
+
+
+@pytest.mark.parametrize("code", [3, 4, 5, 8])
+def test_a_site_whose_node_went_away_is_asked_again_and_changes_nothing(code: int, tmp_path: Path) -> None:
+    """Flower answers in the stead of a node that is gone; the site's own answer comes when it is back."""
+    gone = {"questions": 1, "updates": 2}
+
+    def disturb(site: str, reply: Message) -> list[Message]:
+        kind = "updates" if is_update(reply) else "questions"
+        if site == "west" and gone[kind]:
+            gone[kind] -= 1
+            return [Message(Error(code, "Node Unavailable"), reply_to=asked(reply))]
+        return [reply]
+
+    _, expected = lead(tmp_path / "plain")
+    run, tensors = lead(tmp_path / "run", disturb)
+    assert same_bits(tensors, expected)
+    assert [event["site"] for event in events(run, "site_lost")] == ["west", "west"]
+    assert events(run, "update_refused") == events(run, "site_missing") == []
+
+
+def test_a_site_that_goes_away_for_ever_is_not_asked_for_ever(tmp_path: Path) -> None:
+    def disturb(site: str, reply: Message) -> list[Message]:
+        if site == "west" and is_update(reply):
+            return [Message(Error(5, "Node Unavailable"), reply_to=asked(reply))]
+        return [reply]
+
+    run, tensors = lead(tmp_path / "run", disturb)
+    assert len(events(run, "site_lost")) == 2 * mail.AGAIN
+    assert {event["reason"] for event in events(run, "update_refused")} == {"the site failed: Node Unavailable"}
+    assert_as_if_absent(run, tensors, tmp_path)
 
 
 def silent(site: str, reply: Message) -> list[Message]:
@@ -377,17 +429,18 @@ VALUES = (
 METRIC = st.integers() | st.floats() | st.lists(st.floats(), max_size=2)
 FIELDS = st.sampled_from(["study", "stage", "round", "site", "patients", "other"])
 GOOD = {"study": "h", "stage": 0, "round": 1, "site": "west", "patients": 10}
+TENSORS = wire.pack_tensors({"a": np.ones(2, np.float32), "b": np.ones((), np.float32)})["tensors"].data
 ARRAYS = st.builds(
     Array,
     st.sampled_from(["float32", "float64", "x"]),
     st.lists(st.sampled_from([0, 1, 2, -1, 2**70]), max_size=3).map(tuple),
-    st.sampled_from(["raw-le", "numpy.ndarray"]),
-    st.binary(max_size=16),
+    st.sampled_from(["polyclinic-tensors-1", "numpy.ndarray"]),
+    st.binary(max_size=16) | st.sampled_from([TENSORS, TENSORS[:-1], TENSORS + b"x"]),
 )
 RECORDS = st.one_of(
     st.dictionaries(FIELDS, VALUES, max_size=3).map(lambda changes: ConfigRecord({**GOOD, **changes})),
     st.dictionaries(st.sampled_from([*wire.METRICS, "age"]), METRIC, max_size=3).map(MetricRecord),
-    st.dictionaries(st.sampled_from(["a", "b", "c"]), ARRAYS, max_size=3).map(ArrayRecord),
+    st.dictionaries(st.sampled_from(["tensors", "more"]), ARRAYS, max_size=2).map(ArrayRecord),
 )
 NAMES = st.sampled_from(["reply", "update", "train", "evaluation", "other"])
 

@@ -146,6 +146,6 @@ def test_a_reply_is_described_by_tensor_and_figure() -> None:
     reply = wire.Reply("hash", 0, 3, "north", 12, {"loss": 0.5}, {"probe_auc": 0.7})
     update = {"w": np.array([3.0, 4.0], np.float32), "b": np.zeros((1, 2), np.float32)}
     found = json.loads(json.dumps(wire.describe(wire.pack_reply(reply, update))))
-    assert (found["study"], found["round"], found["patients"], found["bytes"]) == ("hash", 3, 12, 16)
+    assert (found["study"], found["round"], found["patients"], found["bytes"]) == ("hash", 3, 12, 8 + 64 + 16)
     assert found["metrics"] == {"loss": 0.5, "probe_auc": 0.7}
     assert [(t["name"], t["shape"], t["norm"]) for t in found["tensors"]] == [("w", [2], 5.0), ("b", [1, 2], 0.0)]

@@ -278,7 +278,7 @@ def test_nothing_leaves_but_what_is_listed_here(site: Site) -> None:
     }  # fmt: skip
     assert set(reply.content["train"]) == set(wire.TRAINING)
     assert set(reply.content["evaluation"]) == PROBES
-    assert set(reply.content["update"]) == set(tensors)
+    assert set(wire.unpack_tensors(reply.content["update"])) == set(tensors)
     who = node.ask(RecordDict(), MessageType.QUERY)
     assert {key: set(record) for key, record in who.content.items()} == {"site": {"site", "version"}}
     for message in (reply, who):

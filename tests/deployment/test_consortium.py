@@ -19,7 +19,7 @@ from polyclinic_server.supervisor import flower
 
 from .conftest import SITES, Consortium, events, finished, kill, processes, until
 
-pytestmark = [pytest.mark.deployed, pytest.mark.filterwarnings("ignore:GitWildMatchPattern")]
+pytestmark = [pytest.mark.deployed, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore:GitWildMatchPattern")]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,17 @@ def test_a_deployed_study_has_the_bits_of_its_simulation(honest: tuple[Path, Pat
 
 
 @pytest.mark.parametrize(
-    "victim", [("flwr-serverapp",), ("flower-superlink",), ("flower-supernode", "beta"), ("nginx: worker",)]
+    "victim",
+    [
+        ("flwr-serverapp",),
+        ("flower-supernode", "beta"),
+        pytest.param(("flower-superlink",), marks=pytest.mark.slow),
+        pytest.param(("flwr-clientapp", "beta"), marks=pytest.mark.slow),
+        pytest.param(("nginx: worker",), marks=pytest.mark.slow),
+        pytest.param(("coordinator", "start"), marks=pytest.mark.slow),
+        pytest.param(("site", "start", "beta"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
 )
 def test_killed_in_a_round_and_back_with_the_same_bits(
     victim: tuple[str, ...], honest: tuple[Path, Path], consortium: Consortium
@@ -62,6 +72,10 @@ def test_killed_in_a_round_and_back_with_the_same_bits(
     until(lambda: events(run, "round_started"), 120, "the first round")
     time.sleep(2.0)
     kill(processes(*victim))
+    if "start" in victim:  # nobody starts these again but the system that they run on
+        name = "coordinator" if "coordinator" in victim else "beta"
+        consortium.processes.pop(name).wait(timeout=30)
+        consortium.start(name)
     finished(run)
     assert same_bits(run, honest[1])
     assert each_round_once(run)

@@ -1,9 +1,7 @@
 """The fold: against a slow twin in float64, in every order, at its bounds."""
 
-import gc
 import itertools
 import math
-import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from polyclinic import wire
 from polyclinic_server.aggregation import RULES
 from polyclinic_server.aggregation.fedavg import CHUNK, LARGEST_VALUE, LARGEST_WEIGHT, STEP, FedAvg, weight_of
 
@@ -106,18 +103,6 @@ def test_the_largest_values_and_weights_fit() -> None:
     for value in (largest, -largest):
         new = fold({"x": np.zeros(1, np.float32)}, [{"x": np.array([value])}] * 2, [LARGEST_WEIGHT // 2 - 1] * 2)
         assert new["x"].tolist() == [value]
-
-
-def test_an_update_leaves_memory_tensor_by_tensor() -> None:
-    record = wire.pack_tensors({name: np.ones(1000, np.float32) for name in "abc"})
-    arrays = [weakref.ref(array) for array in record.values()]
-    alive = []
-    for _, delta in wire.drain(record):
-        del delta
-        gc.collect()
-        alive.append(sum(array() is not None for array in arrays))
-    assert alive == [2, 1, 0]
-    assert len(record) == 0
 
 
 def test_weightings() -> None:

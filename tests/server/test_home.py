@@ -12,6 +12,9 @@ from polyclinic.enrolment import Request
 from polyclinic.errors import Refused
 from polyclinic_server.gateway import configuration
 from polyclinic_server.home import Home, Settings, make_home, renew
+from polyclinic_server.rundir import RunDir
+
+from ..tiny import tiny_study
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern")
 """Flower's own, as it builds the bundle."""
@@ -93,6 +96,10 @@ def test_the_wanted_run_is_remembered(home: Home) -> None:
     assert home.wanted is None
     home.want(home.path / "runs" / "s-1")
     assert Home(home.path).wanted == home.path / "runs" / "s-1"
+    RunDir(home.path / "runs" / "s-1").create(tiny_study())
+    for event, ended in (("run_interrupted", False), ("run_reported", True)):
+        RunDir(home.path / "runs" / "s-1").event(event)
+        assert (home.wanted is None) == ended
     home.want(None)
     assert home.wanted is None
 

@@ -45,12 +45,7 @@ class FedAvg:
         for name, delta in update:
             flat, total = delta.reshape(-1), self._sums[name]
             for at in range(0, flat.size, CHUNK):
-                scaled = flat[at : at + CHUNK].astype(np.float64)
-                scaled /= STEP
-                steps = np.rint(scaled, out=scaled).astype(np.int64)
-                steps *= weight
-                total[at : at + CHUNK] += steps
-            del delta, flat
+                total[at : at + CHUNK] += _steps(flat[at : at + CHUNK], weight)
 
     def close(self, tensors: Tensors) -> Tensors:
         """The new global tensors: the old ones plus the weighted mean of the updates. The sums are given up."""
@@ -63,3 +58,12 @@ class FedAvg:
                 result[at : at + CHUNK] = flat[at : at + CHUNK] + mean
             new[name] = result.reshape(value.shape)
         return new
+
+
+def _steps(values: NDArray[np.float32], weight: int) -> NDArray[np.int64]:
+    """Values in steps, times the weight."""
+    scaled = values.astype(np.float64)
+    scaled /= STEP
+    steps = np.rint(scaled, out=scaled).astype(np.int64)
+    steps *= weight
+    return steps
