@@ -7,6 +7,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -61,23 +62,33 @@ def conclude(run: RunDir) -> None:
     """Summary, model card and report of a run across a network, whose images nobody has in one place.
 
     `federated` in the comparison is what the sites measured on their own test patients with their own probes, weighted
-    by patients; it has no interval, since nobody sees all answers.
+    by patients; it has no interval, since nobody sees all answers. `patients` are those that a site has trained on.
     """
-    study, seats = run.study, json.loads((run.path / "seats.json").read_text())
+    study = run.study
     table = pd.read_csv(run.path / "metrics.csv", keep_default_na=False)
-    last = table[(table["site"] == "") & (table["round"] == study.rounds)].set_index("metric")["value"]
-    measured = {name: float(last[name]) for name in ("probe_auc", "probe_balanced_accuracy") if name in last}
+    own = table[table["site"] != ""]
+    trained = own[own["metric"] == "patients"].groupby("site")["value"].max()
+    last = own[own["round"] == study.rounds].pivot(index="site", columns="metric", values="value")
+    comparison, notes = {}, []
+    if "probe_auc" in last:
+        probed = last.dropna(subset="probe_auc").join(trained.rename("weight"), how="inner")
+        areas, balanced = (
+            float(np.average(probed[name], weights=probed["weight"]))
+            for name in ("probe_auc", "probe_balanced_accuracy")
+        )
+        figures = {"auc": areas, "auc_low": None, "auc_high": None}
+        comparison["federated"] = {**figures, "balanced_accuracy": balanced}
+        notes.append(f"the sites' own probes: AUC {figures['auc']:.3f}, their mean weighted by patients, no interval")
     summary = {
         "study": study.name,
         "hash": study.hash,
         "engine": "deployed",
-        "sites": {name: {"patients": patients} for name, patients in seats.items()},
+        "sites": {name: {"patients": int(patients)} for name, patients in trained.items()},
         "rounds": study.rounds,
-        "comparison": {},
+        "comparison": comparison,
         "classifier": {},
         "operating": [],
-        "probes": measured,
-        "notes": [],
+        "notes": notes,
         "warnings": [],
         "bytes_sent": int(table.loc[table["metric"] == "bytes_up", "value"].sum()),
         "epsilon": {},

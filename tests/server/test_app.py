@@ -4,10 +4,11 @@ import json
 import tomllib
 from pathlib import Path
 
+import pytest
 from flwr.app import Context, RecordDict
 
 from polyclinic.artifacts import load_tensors
-from polyclinic_server.app import app
+from polyclinic_server.app import app, conclude
 from polyclinic_simulations.engines.local import LocalGrid
 
 from ..tiny import SITES, events, honest, open_run, tiny_study
@@ -18,17 +19,35 @@ BUNDLE = Path(__file__).parents[2] / "deploy" / "app" / "pyproject.toml"
 def test_leads_the_study_and_leaves_its_encoder(tmp_path: Path) -> None:
     study = tiny_study()
     run = open_run(tmp_path, study)
-    (tmp_path / "seats.json").write_text(json.dumps(dict.fromkeys(SITES, 10)))
+    (tmp_path / "seats.json").write_text(json.dumps(dict.fromkeys(SITES, 65_536)))
     context = Context(1, 1, {}, RecordDict(), {"run": str(tmp_path)})
     app(LocalGrid({name: honest(name) for name in SITES}), context)
     assert [event["event"] for event in events(run)][-2:] == ["run_finished", "run_reported"]
     assert (tmp_path / "report.html").exists()
-    assert json.loads((tmp_path / "summary.json").read_text())["engine"] == "deployed"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["engine"] == "deployed"
+    assert summary["sites"] == {name: {"patients": 10} for name in SITES}  # not the seats: what trained
     encoder, metadata = load_tensors(tmp_path / "encoder.safetensors")
     last, _ = load_tensors(run.checkpoints / f"round-{study.rounds:04d}.safetensors")
     assert metadata["hash"] == study.hash
     assert set(encoder) == {name.removeprefix("encoder.") for name in last if name.startswith("encoder.")}
     assert all((value == last[f"encoder.{name}"]).all() for name, value in encoder.items())
+
+
+def test_the_sites_own_probes_are_averaged_by_the_patients_that_they_trained_on(tmp_path: Path) -> None:
+    run = open_run(tmp_path, tiny_study())
+    run.rewind(0)
+    for site, patients, area in (("east", 10.0, 0.6), ("north", 30.0, 0.9)):
+        run.metrics(0, 1, site, {"patients": patients, "bytes_up": 100.0, "probe_auc": 0.1})
+        run.metrics(0, 2, site, {"patients": patients, "bytes_up": 100.0})
+        run.metrics(0, 2, site, {"probe_auc": area, "probe_balanced_accuracy": 0.5})
+    run.metrics(0, 2, "west", {"patients": 20.0})  # one class only: no probe
+    conclude(run)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    row = summary["comparison"]["federated"]
+    assert row == {"auc": pytest.approx(0.825), "auc_low": None, "auc_high": None, "balanced_accuracy": 0.5}
+    assert summary["bytes_sent"] == 400
+    assert "AUC 0.825" in (tmp_path / "report.html").read_text()
 
 
 def test_the_bundle_names_this_app_and_the_sites() -> None:
