@@ -161,12 +161,13 @@ def launch(
 def _preview(study: "Study", seats: dict[str, int]) -> Iterator[str]:
     """What a study will do, before anything is asked of a site."""
     from polyclinic.model import initial_tensors
+    from polyclinic.report.words import plural
 
     tensors = initial_tensors(study, 0, None)
     size = sum(value.nbytes for value in tensors.values()) / 1e6
     stages = ", then ".join(f"{stage.rounds} rounds of {stage.method}" for stage in study.stages)
     yield f"{study.name} ({study.hash}): {stages}"
-    yield f"at {len(seats)} sites: {', '.join(seats)}"
+    yield f"at {plural(len(seats), 'site')}: {', '.join(seats)}"
     yield f"each round sends every site {size:.1f} MB and takes as much back: {len(tensors)} tensors, and its metrics"
     yield f"a round closes when all have answered, or after {study.aggregation.round_deadline_s / 60:.0f} minutes"
 

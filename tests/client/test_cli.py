@@ -1,0 +1,135 @@
+"""`polyclinic site` as far as no node must run for it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from polyclinic.bundle import bundle_hash
+from polyclinic.cli import run
+from polyclinic.enrolment import Join
+from polyclinic.study import load_study
+from polyclinic_client.hospital import Hospital
+
+from ..tiny import write_cohort
+
+pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern")
+STUDY = """
+[study]
+name = "s"
+
+[images]
+size = 16
+
+[encoder]
+name = "vit_tiny"
+
+[[stages]]
+kind = "pretrain"
+method = "mae"
+rounds = 2
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site in ./site."""
+    monkeypatch.chdir(tmp_path)
+    write_cohort(tmp_path / "images", 6)
+    assert run(["site", "init", "--name", "north", "--data", "images"]) == 0
+    (tmp_path / "study.toml").write_text(STUDY)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    found = capsys.readouterr()
+    return found.out + found.err
+
+
+def answer(name: str = "north") -> str:
+    made = Join(name=name, coordinator="c", address="c.example:443", authority="PEM", bundle=bundle_hash())
+    Path("join.json").write_text(made.model_dump_json())
+    return "join.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["init", "--name", "north", "--data", "images"], "is not empty"),
+        (["init", "--name", "a/b", "--data", "images", "--home", "new"], "is no name of a site"),
+        (["init", "--name", "n", "--data", "none", "--home", "new"], "there are no images in none"),
+        (["start"], "the coordinator has not answered yet"),
+        (["firewall"], "the coordinator has not answered yet"),
+        (["join", "site/request.json"], "is not an answer"),
+        (["withdraw", "abc"], "no study abc is approved here"),
+        (["approve", "none.toml"], "cannot read the study file"),
+        (["status", "--home", "none"], "there is no site in none"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["site", *arguments]) == 2
+    shown = said(capsys)
+    assert says in shown
+    assert "fix:" in shown
+
+
+def test_from_the_request_to_an_approved_study(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["site", "init", "--name", "south", "--data", "images", "--home", "other"]) == 0
+    assert "SHA256:" in said(capsys)
+    assert run(["site", "join", answer()]) == 0
+    assert run(["site", "firewall"]) == 0
+    assert "outbound TCP to c.example port 443" in said(capsys)
+    assert run(["site", "approve", "study.toml", "--yes"]) == 0
+    shown = said(capsys)
+    hash = load_study(Path("study.toml")).hash
+    assert "trains on 12 images of 6 patients: 2 rounds" in shown
+    assert f"approved by {Hospital(Path('site')).approved(hash).by}" in shown  # type: ignore[union-attr]
+    assert run(["site", "status", "--json"]) == 0
+    found = json.loads(said(capsys))
+    assert (found["coordinator"], found["running"], list(found["approved"])) == ("c.example:443", False, [hash])
+    assert run(["site", "withdraw", hash]) == 0
+    assert run(["site", "status"]) == 0
+    assert "approved:" not in said(capsys)
+
+
+def test_a_study_that_is_asked_about_and_not_wanted_is_not_approved(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("typer.confirm", lambda _: False)
+    assert run(["site", "approve", "study.toml"]) == 2
+    assert "not approved" in said(capsys)
+    assert not list(Path("site/approved").glob("*"))
+
+
+def test_a_study_beyond_the_policy_is_not_even_asked_about(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Path("site/site.toml")
+    settings.write_text(settings.read_text().replace("max_rounds = 1000", "max_rounds = 1"))
+    assert run(["site", "approve", "study.toml", "--yes"]) == 2
+    assert "allows 1 rounds; the study has 2" in said(capsys)
+
+
+def test_the_ledger_is_shown_and_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = Hospital(Path("site")).ledger
+    ledger.append({"to": "c", "kind": "query"})
+    facts = {"study": "a" * 64, "round": 3, "tensors": [{"name": "w"}], "bytes": 2_000_000}
+    ledger.append({"to": "c", "kind": "train", **facts})
+    ledger.append({"to": "c", "kind": "train", "error": "not approved"})
+    said(capsys)
+    assert run(["site", "ledger", "show"]) == 0
+    shown = said(capsys)
+    assert "train: round 3 of aaaaaaaaaaaaaaaa, 1 tensors, 2.0 MB" in shown
+    assert "train: not approved" in shown
+    assert run(["site", "ledger", "show", "--csv"]) == 0
+    assert said(capsys).splitlines()[2].split(",")[2:7] == ["c", "train", "a" * 64, "", "3"]
+    assert run(["site", "ledger", "verify"]) == 0
+    assert "3 entries" in said(capsys)
+    lines = Path("site/ledger/ledger.jsonl")
+    lines.write_text(lines.read_text().replace("not approved", "fine"))
+    assert run(["site", "ledger", "verify"]) == 1
+
+
+def test_the_doctor_fails_with_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["site", "doctor", "--json"]) == 1
+    found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert found["answer"]["level"] == "FAIL"
+    assert run(["site", "doctor"]) == 1
+    assert "FAIL" in said(capsys)
