@@ -53,6 +53,7 @@ http {{
 
         location /v1/fleet/ {{ proxy_pass https://127.0.0.1:{port}; }}
         location = /health {{ proxy_pass https://127.0.0.1:{port}; }}
+        location = /v1/fleet {{ return 403; }}
         location / {{ return 403; }}
     }}
 }}

@@ -71,6 +71,7 @@ def local(sites: int, megabytes: int, rounds: int) -> Times:
     from polyclinic.study import resolve
     from polyclinic.wire import Order, Reply, Tensors
     from polyclinic_client.app import make_app
+    from polyclinic_client.site import Site
     from polyclinic_server.rounds import run_study
     from polyclinic_server.rundir import RunDir
     from polyclinic_simulations.engines.local import LocalGrid
@@ -80,12 +81,14 @@ def local(sites: int, megabytes: int, rounds: int) -> Times:
     study = resolve({"study": {"name": "empty"}, "stages": stages})
     model = dict(_model(megabytes))
 
+    nobody = SimpleNamespace()  # a cohort that is never looked at
+
     def add_one(order: Order, tensors: Tensors, *_: object) -> tuple[Reply, Tensors]:
         update = {n: np.full_like(v, 1 if n == "t0" else 0) for n, v in tensors.items()}
         return Reply(study.hash, order.stage, order.round, order.site, 1, {"loss": 0.0}, {}), update
 
     names = [f"site-{k}" for k in range(sites)]
-    grid = LocalGrid({name: make_app(lambda _, name=name: SimpleNamespace(name=name)) for name in names})
+    grid = LocalGrid({name: make_app(lambda _, name=name: Site(name, nobody, Path(name))) for name in names})
     given = patch("polyclinic_server.rounds.initial_tensors", return_value=model)
     with TemporaryDirectory() as folder, given, patch("polyclinic_client.app.answer", add_one):
         run = RunDir(Path(folder))

@@ -1,14 +1,17 @@
 """A consortium of real processes on loopback: SuperLink, nginx, three SuperNodes, TLS and node authentication on."""
 
+import http.client
 import json
 import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +184,26 @@ def kill(pids: Sequence[int], number: signal.Signals = signal.SIGKILL) -> None:
         os.kill(pid, number)
 
 
+def get(consortium: Consortium, path: str, length: int = 0, method: str = "POST") -> int:
+    """The gateway's answer to a request for exactly this path, with a body that is said to be so long."""
+    context = ssl.create_default_context(cafile=str(consortium.home / "authority.crt"))
+    with closing(http.client.HTTPSConnection("127.0.0.1", consortium.port, context=context, timeout=10)) as connection:
+        connection.putrequest(method, path, skip_host=True)
+        connection.putheader("Host", "127.0.0.1")
+        connection.putheader("Content-Length", str(length))
+        connection.endheaders()
+        with connection.getresponse() as answer:
+            return answer.status
+
+
+def healthy(consortium: Consortium) -> bool:
+    """Does SuperLink answer through the gateway?"""
+    try:
+        return get(consortium, "/health", method="GET") == 200
+    except OSError:
+        return False
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -194,6 +217,7 @@ def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]
     made = Consortium(tmp_path_factory.mktemp("consortium"))
     made.start("coordinator", *SITES)
     try:
+        until(lambda: healthy(made), 60, "the gateway")
         yield made
     finally:
         made.close()

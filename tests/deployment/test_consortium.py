@@ -1,10 +1,8 @@
 """Studies across real processes: the bits of their simulation, whatever is killed; refusals that cost nobody else."""
 
 import csv
-import http.client
 import shutil
 import signal
-import ssl
 import subprocess
 import sys
 import time
@@ -17,7 +15,7 @@ from polyclinic.bundle import bundle_folder
 from polyclinic_server.home import Home
 from polyclinic_server.supervisor import flower
 
-from .conftest import SITES, Consortium, events, finished, kill, processes, until
+from .conftest import SITES, Consortium, events, finished, get, kill, processes, until
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore:GitWildMatchPattern")]
 
@@ -93,17 +91,6 @@ def test_a_site_that_has_not_approved_is_left_out_by_name_and_the_others_go_on(c
     assert "is not approved at this site" in consortium.log("beta")
 
 
-def get(consortium: Consortium, path: str) -> int:
-    """The gateway's answer to a request for exactly this path."""
-    context = ssl.create_default_context(cafile=str(consortium.home / "authority.crt"))
-    connection = http.client.HTTPSConnection("127.0.0.1", consortium.port, context=context, timeout=10)
-    connection.putrequest("POST", path, skip_host=True)
-    connection.putheader("Host", "127.0.0.1")
-    connection.putheader("Content-Length", "0")
-    connection.endheaders()
-    return connection.getresponse().status
-
-
 @pytest.mark.parametrize(
     "path",
     [
@@ -119,12 +106,7 @@ def test_only_the_fleet_is_reached_through_the_gateway(path: str, consortium: Co
 
 def test_the_gateway_lets_the_fleet_through_and_refuses_a_huge_body(consortium: Consortium) -> None:
     assert get(consortium, "/v1/fleet/activate-node") not in (403, 404, 502)
-    context = ssl.create_default_context(cafile=str(consortium.home / "authority.crt"))
-    connection = http.client.HTTPSConnection("127.0.0.1", consortium.port, context=context, timeout=10)
-    connection.putrequest("POST", "/v1/fleet/push-messages")
-    connection.putheader("Content-Length", str(10**9))
-    connection.endheaders()
-    assert connection.getresponse().status == 413
+    assert get(consortium, "/v1/fleet/push-messages", length=10**9) == 413
 
 
 FOREIGN = """
