@@ -23,7 +23,7 @@ LAYERS = [
     {"files", "seeding", "explain", "processes", "bundle"},
     {"stages"},
     {"study"},
-    {"augment", "cohort", "encoders", "wire", "enrolment"},
+    {"augment", "cohort", "encoders", "wire", "enrolment", "reference"},
     {"methods"},
     {"training", "model"},
     {"evaluation"},

@@ -107,8 +107,8 @@ def _root(
 def register(app: typer.Typer) -> None:
     """Add the group `study`."""
     group = typer.Typer(no_args_is_help=True, help="Look at a study file.")
-    group.callback()(lambda: None)  # keeps `show` a command of its own while the group has only one
     group.command("show")(show)
+    group.command("settings")(settings)
     app.add_typer(group, name="study")
 
 
@@ -137,3 +137,15 @@ def show(
         typer.echo(study.canonical())
     else:
         typer.echo(f"# SHA-256 {study.hash}\n{study.to_toml()}", nl=False)
+
+
+def settings() -> None:
+    """Print every setting that a study may have: its default, its bounds, what it means.
+
+    \b
+    Example:
+      polyclinic study settings | less
+    """
+    from polyclinic.reference import reference
+
+    typer.echo(reference(), nl=False)

@@ -1,0 +1,53 @@
+"""`polyclinic study settings` names every setting there is, with the default that it has."""
+
+import tomllib
+
+import pytest
+
+from polyclinic.reference import reference
+from polyclinic.stages import Stage, Views
+from polyclinic.study import Study
+
+from ..tiny import METHOD_STAGES
+
+TABLES = {name: field.annotation for name, field in Study.model_fields.items() if name != "stages"}
+
+
+def table(head: str) -> dict[str, object]:
+    """The table whose first line starts like this, as TOML; what must be given is left out."""
+    [text] = [part for part in reference().split("\n\n") if part.startswith(head)]
+    lines = [line for line in text.splitlines()[1:] if not line.endswith(("must be given", "by method"))]
+    return tomllib.loads("\n".join(lines))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_has_every_key_and_its_default(name: str) -> None:
+    model = TABLES[name]
+    assert model is not None
+    expected = {
+        key: field.get_default(call_default_factory=True)
+        for key, field in model.model_fields.items()
+        if not field.is_required() and key != "site"
+    }
+    found = table(f"[{name}]")
+    assert found.keys() == expected.keys()
+    simple = {key: value for key, value in expected.items() if isinstance(value, int | float | str | list | dict)}
+    assert {key: found[key] for key in simple} == simple
+
+
+@pytest.mark.parametrize("method", METHOD_STAGES)
+def test_a_method_has_what_it_adds_or_sets_anew(method: str) -> None:
+    kind = "finetune" if method == "supervised" else "pretrain"
+    found = table(f'[[stages]]   # kind = "{kind}", method = "{method}"')
+    fields = METHOD_STAGES[method].model_fields
+    assert found == {
+        key: field.default
+        for key, field in fields.items()
+        if key not in ("kind", "method", "views", "rounds")
+        and field.default != getattr(Stage.model_fields.get(key), "default", None)
+    }
+
+
+def test_views_and_meanings_are_there() -> None:
+    assert table("[stages.views]").keys() == Views.model_fields.keys()
+    assert "# Side of the square that every image is resized to, pixels. (at least 16, at most 1024)" in reference()
