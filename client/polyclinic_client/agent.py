@@ -6,6 +6,7 @@ SuperNode ends when the coordinator does not know it yet, or still believes in t
 import logging
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,22 +38,48 @@ def run_agent(hospital: Hospital) -> None:
         keep_running([_supernode(hospital)], lambda: None)
 
 
+def write_guard(home: Path) -> Path:
+    """The folder that is all of SuperNode's PATH: our own `flwr-clientapp`, and what SuperNode starts it by.
+
+    Flower's program of that name must not be found after ours: a shell's search goes on past one that does not start.
+
+    Raises:
+        Refused: our program does not start from there.
+    """
+    folder = home / "bin"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    guard, other = folder / "flwr-clientapp", folder / "flower-superexec"
+    write_atomic(guard, GUARD)
+    guard.chmod(0o700)
+    other.unlink(missing_ok=True)
+    other.symlink_to(BIN / "flower-superexec")
+    fix = "put the site's folder where programs may run, on a path without a colon"
+    try:
+        works = subprocess.run([guard, "--help"], capture_output=True, timeout=120).returncode == 0  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Refused(f"{guard} does not start: {error}", fix) from error
+    if not works or os.pathsep in str(folder):
+        raise Refused(f"{guard} does not start", fix)
+    return folder
+
+
 def _supernode(hospital: Hospital) -> Program:
-    """SuperNode, with our own `flwr-clientapp` first on its PATH."""
-    assert hospital.joined is not None
-    home = hospital.path
-    for name in ("bin", "flwr", "logs"):
+    """SuperNode, for which only our own `flwr-clientapp` is to be found."""
+    joined, home = hospital.joined, hospital.path
+    assert joined is not None
+    for name in ("flwr", "logs"):
         (home / name).mkdir(mode=0o700, exist_ok=True)
-    write_atomic(home / "bin" / "flwr-clientapp", GUARD)
-    (home / "bin" / "flwr-clientapp").chmod(0o700)
-    command = [
-        str(BIN / "flower-supernode"),
-        *("--superlink", hospital.joined.address, "--root-certificates", str(home / "authority.crt")),
-        *("--auth-supernode-private-key", str(home / "node.key")),
-        *("--node-config", f'home="{home}"', "--host", "127.0.0.1", "--port", str(_free_port())),
-    ]
+
+    def command() -> list[str]:
+        return [
+            str(BIN / "flower-supernode"),
+            *("--superlink", joined.address, "--root-certificates", str(home / "authority.crt")),
+            *("--auth-supernode-private-key", str(home / "node.key")),
+            *("--node-config", f'home="{home}"', "--host", "127.0.0.1", "--port", str(_free_port())),
+        ]
+
     environment = {
-        "PATH": os.pathsep.join([str(home / "bin"), str(BIN), os.environ.get("PATH", os.defpath)]),
+        "PATH": str(write_guard(home)),
         "FLWR_HOME": str(home / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -62,7 +62,8 @@ def join(
     from polyclinic_client.hospital import Hospital
 
     found = Hospital(home).join(answer)
-    print(f"{found.name} may speak to {found.coordinator} at {found.address}\nnext: polyclinic site start")
+    print(f"{found.name} may speak to {found.coordinator} at {found.address}, whose authority has the fingerprint")
+    print(f"{found.fingerprint}\ncompare it with the coordinator's; next: polyclinic site start")
 
 
 def doctor(

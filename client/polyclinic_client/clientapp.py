@@ -9,12 +9,17 @@ import hashlib
 import logging
 from typing import Any
 
+from flwr.app import Context, Error, Message
+
 from polyclinic.bundle import bundle_hash
 from polyclinic.errors import Refused
 
 log = logging.getLogger(__name__)
 
-REPLACED = ("install_from_fab", "get_load_client_app_fn", "get_project_dir")
+SITE_ERROR = 1000
+"""As in app.py, which is imported only where a message is carried out."""
+
+REPLACED = ("install_from_fab", "get_load_client_app_fn")
 """In flwr.supernode.runtime.run_clientapp."""
 
 
@@ -58,4 +63,17 @@ def installed() -> Any:
     """The site's own ClientApp."""
     from polyclinic_client.app import app
 
-    return app
+    return _plain(app)
+
+
+def _plain(app: Any) -> Any:
+    """The app, whose own errors (a message of a kind that it does not know) leave as their kind, without text."""
+
+    def answering(message: Message, context: Context) -> Message:
+        try:
+            return app(message, context)  # type: ignore[no-any-return]
+        except Exception as error:
+            log.exception("a message could not be carried out")
+            return Message(Error(SITE_ERROR, type(error).__name__), reply_to=message)
+
+    return answering

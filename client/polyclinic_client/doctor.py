@@ -65,7 +65,10 @@ def examine(path: Path) -> Iterator[Finding]:
             yield Finding(name, "FAIL", error.problem, error.fix)
         except OSError as error:
             yield Finding(name, "FAIL", f"cannot be checked: {error.strerror}", "see who may read the site's folder")
-    yield from _network(hospital)
+    try:
+        yield from _network(hospital)
+    except PolyclinicError as error:
+        yield Finding("answer", "FAIL", error.problem, error.fix)
 
 
 def _data(hospital: Hospital) -> Finding:

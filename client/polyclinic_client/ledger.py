@@ -65,6 +65,7 @@ class Ledger:
             count, last = self._position()
             now = datetime.now(UTC).isoformat(timespec="seconds")
             line = json.dumps({"entry": count + 1, "time": now, **facts, "before": last}, sort_keys=True).encode()
+            write_atomic(self._end, json.dumps({"entries": count, "sha256": last, "next": _sha(line)}))
             with storage(self._lines), self._lines.open("ab") as file:
                 file.write(line + b"\n")
                 file.flush()
@@ -75,18 +76,18 @@ class Ledger:
         """(entries, SHA-256 of the last). What a power cut left half written is cut off: it has not left.
 
         Raises:
-            LedgerBroken: the last entry is not the one that was noted as the end.
+            LedgerBroken: the last entry is not the one that was noted as the end; nothing has been touched.
         """
-        line = b""
-        if self._lines.exists():
-            with self._lines.open("r+b") as file:
-                size = file.seek(0, os.SEEK_END)
-                start = file.seek(max(0, size - LONGEST))
-                tail = file.read()
-                whole = tail[: tail.rfind(b"\n") + 1]
-                file.truncate(start + len(whole))
-            line = whole[:-1].rpartition(b"\n")[2]
-        return self._agree(line)
+        if not self._lines.exists():
+            return self._agree(b"")
+        with self._lines.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            start = file.seek(max(0, size - LONGEST))
+            tail = file.read()
+            whole = tail[: tail.rfind(b"\n") + 1]
+            found = self._agree(whole[:-1].rpartition(b"\n")[2])
+            file.truncate(start + len(whole))
+        return found
 
     def _agree(self, line: bytes) -> tuple[int, str]:
         """(entries, SHA-256 of the last), given the last line (b"": there is none), if it is the end that was noted.
@@ -96,20 +97,29 @@ class Ledger:
         Raises:
             LedgerBroken: it is neither.
         """
-        noted: dict[str, Any] = {"entries": 0, "sha256": START}
-        if self._end.exists():
-            noted = json.loads(self._end.read_text())
+        noted = self._noted()
         found = (int(json.loads(line)["entry"]), _sha(line)) if line else (0, START)
-        if found != (noted["entries"], noted["sha256"]) and not _follows(line, noted["entries"] + 1, noted["sha256"]):
+        if found not in ((noted["entries"], noted["sha256"]), (noted["entries"] + 1, noted.get("next"))):
             raise LedgerBroken(f"the ledger has {found[0]} entries and should end with entry {noted['entries']}", FIX)
         return found
+
+    def _noted(self) -> dict[str, Any]:
+        """The end as it was noted: entries, SHA-256 of the last, and that of the one that was about to be written."""
+        try:
+            found: dict[str, Any] = {"entries": 0, "sha256": START}
+            if self._end.exists():
+                found = json.loads(self._end.read_text())
+            return {**found, "entries": int(found["entries"]), "sha256": str(found["sha256"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise LedgerBroken("the ledger's end is not what was noted there", FIX) from error
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Every entry, in order, as they stand; not verified."""
         if self._lines.exists():
             with self._lines.open(encoding="utf-8") as file:
                 for line in file:
-                    yield dict(json.loads(line))
+                    if line.endswith("\n"):  # else a power cut has left it, and it has not left
+                        yield dict(json.loads(line))
 
     def verify(self) -> int:
         """The number of entries, if each follows the one before and the last is the one that was noted.
@@ -118,7 +128,8 @@ class Ledger:
             LedgerBroken: the text says at which line.
         """
         line, last = b"", START
-        for number, line in enumerate(self._lines.read_bytes().splitlines() if self._lines.exists() else [], start=1):
+        data = self._lines.read_bytes() if self._lines.exists() else b""
+        for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
             if not _follows(line, number, last):
                 raise LedgerBroken(f"entry {number} of the ledger was changed, removed, added or moved", FIX)
             last = _sha(line)
@@ -127,6 +138,7 @@ class Ledger:
     def to_csv(self) -> str:
         """A line an entry, for who keeps records of processing: what left, when, for which study, how much."""
         columns = ["entry", "time", "to", "kind", "study", "stage", "round", "patients", "tensors", "bytes", "metrics"]
+        columns += ["version", "error"]
         text = io.StringIO()
         table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()

@@ -62,8 +62,9 @@ class SiteState:
         self._write("moments", round, moments, {"stage": str(stage), "round": str(round)})
         self._write("update", round, update, facts)
         for path in self.folder.iterdir():
-            if (made := _FILE.match(path.name)) is None or int(made["round"]) <= round - KEPT:
-                path.unlink(missing_ok=True)  # an old round, or what a killed process left half written
+            made = _FILE.match(path.name)
+            if made is None or not round - KEPT < int(made["round"]) <= round:
+                path.unlink(missing_ok=True)  # of an old round, of a later one of another run, or half written
 
     def _write(self, kind: str, round: int, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
         new, old = (self.folder / f"{kind}-{number:04d}.safetensors" for number in (round, round - KEPT))

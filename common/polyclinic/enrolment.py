@@ -6,11 +6,13 @@ such as the telephone: nothing else ties the key to the hospital.
 
 import base64
 import hashlib
+import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
+from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -33,9 +35,18 @@ def _is_p384(text: str) -> str:
 
 
 def _is_address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+    if not re.fullmatch(r"[A-Za-z0-9\[][A-Za-z0-9.:\]-]{0,254}:[0-9]{1,5}", text):
         raise ValueError("give host:port")
+    if not 0 < int(text.rpartition(":")[2]) < 65_536:
+        raise ValueError("give host:port, the port from 1 to 65535")
+    return text
+
+
+def _is_certificate(text: str) -> str:
+    try:
+        x509.load_pem_x509_certificate(text.encode())
+    except ValueError as error:
+        raise ValueError("give a certificate, PEM") from error
     return text
 
 
@@ -53,7 +64,8 @@ class Request(_File):
     format: Literal["polyclinic-request-1"] = "polyclinic-request-1"
     name: Name
     public_key: PublicKey
-    version: str = Field(max_length=64)
+    version: str = Field(pattern=r"^[0-9A-Za-z.+-]{1,64}$")
+    """Of Polyclinic. Printed beside the fingerprint, so nothing that moves a terminal's cursor."""
 
     @property
     def fingerprint(self) -> str:
@@ -68,9 +80,14 @@ class Join(_File):
     name: Name
     coordinator: Name
     address: Address
-    authority: str = Field(max_length=20_000)
+    authority: Annotated[str, AfterValidator(_is_certificate)] = Field(max_length=20_000)
     """Certificate of the coordinator's own authority, PEM."""
     bundle: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the authority's certificate, for the telephone."""
+        return "SHA256:" + x509.load_pem_x509_certificate(self.authority.encode()).fingerprint(hashes.SHA256()).hex()
 
 
 Kind = TypeVar("Kind", Request, Join)

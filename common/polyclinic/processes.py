@@ -27,8 +27,10 @@ PR_SET_PDEATHSIG = 1
 class Program:
     """One program that is to run. Its children are its own process group, and end with it."""
 
-    def __init__(self, name: str, command: Sequence[str], output: Path, environment: Mapping[str, str]) -> None:
-        self.name, self.command = name, list(command)
+    def __init__(
+        self, name: str, command: Callable[[], Sequence[str]], output: Path, environment: Mapping[str, str]
+    ) -> None:
+        self.name, self._command = name, command
         self._output, self._environment = output, dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
         self._wait_s, self._start_at, self._started = SHORTEST_S, 0.0, 0.0
@@ -53,9 +55,11 @@ class Program:
         self._started = time.monotonic()
         if self._output.exists() and self._output.stat().st_size > LOG_BYTES:
             self._output.replace(self._output.with_suffix(".old.log"))
+        command = list(self._command())
+        self._end_orphans(Path(command[0]).name)
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(  # noqa: S603 (a list that callers build of their own settings)
-                self.command,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -63,7 +67,23 @@ class Program:
                 start_new_session=True,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
+        self._note.write_text(str(self._process.pid))
         log.info("%s runs as process %d", self.name, self._process.pid)
+
+    @property
+    def _note(self) -> Path:
+        """The process group of the last start, for who starts it after this process was killed."""
+        return self._output.with_suffix(".pid")
+
+    def _end_orphans(self, name: str) -> None:
+        """End what the last start has left: the kernel ends a program with its keeper, not its children."""
+        with suppress(OSError, ValueError):
+            group = int(self._note.read_text())
+            for path in Path("/proc").glob("[0-9]*/stat"):
+                with suppress(OSError):
+                    start, _, rest = path.read_text().rpartition(")")
+                    if int(rest.split()[2]) == group and start.partition("(")[2] == name[:15]:
+                        os.kill(int(path.parent.name), signal.SIGKILL)
 
     def stop(self) -> None:
         """End it and its children: asked first, killed after GRACE_S."""

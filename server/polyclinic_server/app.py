@@ -16,10 +16,10 @@ from polyclinic.artifacts import CLASSIFIER, ENCODER, save_classifier, save_enco
 from polyclinic.errors import Collapsed, PolyclinicError, Refused
 from polyclinic.files import locked, write_atomic
 from polyclinic.model import build_stage, encoder_of, load_tensors
-from polyclinic.report import render_report
+from polyclinic.report import read_run, render_report
 from polyclinic.stages import Finetune
 from polyclinic_server.rounds import run_study
-from polyclinic_server.rundir import RunDir
+from polyclinic_server.rundir import ENDED, REGISTERED, RunDir, last_event
 
 app = ServerApp()
 
@@ -33,23 +33,26 @@ def main(grid: Grid, context: Context) -> None:
     """
     run = RunDir(Path(str(context.run_config["run"])))
     with locked(run.path, patience_s=5.0) as free:
-        if not free:
+        if not free or last_event(run.path) in ENDED:
             return
         try:
-            lead(grid, run)
+            lead(grid, run, json.loads((run.path / REGISTERED).read_text()))
             conclude(run)
         except (Refused, Collapsed) as error:
             run.event("run_failed", problem=error.problem, fix=error.fix)
         except PolyclinicError as error:
             run.event("run_interrupted", problem=error.problem, fix=error.fix)
             raise
+        except Exception as error:
+            run.event("run_interrupted", problem=f"unexpected {type(error).__name__}", fix="see logs/superlink.log")
+            raise
 
 
-def lead(grid: Grid, run: RunDir) -> None:
-    """As `main`, for a run directory that someone listens to."""
+def lead(grid: Grid, run: RunDir, registered: dict[str, int] | None = None) -> None:
+    """As `main`, for a run directory that someone listens to; `registered` is that of `run_study`."""
     study = run.study
     seats = json.loads((run.path / "seats.json").read_text())
-    tensors = run_study(grid, study, run, seats)
+    tensors = run_study(grid, study, run, seats, registered=registered)
     save_encoder(run.path / ENCODER, encoder_of(study, tensors), study)
     if isinstance(stage := study.stages[-1], Finetune):
         _, classifier = build_stage(study, len(study.stages) - 1)
@@ -62,20 +65,20 @@ def conclude(run: RunDir) -> None:
     """Summary, model card and report of a run across a network, whose images nobody has in one place.
 
     `federated` in the comparison is what the sites measured on their own test patients with their own probes, weighted
-    by patients; it has no interval, since nobody sees all answers. `patients` are those that a site has trained on.
+    by patients; it has no interval, since nobody sees all answers. `patients` are those that a site has trained on, as
+    far as the gate let it claim them.
     """
     study = run.study
     table = pd.read_csv(run.path / "metrics.csv", keep_default_na=False)
     own = table[table["site"] != ""]
-    trained = own[own["metric"] == "patients"].groupby("site")["value"].max()
+    accepted = read_run(run.path).happened("update_accepted")
+    trained = pd.Series({event["site"]: event["patients"] for event in accepted}, name="weight", dtype=float)
     last = own[own["round"] == study.rounds].pivot(index="site", columns="metric", values="value")
     comparison, notes = {}, []
-    if "probe_auc" in last:
-        probed = last.dropna(subset="probe_auc").join(trained.rename("weight"), how="inner")
-        areas, balanced = (
-            float(np.average(probed[name], weights=probed["weight"]))
-            for name in ("probe_auc", "probe_balanced_accuracy")
-        )
+    probes = ["probe_auc", "probe_balanced_accuracy"]
+    probed = last.reindex(columns=probes).dropna().join(trained, how="inner")
+    if len(probed):
+        areas, balanced = (float(np.average(probed[name], weights=probed["weight"])) for name in probes)
         figures = {"auc": areas, "auc_low": None, "auc_high": None}
         comparison["federated"] = {**figures, "balanced_accuracy": balanced}
         notes.append(f"the sites' own probes: AUC {figures['auc']:.3f}, their mean weighted by patients, no interval")

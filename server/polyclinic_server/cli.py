@@ -93,7 +93,7 @@ def enrol(
     from polyclinic_server.home import Home
 
     found, asked = Home(home), read_file(request, Request)
-    print(f"site {asked.name}, key {asked.fingerprint}, version {asked.version}")
+    print(f"site {asked.name}, version {asked.version}; the fingerprint of its key:\n{asked.fingerprint}")
     if fingerprint is None and not typer.confirm("Does the hospital read out the same fingerprint?"):
         raise Refused("not enrolled", "ask the hospital for its request again")
     if fingerprint not in (None, asked.fingerprint):
@@ -101,7 +101,9 @@ def enrol(
     answer = found.enrol(asked, patients)
     path = to or Path(f"join-{asked.name}.json")
     write_atomic(path, answer.model_dump_json(indent=2))
-    print(f"send back: {path}")
+    print(
+        f"send back: {path}; the site compares the fingerprint of this coordinator's authority:\n{answer.fingerprint}"
+    )
 
 
 def revoke(site: Annotated[str, typer.Argument(help="The site's name.")], home: HomeDir = Path("coordinator")) -> None:
@@ -274,7 +276,7 @@ def stop(home: HomeDir = Path("coordinator")) -> None:
     from polyclinic_server.supervisor import stop_run
 
     found = Home(home)
-    if (run := found.wanted) is None:
+    if (run := found.launched) is None:
         raise Refused("no study is running", "see polyclinic coordinator status")
     stop_run(found, run)
     print(f"stopped: {run}")

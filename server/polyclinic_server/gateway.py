@@ -14,17 +14,17 @@ CONFIGURATION = """\
 # Written by polyclinic; a change is lost when it is written anew.
 {user}daemon off;
 worker_processes 2;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log warn;
+pid "{folder}/nginx.pid";
+error_log "{folder}/error.log" warn;
 events {{ worker_connections 1024; }}
 http {{
     access_log off;
     server_tokens off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
+    client_body_temp_path "{folder}/body";
+    proxy_temp_path "{folder}/proxy";
+    fastcgi_temp_path "{folder}/fastcgi";
+    uwsgi_temp_path "{folder}/uwsgi";
+    scgi_temp_path "{folder}/scgi";
 
     client_max_body_size {body}m;
     client_header_timeout 10s;
@@ -37,15 +37,15 @@ http {{
 
     server {{
         listen {listen} ssl;
-        ssl_certificate {home}/server.crt;
-        ssl_certificate_key {home}/server.key;
+        ssl_certificate "{home}/server.crt";
+        ssl_certificate_key "{home}/server.key";
         ssl_protocols TLSv1.2 TLSv1.3;
         ssl_session_tickets off;
         limit_req zone=rate burst=400 nodelay;
         limit_conn open 64;
 
         proxy_ssl_verify on;
-        proxy_ssl_trusted_certificate {home}/authority.crt;
+        proxy_ssl_trusted_certificate "{home}/authority.crt";
         proxy_ssl_name localhost;
         proxy_ssl_server_name on;
         proxy_http_version 1.1;

@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ import tomli_w
 
 from polyclinic.bundle import bundle_hash
 from polyclinic.enrolment import Join, Request
-from polyclinic.errors import Refused
+from polyclinic.errors import PolyclinicError, Refused
 from polyclinic.files import locked, storage, write_atomic
 from polyclinic_server.gateway import configuration
 from polyclinic_server.pki import make_authority, make_server
 from polyclinic_server.rundir import ENDED, last_event
 
 SETTINGS = "coordinator.toml"
+PATIENCE_S = 10.0
+"""For which a change of the list of sites waits for another."""
 CONNECTION = "coordinator"
 """SuperLink's name in Flower's own configuration."""
 
@@ -79,9 +81,16 @@ class Home:
         found = [Enrolled(**json.loads(path.read_text())) for path in sorted((self.path / "sites").glob("*.json"))]
         return {site.name: site for site in found}
 
-    def keep(self, site: Enrolled) -> None:
-        """Write a site's file."""
-        write_atomic(self.path / "sites" / f"{site.name}.json", json.dumps(asdict(site)))
+    def change(self, name: str, **fields: Any) -> Enrolled:
+        """A site's file with these fields changed; what others have changed meanwhile stays."""
+        path = self.path / "sites" / f"{name}.json"
+        with locked(path.parent, PATIENCE_S) as free:
+            if not free:
+                raise PolyclinicError("the list of sites is in use for too long", "try again")
+            before = json.loads(path.read_text()) if path.exists() else {"name": name}
+            site = Enrolled(**{**before, **fields})
+            write_atomic(path, json.dumps(asdict(site)))
+        return site
 
     def enrol(self, request: Request, patients: int) -> Join:
         """Enrol a site; what it gets in answer.
@@ -97,8 +106,7 @@ class Home:
                 )
             if site.public_key == request.public_key and site.name != request.name:
                 raise Refused(f"{site.name!r} is enrolled with this key", "have the site make a key of its own")
-        known = self.sites().get(request.name)
-        self.keep(Enrolled(request.name, request.public_key, patients, known.node if known else 0))
+        self.change(request.name, public_key=request.public_key, patients=patients)
         return Join(
             name=request.name,
             coordinator=self.settings.name,
@@ -113,19 +121,21 @@ class Home:
         Raises:
             Refused: no site of that name is enrolled.
         """
-        if (site := self.sites().get(name)) is None:
+        if name not in self.sites():
             raise Refused(f"no site {name!r} is enrolled", f"the sites are {', '.join(self.sites()) or 'none yet'}")
-        gone = replace(site, revoked=True)
-        self.keep(gone)
-        return gone
+        return self.change(name, revoked=True)
+
+    @property
+    def launched(self) -> Path | None:
+        """The run directory that was launched last, unless it was stopped for good."""
+        with suppress(FileNotFoundError):
+            return self.path / "runs" / str(json.loads((self.path / "wanted.json").read_text())["run"])
+        return None
 
     @property
     def wanted(self) -> Path | None:
         """The run directory that is to run, until it has ended."""
-        with suppress(FileNotFoundError):
-            run = self.path / "runs" / str(json.loads((self.path / "wanted.json").read_text())["run"])
-            return None if last_event(run) in ENDED else run
-        return None
+        return None if self.launched is None or last_event(self.launched) in ENDED else self.launched
 
     def want(self, run: Path | None) -> None:
         """Say which run is to run; None: nothing."""

@@ -46,8 +46,13 @@ class Round:
     orders: Mapping[str, Order]
 
 
-def find_sites(grid: Grid, run: RunDir, seats: Mapping[str, int], patience_s: float) -> dict[str, int]:
-    """Ask every node who it is, until all enrolled sites are found or patience is at its end: {site: node}."""
+def find_sites(
+    grid: Grid, run: RunDir, seats: Mapping[str, int], patience_s: float, registered: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Ask every node who it is, until all enrolled sites are found or patience is at its end: {site: node}.
+
+    With `registered`, {site: node}, a node gets no other seat than that of the site whose key it has.
+    """
     deadline = time.monotonic() + patience_s
     nodes: dict[str, int] = {}
     asked: set[int] = set()
@@ -69,7 +74,7 @@ def find_sites(grid: Grid, run: RunDir, seats: Mapping[str, int], patience_s: fl
             if _is_lost(reply):
                 lost.add(sender)
             else:
-                _seat(reply, sender, nodes, run, seats)
+                _seat(reply, sender, nodes, run, seats, registered)
         if not replies:
             if time.monotonic() > deadline:
                 break
@@ -79,15 +84,24 @@ def find_sites(grid: Grid, run: RunDir, seats: Mapping[str, int], patience_s: fl
     return dict(sorted(nodes.items()))
 
 
-def _seat(reply: Message, node: int, nodes: dict[str, int], run: RunDir, seats: Mapping[str, int]) -> None:
-    """Note which site a node says that it is; the first to claim a seat has it."""
+def _seat(
+    reply: Message,
+    node: int,
+    nodes: dict[str, int],
+    run: RunDir,
+    seats: Mapping[str, int],
+    registered: Mapping[str, int] | None,
+) -> None:
+    """Note which site a node says that it is; the first to claim a seat has it, unless it is known to be another's."""
     record = reply.content.get("site") if reply.has_content() else None
     name = record.get("site") if isinstance(record, ConfigRecord) else None
-    if isinstance(name, str) and name in seats and name not in nodes:
+    ours = registered is None or (isinstance(name, str) and registered.get(name) == node)
+    if isinstance(name, str) and name in seats and name not in nodes and ours:
         nodes[name] = node
         return
     if isinstance(name, str):
-        text = f"a node calls itself {name[:64]!r}, a site that is {'taken' if name in nodes else 'not enrolled'}"
+        why = "is not enrolled" if name not in seats else "has another key" if not ours else "is taken"
+        text = f"a node calls itself {name[:64]!r}, a site that {why}"
     else:
         text = f"a node does not say which site it is: {_error(reply) or 'it answers with something else'}"
     run.event("warning", text=wire.plain(text))

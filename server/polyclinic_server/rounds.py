@@ -31,7 +31,14 @@ FIGURES = {"effective_rank", "feature_spread"}
 """By which a collapse is told."""
 
 
-def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], evaluate: bool = True) -> Tensors:
+def run_study(
+    grid: Grid,
+    study: Study,
+    run: RunDir,
+    seats: Mapping[str, int],
+    evaluate: bool = True,
+    registered: Mapping[str, int] | None = None,
+) -> Tensors:
     """Lead a study from its newest checkpoint to its end.
 
     Args:
@@ -39,6 +46,7 @@ def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], e
         run: where checkpoints, metrics and events go; an earlier attempt's are continued.
         seats: the enrolled sites, each with the number of patients it enrolled with.
         evaluate: have the sites measure the global encoder as `[evaluation]` asks.
+        registered: the node that each site's key is registered as; None where nodes are as trusted as sites.
 
     Returns:
         The global tensors after the last round.
@@ -49,7 +57,7 @@ def run_study(grid: Grid, study: Study, run: RunDir, seats: Mapping[str, int], e
     """
     _summable(study, seats)
     checkpoint, tensors = _start(study, run)
-    nodes = find_sites(grid, run, seats, study.aggregation.round_deadline_s)
+    nodes = find_sites(grid, run, seats, study.aggregation.round_deadline_s, registered)
     _require(study, len(nodes), "were found")
     gate = Gate(study.aggregation, seats, list(checkpoint.norms))
     while checkpoint.round < study.rounds:

@@ -13,6 +13,8 @@ from polyclinic.study import Study, load_study
 
 Listener = Callable[[dict[str, Any]], None]
 
+REGISTERED = "registered.json"
+"""In a deployed run's directory: {site: the node that its key is registered as}, written as the run is submitted."""
 ENDED = ("run_reported", "run_failed", "run_stopped")
 """Last events of a deployed run that is not to be run again."""
 COLUMNS = ["stage", "round", "site", "metric", "value"]

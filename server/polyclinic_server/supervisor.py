@@ -12,23 +12,26 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 from polyclinic.bundle import bundle_folder
 from polyclinic.errors import PolyclinicError
-from polyclinic.files import locked
+from polyclinic.files import locked, write_atomic
 from polyclinic.processes import Program, keep_running
 from polyclinic_server.home import CONNECTION, Enrolled, Home
-from polyclinic_server.rundir import RunDir
+from polyclinic_server.rundir import ENDED, REGISTERED, RunDir, last_event
 
 log = logging.getLogger(__name__)
 
 BIN = Path(sys.executable).parent
 FLOWER_TIMEOUT_S = 60.0
 """For one of Flower's own commands."""
+LONGEST_PAUSE_S = 60.0
+"""Between attempts of a run that makes no round."""
 STARTING_S = 60.0
 """After a run was submitted, until its ServerApp must have taken the run directory's lock."""
 
@@ -49,6 +52,7 @@ class Supervisor:
     def __init__(self, home: Home) -> None:
         self.home = home
         self._submitted = self._looked = 0.0
+        self._tries, self._made, self._at_work = 0, "", 0.0
         path, port = home.path, str(home.settings.superlink_port)
         superlink = [
             str(BIN / "flower-superlink"),
@@ -59,8 +63,8 @@ class Supervisor:
         ]
         nginx = ["nginx", "-c", str(path / "gateway" / "nginx.conf"), "-e", str(path / "gateway" / "error.log")]
         self.programs = [
-            Program("superlink", superlink, path / "logs" / "superlink.log", environment(path)),
-            Program("gateway", nginx, path / "logs" / "gateway.log", {}),
+            Program("superlink", lambda: superlink, path / "logs" / "superlink.log", environment(path)),
+            Program("gateway", lambda: nginx, path / "logs" / "gateway.log", {}),
         ]
 
     def run(self) -> None:
@@ -73,21 +77,29 @@ class Supervisor:
         if time.monotonic() - self._looked < 2.0:
             return
         self._looked = time.monotonic()
-        try:
-            self._register()
-            self._advance()
-        except (PolyclinicError, OSError) as error:
-            log.warning("will be tried again: %s", error)
-            self._looked += 3.0
+        steps: list[Callable[[], None]] = [*(partial(self._register, site) for site in self._sites()), self._advance]
+        for step in steps:
+            try:
+                step()
+            except (PolyclinicError, OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("will be tried again: %s", error)
+                self._looked = time.monotonic() + 3.0
 
-    def _register(self) -> None:
-        """Tell SuperLink of sites that it does not know yet, and of those that are revoked."""
-        for site in self.home.sites().values():
-            if not site.node and not site.revoked:
-                self.home.keep(replace(site, node=register(self.home, site)))
-            elif site.node and site.revoked:
-                flower(self.home, "supernode", "unregister", str(site.node), CONNECTION)
-                self.home.keep(replace(site, node=0))
+    def _sites(self) -> list[Enrolled]:
+        """Those that SuperLink is to be told of."""
+        try:
+            return [site for site in self.home.sites().values() if bool(site.node) == site.revoked]
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("the list of sites cannot be read: %s", error)
+            return []
+
+    def _register(self, site: Enrolled) -> None:
+        """Tell SuperLink of a site that it does not know yet, or that is revoked."""
+        if site.revoked:
+            flower(self.home, "supernode", "unregister", str(site.node), CONNECTION)
+            self.home.change(site.name, node=0)
+        else:
+            self.home.change(site.name, node=register(self.home, site))
 
     def _advance(self) -> None:
         """Submit the wanted run if it is neither at work nor at its end."""
@@ -95,16 +107,26 @@ class Supervisor:
             self._submitted = 0.0
             return
         with locked(run) as free:
-            waiting = self._submitted and time.monotonic() - self._submitted < STARTING_S
             if not free:
                 self._submitted = 0.0
+                self._at_work = time.monotonic()
                 return
-        if waiting:
+        now = time.monotonic()
+        if (self._submitted and now - self._submitted < STARTING_S) or now - self._at_work < self._pause(run):
             return
-        configured = f'run="{run}"'
-        flower(self.home, "run", str(bundle_folder()), CONNECTION, "--run-config", configured)
+        registered = {name: site.node for name, site in self.home.sites().items() if site.node and not site.revoked}
+        write_atomic(run / REGISTERED, json.dumps(registered))
+        flower(self.home, "run", str(bundle_folder()), CONNECTION, "--run-config", f'run="{run}"')
         self._submitted = time.monotonic()
+        self._tries += 1
         RunDir(run).event("submitted")
+
+    def _pause(self, run: Path) -> float:
+        """Seconds to wait before a run is submitted again: none where it has got on, else longer and longer."""
+        made = max((path.name for path in (run / "checkpoints").glob("round-*.json")), default="")
+        if (run.name + made) != self._made:
+            self._made, self._tries = run.name + made, 0
+        return min(2.0**self._tries, LONGEST_PAUSE_S) if self._tries > 1 else 0.0
 
 
 def register(home: Home, site: Enrolled) -> int:
@@ -143,9 +165,14 @@ def flower(home: Home, *arguments: str) -> dict[str, Any]:
 
 
 def stop_run(home: Home, run: Path) -> None:
-    """End a run for good: nobody submits it again, and Flower's own runs of it are stopped."""
-    home.want(None)
-    RunDir(run).event("run_stopped")
+    """End a run for good: nobody submits it again, and Flower's own runs of it are stopped.
+
+    Raises:
+        PolyclinicError: SuperLink does not answer: the run is not submitted again, and may be asked to stop again.
+    """
+    if last_event(run) not in ENDED:
+        RunDir(run).event("run_stopped")
     for found in flower(home, "list", CONNECTION).get("runs", []):
         if str(found.get("status", "")).startswith(("running", "starting", "pending")):
             flower(home, "stop", str(found["run-id"]), CONNECTION)
+    home.want(None)

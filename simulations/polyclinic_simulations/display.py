@@ -85,7 +85,8 @@ def comparison_table(comparison: Mapping[str, Mapping[str, float]]) -> Table:
     for column, side in (("row", "left"), ("AUC", "right"), ("95 % interval", "right"), ("balanced accuracy", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     for name, scores in comparison.items():
-        interval = f"{scores['auc_low']:.3f} – {scores['auc_high']:.3f}"
+        known = scores["auc_low"] is not None  # of a run across a network nobody has all answers
+        interval = f"{scores['auc_low']:.3f} – {scores['auc_high']:.3f}" if known else "–"
         cells = (name, f"{scores['auc']:.3f}", interval, f"{scores['balanced_accuracy']:.3f}")
         table.add_row(*cells, style="bold" if name == "federated" else "")
     return table

@@ -10,9 +10,11 @@ from polyclinic.cli import run
 from polyclinic.enrolment import Join
 from polyclinic.study import load_study
 from polyclinic_client.hospital import Hospital
+from polyclinic_server.pki import make_authority
 
 from ..tiny import write_cohort
 
+AUTHORITY = make_authority("c")[1].decode()
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern")
 STUDY = """
 [study]
@@ -46,7 +48,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def answer(name: str = "north") -> str:
-    made = Join(name=name, coordinator="c", address="c.example:443", authority="PEM", bundle=bundle_hash())
+    made = Join(name=name, coordinator="c", address="c.example:443", authority=AUTHORITY, bundle=bundle_hash())
     Path("join.json").write_text(made.model_dump_json())
     return "join.json"
 

@@ -1,7 +1,9 @@
 """Only installed code runs: another bundle is refused before it is unpacked, and ours is never imported from itself."""
 
 import io
+import shutil
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,8 @@ from flwr.supernode.runtime import run_clientapp
 
 from polyclinic.bundle import bundle_folder, bundle_hash
 from polyclinic.errors import Refused
-from polyclinic_client import clientapp
+from polyclinic_client import agent, clientapp
+from polyclinic_client.agent import write_guard
 from polyclinic_client.app import app
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern")
@@ -38,7 +41,7 @@ def test_the_hook_still_bites(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(run_clientapp, name, getattr(run_clientapp, name))  # put back afterwards
     clientapp.hold(run_clientapp)
     load = run_clientapp.get_load_client_app_fn(default_app_ref="", app_path=None, multi_app=True)
-    assert load("any", "0", "hash") is app
+    assert load("any", "0", "hash").__closure__[0].cell_contents is app
     with pytest.raises(Refused):
         run_clientapp.install_from_fab(b"foreign", skip_prompt=True)
 
@@ -53,3 +56,23 @@ def test_the_hash_is_the_same_in_every_build() -> None:
     first = bundle_hash()
     bundle_hash.cache_clear()
     assert bundle_hash() == first
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o700])
+def test_only_our_own_program_is_to_be_found(mode: int, tmp_path: Path) -> None:
+    """Flower's of the same name stands in the same installation; a search for the name must not come to it."""
+    folder = write_guard(tmp_path)
+    (folder / "flwr-clientapp").chmod(mode)
+    found = shutil.which("flwr-clientapp", path=str(folder))
+    assert found == (str(folder / "flwr-clientapp") if mode == 0o700 else None)
+    assert sorted(path.name for path in folder.iterdir()) == ["flower-superexec", "flwr-clientapp"]
+
+
+def test_a_guard_that_does_not_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "GUARD", "#!/nowhere/python\n")
+    with pytest.raises(Refused, match="does not start"):
+        write_guard(tmp_path)
+    (tmp_path / "a:b").mkdir()
+    monkeypatch.undo()
+    with pytest.raises(Refused, match="does not start"):
+        write_guard(tmp_path / "a:b")

@@ -12,9 +12,11 @@ from polyclinic.enrolment import Join, Request, fingerprint, read_file
 from polyclinic.errors import CohortError, Refused
 from polyclinic.study import Study
 from polyclinic_client.hospital import SETTINGS, Hospital, make_hospital
+from polyclinic_server.pki import make_authority
 
 from ..tiny import SIMCLR, tiny_study, write_cohort
 
+AUTHORITY = make_authority("c")[1].decode()
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern")
 STUDY = tiny_study()
 
@@ -121,7 +123,7 @@ def answer(**changes: str) -> str:
         "name": "north",
         "coordinator": "c",
         "address": "c.example:443",
-        "authority": "PEM",
+        "authority": AUTHORITY,
         "bundle": bundle_hash(),
     }
     return Join(**{**plain, **changes}).model_dump_json()  # type: ignore[arg-type]

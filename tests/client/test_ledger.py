@@ -82,7 +82,8 @@ def test_the_last_entry_changed_is_found_at_the_next(ledger: Ledger) -> None:
 def test_a_power_cut_leaves_a_ledger_that_goes_on(moment: str, ledger: Ledger) -> None:
     end = (ledger.folder / "ledger.end").read_bytes()
     ledger.append({"kind": "train", "round": 8})
-    (ledger.folder / "ledger.end").write_bytes(end)
+    intended = {**json.loads(end), "next": json.loads((ledger.folder / "ledger.end").read_text())["sha256"]}
+    (ledger.folder / "ledger.end").write_text(json.dumps(intended))
     if moment == "in the line":
         text = lines(ledger)
         write(ledger, [*text[:-1], text[-1][:-9]])
@@ -90,6 +91,30 @@ def test_a_power_cut_leaves_a_ledger_that_goes_on(moment: str, ledger: Ledger) -
     rounds = [entry["round"] for entry in ledger.entries()]
     assert rounds == [*range(8), 8, 9] if moment == "after the line" else [*range(8), 9]
     assert ledger.verify() == len(rounds)
+
+
+def test_a_line_that_was_never_intended_is_not_taken_in(ledger: Ledger) -> None:
+    last = lines(ledger)[-1]
+    forged = {**json.loads(last), "entry": 9, "before": module._sha(last.rstrip("\n").encode())}
+    write(ledger, [*lines(ledger), json.dumps(forged, sort_keys=True) + "\n"])
+    for use in (ledger.verify, lambda: ledger.append({"kind": "train"})):
+        with pytest.raises(LedgerBroken):
+            use()
+
+
+def test_a_refused_ledger_is_left_as_it_was_found(ledger: Ledger) -> None:
+    text = "".join(lines(ledger)).rstrip("\n")  # as an editor may leave it
+    (ledger.folder / "ledger.jsonl").write_text(text)
+    with pytest.raises(LedgerBroken):
+        ledger.append({"kind": "train"})
+    assert (ledger.folder / "ledger.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("end", ["", "{", "[]", '{"entries": "x", "sha256": 1}'])
+def test_a_damaged_end_is_told_as_such(end: str, ledger: Ledger) -> None:
+    (ledger.folder / "ledger.end").write_text(end)
+    with pytest.raises(LedgerBroken):
+        ledger.verify()
 
 
 def test_many_at_once_each_have_their_place(tmp_path: Path) -> None:

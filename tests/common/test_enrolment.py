@@ -47,6 +47,7 @@ def test_the_fingerprint_is_the_one_that_ssh_keygen_shows(tmp_path: Path) -> Non
         ({"format": "polyclinic-request-2"}, "format: "),
         ({"more": 1}, "more: "),
         ({"version": "x" * 100}, "version: "),
+        ({"version": "\x1b[17GSHA256:forged\x1b[K"}, "version: "),
     ],
 )
 def test_what_is_no_request_is_refused(change: dict[str, object], says: str, tmp_path: Path) -> None:

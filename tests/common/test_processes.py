@@ -29,7 +29,7 @@ def alive(pid: int) -> bool:
 
 
 def program(tmp_path: Path, code: str) -> Program:
-    return Program("test", [sys.executable, "-c", code], tmp_path / "log", {"MARK": "set"})
+    return Program("test", lambda: [sys.executable, "-c", code], tmp_path / "log", {"MARK": "set"})
 
 
 def test_what_ends_is_started_again_after_longer_and_longer_waits(
@@ -75,7 +75,7 @@ import sys
 from pathlib import Path
 from polyclinic.processes import Program, keep_running
 folder = Path(sys.argv[1])
-kept = Program("sleeper", ["sleep", "60"], folder / "log", {})
+kept = Program("sleeper", lambda: ["sleep", "60"], folder / "log", {})
 def look():
     if kept.pid: (folder / "pid").write_text(str(kept.pid))
 keep_running([kept], look, every_s=0.02)

@@ -12,6 +12,7 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from polyclinic.bundle import bundle_folder
+from polyclinic_client.hospital import Hospital
 from polyclinic_server.home import Home
 from polyclinic_server.supervisor import flower
 
@@ -47,6 +48,18 @@ def test_a_deployed_study_has_the_bits_of_its_simulation(honest: tuple[Path, Pat
     assert same_bits(run, rehearsal)
     assert each_round_once(run)
     assert {path.name for path in run.iterdir()} >= {"report.html", "MODEL_CARD.md", "summary.json"}
+
+
+def test_every_site_has_a_ledger_of_what_left_it(honest: tuple[Path, Path], consortium: Consortium) -> None:
+    accepted = {(event["round"], event["site"]): event["norm"] for event in events(honest[0], "update_accepted")}
+    for site in SITES:
+        assert "entries, each after the one before" in consortium.command("site", "ledger", "verify", "--home", site)
+        entries = list(Hospital(consortium.folder / site).ledger.entries())
+        sent = {entry["round"]: entry for entry in entries if "tensors" in entry}
+        for round in (1, 2, 3):
+            norm = sum(tensor["norm"] ** 2 for tensor in sent[round]["tensors"]) ** 0.5
+            assert norm == pytest.approx(accepted[round, site], rel=1e-6)  # what arrived is what was noted
+        assert {entry["kind"] for entry in entries} == {"query", "train", "evaluate"}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from flwr.app import Context, RecordDict
 
 from polyclinic.artifacts import load_tensors
 from polyclinic_server.app import app, conclude
+from polyclinic_server.mail import find_sites
 from polyclinic_simulations.engines.local import LocalGrid
 
 from ..tiny import SITES, events, honest, open_run, tiny_study
@@ -20,8 +21,10 @@ def test_leads_the_study_and_leaves_its_encoder(tmp_path: Path) -> None:
     study = tiny_study()
     run = open_run(tmp_path, study)
     (tmp_path / "seats.json").write_text(json.dumps(dict.fromkeys(SITES, 65_536)))
+    grid = LocalGrid({name: honest(name) for name in SITES})
+    (tmp_path / "registered.json").write_text(json.dumps(dict(zip(SITES, grid.get_node_ids(), strict=True))))
     context = Context(1, 1, {}, RecordDict(), {"run": str(tmp_path)})
-    app(LocalGrid({name: honest(name) for name in SITES}), context)
+    app(grid, context)
     assert [event["event"] for event in events(run)][-2:] == ["run_finished", "run_reported"]
     assert (tmp_path / "report.html").exists()
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -38,16 +41,50 @@ def test_the_sites_own_probes_are_averaged_by_the_patients_that_they_trained_on(
     run = open_run(tmp_path, tiny_study())
     run.rewind(0)
     for site, patients, area in (("east", 10.0, 0.6), ("north", 30.0, 0.9)):
-        run.metrics(0, 1, site, {"patients": patients, "bytes_up": 100.0, "probe_auc": 0.1})
+        run.event("update_accepted", round=1, site=site, norm=1.0, patients=int(patients))
+        run.metrics(0, 1, site, {"patients": 1e9, "bytes_up": 100.0, "probe_auc": 0.1})  # what it says counts nothing
         run.metrics(0, 2, site, {"patients": patients, "bytes_up": 100.0})
         run.metrics(0, 2, site, {"probe_auc": area, "probe_balanced_accuracy": 0.5})
-    run.metrics(0, 2, "west", {"patients": 20.0})  # one class only: no probe
+    run.event("update_accepted", round=1, site="west", norm=1.0, patients=20)
+    run.metrics(0, 2, "west", {"probe_auc": 1.0})  # half a probe
     conclude(run)
     summary = json.loads((tmp_path / "summary.json").read_text())
     row = summary["comparison"]["federated"]
     assert row == {"auc": pytest.approx(0.825), "auc_low": None, "auc_high": None, "balanced_accuracy": 0.5}
     assert summary["bytes_sent"] == 400
     assert "AUC 0.825" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_without_any_probe_is_concluded(tmp_path: Path) -> None:
+    run = open_run(tmp_path, tiny_study())
+    run.rewind(0)
+    conclude(run)
+    assert json.loads((tmp_path / "summary.json").read_text())["comparison"] == {}
+
+
+def test_a_node_gets_no_other_seat_than_its_keys(tmp_path: Path) -> None:
+    run = open_run(tmp_path, tiny_study())
+    grid = LocalGrid({"beta": honest("alpha"), "alpha": honest("alpha"), "gamma": honest("gamma")})
+    beta, alpha, gamma = grid.get_node_ids()
+    registered = {"alpha": alpha, "beta": beta, "gamma": gamma}
+    found = find_sites(grid, run, dict.fromkeys(registered, 10), 0.5, registered)
+    assert found == {"alpha": alpha, "gamma": gamma}
+    assert events(run, "warning")[0]["text"] == "a node calls itself 'alpha', a site that has another key"
+
+
+@pytest.mark.parametrize("end", ["run_stopped", "run_reported"])
+def test_a_run_that_has_ended_is_not_led(end: str, tmp_path: Path) -> None:
+    run = open_run(tmp_path, tiny_study())
+    run.event(end)
+    app(LocalGrid({}), Context(1, 1, {}, RecordDict(), {"run": str(tmp_path)}))
+    assert [event["event"] for event in events(run)] == [end]
+
+
+def test_what_nobody_expected_is_written_down(tmp_path: Path) -> None:
+    run = open_run(tmp_path, tiny_study())
+    with pytest.raises(FileNotFoundError):  # no registered.json
+        app(LocalGrid({}), Context(1, 1, {}, RecordDict(), {"run": str(tmp_path)}))
+    assert events(run)[-1]["problem"] == "unexpected FileNotFoundError"
 
 
 def test_the_bundle_names_this_app_and_the_sites() -> None:

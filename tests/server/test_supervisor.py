@@ -9,8 +9,8 @@ import pytest
 from polyclinic.errors import PolyclinicError
 from polyclinic.files import locked
 from polyclinic_server import supervisor as module
-from polyclinic_server.home import Enrolled, Home, Settings, make_home
-from polyclinic_server.rundir import RunDir
+from polyclinic_server.home import Home, Settings, make_home
+from polyclinic_server.rundir import REGISTERED, RunDir
 from polyclinic_server.supervisor import Supervisor
 
 from ..tiny import tiny_study
@@ -42,7 +42,7 @@ def look(at: Supervisor) -> None:
 
 
 def test_a_site_is_registered_once_and_unregistered_when_revoked(home: Home, asked: list[tuple[str, ...]]) -> None:
-    home.keep(Enrolled("north", "key", 10))
+    home.change("north", public_key="key", patients=10)
     supervisor = Supervisor(home)
     for _ in range(3):
         look(supervisor)
@@ -64,6 +64,7 @@ def test_a_run_is_submitted_once_and_again_when_its_serverapp_has_died(
         look(supervisor)
     assert len(asked) == 1  # it is given time to start
     assert asked[0][-1] == f'run="{run}"'
+    assert (run / REGISTERED).read_text() == "{}"
     with locked(run):
         for _ in range(3):
             look(supervisor)
@@ -72,6 +73,7 @@ def test_a_run_is_submitted_once_and_again_when_its_serverapp_has_died(
     assert len(asked) == 2  # it is not any more
     monkeypatch.setattr(module, "STARTING_S", 0.01)
     time.sleep(0.02)
+    supervisor._at_work = 0.0  # long ago
     look(supervisor)
     assert len(asked) == 3  # it never came to be
 
@@ -95,6 +97,63 @@ def test_what_fails_is_tried_again_later(home: Home, monkeypatch: pytest.MonkeyP
     look(supervisor)
     assert supervisor._looked > time.monotonic()  # not at once
     assert home.wanted is not None
+
+
+def test_a_run_that_makes_no_round_is_tried_less_and_less_often(home: Home, asked: list[tuple[str, ...]]) -> None:
+    run, supervisor = home.path / "runs" / "s-1", Supervisor(home)
+    home.want(run)
+    pauses = []
+    for _ in range(8):
+        supervisor._submitted = supervisor._at_work = 0.0
+        look(supervisor)
+        pauses.append(supervisor._pause(run))
+    assert len(asked) == 8
+    assert pauses == [0.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    run.joinpath("checkpoints").mkdir()
+    (run / "checkpoints" / "round-0001.json").write_text("{}")
+    assert supervisor._pause(run) == 0.0
+
+
+def test_a_revocation_during_a_registration_stands(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.change("north", public_key="key", patients=10)
+
+    def slow(at: Home, *_: str) -> dict[str, Any]:
+        at.revoke("north")
+        return {"node-id": 7}
+
+    monkeypatch.setattr(module, "flower", slow)
+    look(Supervisor(home))
+    found = home.sites()["north"]
+    assert (found.revoked, found.node) == (True, 7)  # and is unregistered at the next look
+
+
+def test_one_site_that_cannot_be_registered_stops_nobody(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def flower(at: Home, *arguments: str) -> dict[str, Any]:
+        calls.append(arguments)
+        if arguments[1] == "register":
+            raise PolyclinicError("Public key already in use", "see the log")
+        return {}
+
+    monkeypatch.setattr(module, "flower", flower)
+    home.change("north", public_key="key", patients=10)
+    home.want(home.path / "runs" / "s-1")
+    look(Supervisor(home))
+    assert [call[0] for call in calls] == ["supernode", "run"]
+
+
+def test_stopping_without_superlink_can_be_repeated(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> dict[str, Any]:
+        raise PolyclinicError("no answer", "see the log")
+
+    monkeypatch.setattr(module, "flower", fails)
+    run = home.path / "runs" / "s-1"
+    home.want(run)
+    with pytest.raises(PolyclinicError):
+        module.stop_run(home, run)
+    assert home.wanted is None  # it is not submitted again
+    assert home.launched == run  # and may be asked to stop again
 
 
 def test_a_stopped_run_is_not_submitted_and_flowers_own_are_ended(home: Home, asked: list[tuple[str, ...]]) -> None:

@@ -7,21 +7,22 @@ from functools import partial
 import pandas as pd
 
 from polyclinic_simulations.holdout import FRACTIONS
-from polyclinic_simulations.papers.plans import HOSPITALS
+from polyclinic_simulations.papers.plans import HOSPITALS, SEEDS
 
 
 class Means:
-    """Means over seeds of the rows in papers.csv that start from random weights."""
+    """Means over all seeds of the rows in papers.csv that start from random weights."""
 
     def __init__(self, results: pd.DataFrame) -> None:
-        own = results[results["init"] == "random"] if len(results) else pd.DataFrame(columns=[*_KEYS, "value"])
-        self._means = own.groupby(_KEYS)["value"].mean().to_dict()
+        own = results[results["init"] == "random"] if len(results) else pd.DataFrame(columns=[*_KEYS, "seed", "value"])
+        found = own.groupby(_KEYS).agg(value=("value", "mean"), seeds=("seed", "nunique"))
+        self._means = found.loc[found["seeds"] == len(SEEDS), "value"].to_dict()
 
     def __call__(self, metric: str, dataset: str, split: str, regime: str, method: str, fraction: float = 1.0) -> float:
         """Of one group of rows.
 
         Raises:
-            KeyError: none of them has been run.
+            KeyError: they have not been run with every seed.
         """
         return float(self._means[metric, dataset, split, regime, method, fraction])
 

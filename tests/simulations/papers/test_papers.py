@@ -18,7 +18,7 @@ from polyclinic_simulations.holdout import FRACTIONS
 from polyclinic_simulations.papers import run as module
 from polyclinic_simulations.papers.goals import verdicts
 from polyclinic_simulations.papers.page import render_page
-from polyclinic_simulations.papers.plans import HOSPITALS, TIERS, Plan, Tier, plans, pretraining
+from polyclinic_simulations.papers.plans import HOSPITALS, SEEDS, TIERS, Plan, Tier, plans, pretraining
 from polyclinic_simulations.papers.run import Workshop, as_table, dataset, document, run_plan
 
 from ...tiny import draw, tiny_study
@@ -175,7 +175,9 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     def done(metric: str, value: float) -> dict[str, Any]:
         return {"metrics": {metric: [value, None, None]}, "seconds": 1.0}
 
-    rows = [*row("sssd", "accuracy", 0.80, 0.84), *row("sssd", "auc", 0.7, 0.9), *row("mae", "auc", 0.85, 0.85)]
+    rows = [*row("sssd", "accuracy", 0.80, 0.82, 0.84), *row("sssd", "auc", 0.7, 0.8, 0.9)]
+    assert verdicts(pd.DataFrame([*rows, *row("mae", "auc", 0.85)]))[1][1].endswith("not measured")  # one seed of three
+    rows += row("mae", "auc", 0.85, 0.85, 0.85)
     said = verdicts(pd.DataFrame(rows))
     assert said[1] == [
         "accuracy of SSSD from these images alone, at least 0.8176: met: 0.820",
@@ -188,7 +190,8 @@ def test_goals_are_met_missed_or_not_measured() -> None:
 def test_labels_spared_are_those_beyond_the_first_that_do_as_well() -> None:
     def at(hospital: str, method: str, fraction: float, value: float) -> pd.DataFrame:
         plan = Plan(4, hospital, "site", "federated", method, "random", fraction, 0)
-        return as_table({plan: {"metrics": {"auc": [value, None, None]}, "seconds": 1.0}}, "")
+        result = {"metrics": {"auc": [value, None, None]}, "seconds": 1.0}
+        return as_table({replace(plan, seed=seed): result for seed in SEEDS}, "")
 
     for reached, expected in ((0.2, "met: 0.800"), (0.5, "missed: 0.500"), (2.0, "missed: -1.000")):
         rows = [at(HOSPITALS[0], "scratch", 1.0, 0.9)]
