@@ -8,8 +8,9 @@ Tan et al., Self-supervised learning with self-distillation on COVID-19 medical 
 e_i is the encoder's token of patch i, which has looked at visible patches only; d_i the decoder's last token of the
 same patch, which has looked at all positions; g a linear map; LN the layer norm without weights. The direction, from
 decoder to encoder, is the paper's; its formula is not public, so the form is ours, and so is the mean over the width.
-With `weight` 0 it is MAE bit for bit (mae.py). It is a sum over images as well. Encoder, decoder and g are federated
-while training, the encoder is shipped.
+The reconstruction sends no gradient to the last block's tokens of visible patches, so what teaches is a map of what the
+blocks before it have learnt; pooled targets did no better where they were tried. With `weight` 0 it is MAE bit for bit
+(mae.py). It is a sum over images as well. Encoder, decoder and g are federated while training, the encoder is shipped.
 """
 
 from typing import cast
