@@ -102,6 +102,11 @@ def test_a_run_directory_in_use_is_not_overwritten(study: Path, patients: Path, 
     (tmp_path / "run" / "precious.txt").write_text("kept")
     code, error = simulate(study, patients, tmp_path)
     assert code == 2
+    assert "is not empty" in error
+    assert "--resume" not in error  # there is no run in it
+    (tmp_path / "run" / "study.toml").write_text("")
+    code, error = simulate(study, patients, tmp_path)
+    assert code == 2
     assert "--resume" in error
     assert (tmp_path / "run" / "precious.txt").read_text() == "kept"
 

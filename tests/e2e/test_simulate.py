@@ -97,7 +97,6 @@ def test_the_same_study_gives_the_same_bits(finished: Path, study: Path, patient
 
 MOMENTS = {
     "in training": "from polyclinic import training as m; name = 'one_step'",
-    "in a checkpoint": "from polyclinic_server import checkpoints as m; name = 'write_atomic'",
     "while the rows are made": "from polyclinic_simulations import simulate as m; name = 'row'",
 }
 """The other moments stand in tests/chaos."""
