@@ -262,7 +262,7 @@ One rule: outbound TCP to {host} port {port}. Nothing inbound.
 
 Why         Polyclinic trains a model across hospitals. This machine asks the coordinator for work and sends back
             changes of the model's weights and a fixed list of figures. Images, names and file headers stay here;
-            every byte that leaves is listed: polyclinic site ledger show --csv.
+            every answer is listed: polyclinic site ledger show --csv.
 How         HTTPS (TLS 1.2 or later), requests every few seconds, up to some hundred MB a training round.
 Who         The other end shows a certificate of the coordinator's own authority, which this machine checks. A proxy
             that opens TLS and closes it again would break that check, as it is meant to: let the connection pass.
