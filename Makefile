@@ -14,7 +14,7 @@ demo: $(READY) ## train a consortium of hospitals with synthetic patients; write
 	$(BIN)/polyclinic demo
 
 test: $(READY) ## run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType
 from PIL import Image
 from torch import Tensor, nn
 
@@ -106,7 +107,7 @@ def honest(
 
     def node(message: Message, context: Context) -> Message:
         if message.metadata.message_type == MessageType.QUERY:
-            return Message(RecordDict({"site": ConfigRecord({"site": name})}), reply_to=message)
+            return Message(wire.pack_presence(wire.Presence(name, "0", True, time.time())), reply_to=message)
         order, tensors = wire.unpack_order(message.content)
         rng = np.random.default_rng([order.round, *name.encode()])
         study = json.loads(order.study)

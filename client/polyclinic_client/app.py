@@ -5,12 +5,13 @@ as its kind and, where it is one of ours, its text without paths: never a traceb
 """
 
 import logging
+import time
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
 from typing import Protocol
 
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from polyclinic import __version__, wire
@@ -33,6 +34,10 @@ class Member(Protocol):
         """As the coordinator enrolled it."""
         ...
 
+    def approves(self, study_hash: str) -> bool:
+        """Whether a study may run here."""
+        ...
+
     def serve(self, text: str) -> Site:
         """The site for a study in its canonical form; raises where that may not run here."""
         ...
@@ -52,7 +57,8 @@ def make_app(find_site: Callable[[Context], Member], progress: Progress | None =
     @client.query()
     @partial(_guarded, find_site)
     def who(message: Message, member: Member) -> RecordDict:
-        return RecordDict({"site": ConfigRecord({"site": member.name, "version": __version__})})
+        approved = member.approves(wire.unpack_question(message.content))
+        return wire.pack_presence(wire.Presence(member.name, __version__, approved, time.time()))
 
     @client.train()
     @client.evaluate()

@@ -166,6 +166,10 @@ class Hospital:
         path = self._approval(study_hash)
         return Approval(**json.loads(path.read_text())) if path.exists() else None
 
+    def approves(self, study_hash: str) -> bool:
+        """Whether a study is approved."""
+        return self.approved(study_hash) is not None
+
     def withdraw(self, study_hash: str) -> None:
         """Take an approval back.
 

@@ -24,6 +24,10 @@ class Site:
     cohort: Cohort
     state: Path
 
+    def approves(self, study_hash: str) -> bool:
+        """Any study: that it is simulated is the researcher's own decision."""
+        return True
+
     def serve(self, text: str) -> "Site":
         """Itself: a simulated site takes part in whatever is simulated."""
         return self

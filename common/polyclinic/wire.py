@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -52,11 +52,27 @@ LONGEST_HEADER = 1 << 22
 _ONLY, _FORM, _ALIGNED, _DIMENSIONS = "tensors", "polyclinic-tensors-1", 64, 32
 _GROUPS = {"train": TRAINING, "evaluation": EVALUATION}
 
-T = TypeVar("T", "Order", "Reply")
+T = TypeVar("T", "Order", "Reply", "Presence")
 
 
 class Malformed(ValueError):
     """A message that does not have the form of an order or an update."""
+
+
+@dataclass(frozen=True)
+class Presence:
+    """What a site answers when it is asked who it is, for a study.
+
+    Attributes:
+        version: of Polyclinic.
+        approved: whether the study may run there.
+        clock: the site's, in seconds since 1970.
+    """
+
+    site: str
+    version: str
+    approved: bool
+    clock: float
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,44 @@ def _layout(header: bytes) -> list[tuple[str, list[int]]]:
     return [(name, shape) for name, shape in found]
 
 
+def pack_question(study_hash: str) -> RecordDict:
+    """Who are you, and may the study with this hash run there?"""
+    return RecordDict({"question": ConfigRecord({"study": study_hash})})
+
+
+def unpack_question(content: RecordDict) -> str:
+    """The hash that a question names.
+
+    Raises:
+        Malformed: it names none.
+    """
+    record = content.get("question")
+    found = record.get("study") if isinstance(record, ConfigRecord) and len(record) == 1 else None
+    if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{64}", found):
+        raise Malformed("the message is not a question")
+    return found
+
+
+def pack_presence(presence: Presence) -> RecordDict:
+    """The answer to a question."""
+    return RecordDict({"presence": ConfigRecord(asdict(presence))})
+
+
+def unpack_presence(content: RecordDict) -> Presence:
+    """What a site says of itself, as text that may be shown.
+
+    Raises:
+        Malformed: it says something else.
+    """
+    record = content.get("presence")
+    if not isinstance(record, ConfigRecord) or len(content) != 1:
+        raise Malformed("it answers with something else")
+    found = _typed(Presence, record)
+    if not 0 <= found.clock < LARGEST * 100:
+        raise Malformed("its clock is out of range")
+    return replace(found, version=plain(found.version))
+
+
 def pack_order(order: Order, tensors: Packed) -> RecordDict:
     """An order with its global tensors; `tensors` may be shared between the messages of a round."""
     return RecordDict({"order": ConfigRecord(asdict(order)), "tensors": tensors})
@@ -274,7 +328,7 @@ def _typed(kind: type[T], values: Mapping[str, object]) -> T:
         raise Malformed(f"the {kind.__name__.lower()} has other fields than it should")
     for name, value in values.items():
         wanted = expected[name]
-        if wanted in (str, int, bool) and type(value) is not wanted:
+        if wanted in (str, int, bool, float) and type(value) is not wanted:
             raise Malformed(f"{name} of the {kind.__name__.lower()} is of another type than it should be")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise Malformed(f"{name} of the {kind.__name__.lower()} is out of range")

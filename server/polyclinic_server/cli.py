@@ -224,6 +224,8 @@ def _line(event: dict[str, Any]) -> str:
         return f"round {event['round']}: loss {event['loss']:.3f}, {event['accepted']} sites, {event['seconds']:.1f} s"
     if name == "update_refused":
         return f"round {event['round']}: {event['site']} left out: {event['reason']}"
+    if name == "site_found":
+        return f"{event['site']} is here" + ("" if event["approved"] else ", and has not approved the study yet")
     if name == "site_lost":
         return f"round {event['round']}: {event['site']} is gone for now; it is asked again when it is back"
     if name == "site_missing":

@@ -5,14 +5,15 @@ Waits are bounded, and nothing that arrives can stop the caller: what is nobody'
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from polyclinic import wire
+from polyclinic.study import Study
 from polyclinic.wire import Order, Packed, Reply, Tensors
 from polyclinic_server.rundir import RunDir
 
@@ -46,119 +47,141 @@ class Round:
     orders: Mapping[str, Order]
 
 
-def find_sites(
-    grid: Grid, run: RunDir, seats: Mapping[str, int], patience_s: float, registered: Mapping[str, int] | None = None
-) -> dict[str, int]:
-    """Ask every node who it is, until all enrolled sites are found or patience is at its end: {site: node}.
+class Mail:
+    """The way to the enrolled sites.
 
-    With `registered`, {site: node}, a node gets no other seat than that of the site whose key it has.
+    Attributes:
+        nodes: the sites that take part, {site: node}. A site that has not answered within a round's patience is none
+            of them until it says again who it is, so that one which has left for good holds up one round only.
     """
-    deadline = time.monotonic() + patience_s
-    nodes: dict[str, int] = {}
-    asked: set[int] = set()
-    pending: dict[str, int] = {}
-    looked = time.monotonic()
-    lost: set[int] = set()
-    while set(nodes) != set(seats):
-        if time.monotonic() - looked > AGAIN_S:
-            looked, asked = time.monotonic(), asked - lost
-            lost.clear()
-        for node in [node for node in grid.get_node_ids() if node not in asked]:
-            asked.add(node)
-            question = Message(RecordDict(), node, MessageType.QUERY, ttl=patience_s + GRACE_S)
-            pending.update(dict.fromkeys(grid.push_messages([question]), node))
-        replies = list(grid.pull_messages(list(pending)))
-        for reply in replies:
-            if (sender := _sender(reply, pending)) is None:
+
+    def __init__(
+        self,
+        grid: Grid,
+        run: RunDir,
+        study: Study,
+        seats: Mapping[str, int],
+        registered: Mapping[str, int] | None = None,
+    ) -> None:
+        """With `registered`, {site: node}, a node gets no other seat than that of the site whose key it has."""
+        self.nodes: dict[str, int] = {}
+        self._grid, self._run, self._seats, self._registered = grid, run, seats, registered
+        self._question, self._patience_s = wire.pack_question(study.hash), study.aggregation.round_deadline_s
+        self._names: dict[int, str] = {}
+        self._asked: set[int] = set()
+        self._lost: set[int] = set()
+        self._failed: set[int] = set()
+        self._pending: dict[str, int] = {}
+        self._looked = time.monotonic()
+
+    def find(self) -> None:
+        """Ask every node who it is, until all enrolled sites are found or patience is at its end."""
+        deadline = time.monotonic() + self._patience_s
+        while set(self.nodes) != set(self._seats):
+            if not self.look():
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(POLL_S)
+        for name in sorted(set(self._seats) - set(self.nodes)):
+            self._run.event("site_missing", round=0, site=name)
+
+    def look(self) -> bool:
+        """Ask nodes that are new who they are, unless all sites are there, and take what has come; whether it has."""
+        if set(self.nodes) == set(self._seats):
+            return False
+        if time.monotonic() - self._looked > AGAIN_S:
+            self._looked = time.monotonic()
+            self._asked -= self._lost
+            self._lost.clear()
+        for node in [node for node in self._grid.get_node_ids() if node not in self._asked]:
+            self._asked.add(node)
+            question = Message(self._question, node, MessageType.QUERY, ttl=self._patience_s + GRACE_S)
+            self._pending.update(dict.fromkeys(self._grid.push_messages([question]), node))
+        answers = list(self._grid.pull_messages(list(self._pending)))
+        for answer in answers:
+            if (sender := _sender(answer, self._pending)) is None:
                 continue
-            if _is_lost(reply):
-                lost.add(sender)
+            if _is_lost(answer):
+                self._lost.add(sender)
             else:
-                _seat(reply, sender, nodes, run, seats, registered)
-        if not replies:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(POLL_S)
-    for name in sorted(set(seats) - set(nodes)):
-        run.event("site_missing", round=0, site=name)
-    return dict(sorted(nodes.items()))
+                self._seat(answer, sender)
+        return bool(answers)
 
+    def _seat(self, reply: Message, node: int) -> None:
+        """Note which site a node says that it is; the first to claim a seat has it, unless it is another's by key."""
+        try:
+            if (error := _error(reply)) is not None:
+                raise wire.Malformed(error)
+            found = wire.unpack_presence(reply.content)
+        except wire.Malformed as reason:
+            self._failed.add(node)
+            self._run.event("warning", text=wire.plain(f"a node does not say which site it is: {reason}"))
+            return
+        site, ours = found.site, self._registered is None or self._registered.get(found.site) == node
+        if site in self._seats and site not in self.nodes and ours:
+            self.nodes = dict(sorted({**self.nodes, site: node}.items()))
+            self._names[node] = site
+            ahead = round(found.clock - time.time(), 1)
+            facts = {"version": found.version, "approved": found.approved, "clock_ahead_s": ahead}
+            self._run.event("site_found", site=site, **facts)
+            return
+        why = "is not enrolled" if site not in self._seats else "has another key" if not ours else "is taken"
+        self._run.event("warning", text=wire.plain(f"a node calls itself {site[:64]!r}, a site that {why}"))
 
-def _seat(
-    reply: Message,
-    node: int,
-    nodes: dict[str, int],
-    run: RunDir,
-    seats: Mapping[str, int],
-    registered: Mapping[str, int] | None,
-) -> None:
-    """Note which site a node says that it is; the first to claim a seat has it, unless it is known to be another's."""
-    record = reply.content.get("site") if reply.has_content() else None
-    name = record.get("site") if isinstance(record, ConfigRecord) else None
-    ours = registered is None or (isinstance(name, str) and registered.get(name) == node)
-    if isinstance(name, str) and name in seats and name not in nodes and ours:
-        nodes[name] = node
-        return
-    if isinstance(name, str):
-        why = "is not enrolled" if name not in seats else "has another key" if not ours else "is taken"
-        text = f"a node calls itself {name[:64]!r}, a site that {why}"
-    else:
-        text = f"a node does not say which site it is: {_error(reply) or 'it answers with something else'}"
-    run.event("warning", text=wire.plain(text))
+    def replies(self, round: Round) -> Iterator[tuple[str, Message]]:
+        """(site, reply) as they arrive, until every site that was asked has answered or patience is at its end.
 
+        What has arrived by then is taken, even where taking the one before lasted beyond the deadline. A site whose
+        node has gone is asked again when it is back.
+        """
+        deadline = time.monotonic() + self._patience_s
+        pending = self._send(round, round.orders)
+        missing = set(round.orders)
+        again = Counter[str]()
+        lost: set[str] = set()
+        looked, late = time.monotonic(), False
+        while (pending or lost) and not late:
+            late = time.monotonic() > deadline
+            if lost and time.monotonic() - looked > AGAIN_S:
+                online = set(self._grid.get_node_ids())
+                looked, back = time.monotonic(), {site for site in lost if self.nodes[site] in online}
+                lost -= back
+                again.update(back)
+                pending |= self._send(round, sorted(back))
+            seen = False
+            for message in _arrived(self._grid, list(pending)):
+                seen = True
+                if (sender := _sender(message, pending)) is not None:
+                    site = self._names[sender]
+                    if _is_lost(message) and again[site] < AGAIN:
+                        lost.add(site)
+                        self._run.event("site_lost", round=round.number, site=site, reason=_error(message))
+                        continue
+                    missing.discard(site)
+                    yield site, message
+                elif site := self._names.get(message.metadata.src_node_id, ""):
+                    refuse(self._run, round, site, "it answers nothing that was asked of it, or answers again")
+                else:
+                    self._run.event("warning", text="a reply to nothing that was asked was dropped")
+                del message
+            if not seen and not late:
+                time.sleep(POLL_S)
+        for site in sorted(missing):
+            self._run.event("site_missing", round=round.number, site=site)
+            self._failed.add(self.nodes.pop(site))
+        self._asked -= self._failed  # they may be well again: they are asked before the next round
+        self._failed.clear()
 
-def replies(
-    grid: Grid, run: RunDir, round: Round, nodes: Mapping[str, int], patience_s: float
-) -> Iterator[tuple[str, Message]]:
-    """(site, reply) as they arrive, until every site has answered or patience is at its end.
-
-    What has arrived by then is taken, even where taking the one before lasted beyond the deadline. A site whose node
-    has gone is asked again when it is back.
-    """
-    deadline = time.monotonic() + patience_s
-    names = {node: site for site, node in nodes.items()}
-    pending = _send(grid, round, nodes, patience_s + GRACE_S)
-    missing = set(nodes)
-    again = Counter[str]()
-    lost: set[str] = set()
-    looked, late = time.monotonic(), False
-    while (pending or lost) and not late:
-        late = time.monotonic() > deadline
-        if lost and time.monotonic() - looked > AGAIN_S:
-            looked, back = time.monotonic(), {site for site in lost if nodes[site] in set(grid.get_node_ids())}
-            lost -= back
-            again.update(back)
-            pending |= _send(grid, round, {site: nodes[site] for site in sorted(back)}, patience_s + GRACE_S)
-        seen = False
-        for message in _arrived(grid, list(pending)):
-            seen = True
-            if (sender := _sender(message, pending)) is not None:
-                if _is_lost(message) and again[names[sender]] < AGAIN:
-                    lost.add(names[sender])
-                    run.event("site_lost", round=round.number, site=names[sender], reason=_error(message))
-                    continue
-                missing.discard(names[sender])
-                yield names[sender], message
-            elif (site := names.get(message.metadata.src_node_id)) is not None:
-                refuse(run, round, site, "it answers nothing that was asked of it, or answers again")
-            else:
-                run.event("warning", text="a reply to nothing that was asked was dropped")
-            del message
-        if not seen and not late:
-            time.sleep(POLL_S)
-    for site in sorted(missing):
-        run.event("site_missing", round=round.number, site=site)
-
-
-def _send(grid: Grid, round: Round, nodes: Mapping[str, int], ttl: float) -> dict[str, int]:
-    """Send every site its order: {message: node}. The messages share one copy of the tensors."""
-    pending: dict[str, int] = {}
-    for site, node in nodes.items():
-        order = round.orders[site]
-        kind = MessageType.TRAIN if order.train else MessageType.EVALUATE
-        message = Message(wire.pack_order(order, round.packed), node, kind, group_id=str(round.number), ttl=ttl)
-        pending.update(dict.fromkeys(grid.push_messages([message]), node))
-    return pending
+    def _send(self, round: Round, sites: Iterable[str]) -> dict[str, int]:
+        """Send sites their orders: {message: node}. The messages share one copy of the tensors."""
+        pending: dict[str, int] = {}
+        for site in sites:
+            order, node = round.orders[site], self.nodes[site]
+            kind = MessageType.TRAIN if order.train else MessageType.EVALUATE
+            content, ttl = wire.pack_order(order, round.packed), self._patience_s + GRACE_S
+            message = Message(content, node, kind, group_id=str(round.number), ttl=ttl)
+            pending.update(dict.fromkeys(self._grid.push_messages([message]), node))
+        return pending
 
 
 def _arrived(grid: Grid, asked: list[str]) -> Iterator[Message]:

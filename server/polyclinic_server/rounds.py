@@ -24,7 +24,7 @@ from polyclinic_server.aggregation import RULES
 from polyclinic_server.aggregation.fedavg import LARGEST_WEIGHT, FedAvg, weight_of
 from polyclinic_server.checkpoints import Best, Checkpoint
 from polyclinic_server.gate import Gate, RefusedUpdate, bound_to
-from polyclinic_server.mail import Round, find_sites, read, refuse, replies
+from polyclinic_server.mail import Mail, Round, read, refuse
 from polyclinic_server.rundir import RunDir
 
 FIGURES = {"effective_rank", "feature_spread"}
@@ -57,8 +57,8 @@ def run_study(
     """
     _summable(study, seats)
     checkpoint, tensors = _start(study, run)
-    nodes = find_sites(grid, run, seats, study.aggregation.round_deadline_s, registered)
-    _require(study, len(nodes), "were found")
+    mail = Mail(grid, run, study, seats, registered)
+    mail.find()
     gate = Gate(study.aggregation, seats, list(checkpoint.norms))
     while checkpoint.round < study.rounds:
         number = checkpoint.round + 1
@@ -67,22 +67,25 @@ def run_study(
             gate.norms = []  # the encoder is unfrozen: larger updates are to be expected
         if stage != checkpoint.stage:
             tensors, gate.norms = initial_tensors(study, stage, tensors), []
+        mail.look()  # for who has come, or come back, since
+        _require(study, len(mail.nodes), "were found")
         packed = wire.pack_tensors(tensors)
         tensors = wire.unpack_tensors(packed)  # views of what is sent: one copy in memory
         due = evaluate and _due(study, number - 1)
-        orders = _orders(study, number, stage, tensors, nodes, train=True, evaluate=due)
+        orders = _orders(study, number, stage, tensors, mail.nodes, train=True, evaluate=due)
         round = Round(number, stage, tensors, packed, orders)
-        tensors, norms, accepted = _round(grid, study, run, round, nodes, gate)
+        tensors, norms, accepted = _round(mail, study, run, round, gate)
         gate.norms += norms
         best = _judge(study, run, round, accepted, checkpoint)
         tensors, number = _stop_early(study, run, round, best, tensors)
         checkpoint = Checkpoint(study.hash, number, stage, digest(tensors), list(gate.norms), best)
         checkpoints.save(run.checkpoints, checkpoint, tensors)
     if evaluate:
+        mail.look()
         stage = len(study.stages) - 1
-        orders = _orders(study, study.rounds, stage, tensors, nodes, train=False, evaluate=True)
+        orders = _orders(study, study.rounds, stage, tensors, mail.nodes, train=False, evaluate=True)
         last = Round(study.rounds, stage, tensors, wire.pack_tensors(tensors), orders)
-        _measure(grid, study, run, last, nodes, seats)
+        _measure(mail, study, run, last, seats)
     return tensors
 
 
@@ -178,15 +181,15 @@ def _orders(
 
 
 def _round(
-    grid: Grid, study: Study, run: RunDir, round: Round, nodes: Mapping[str, int], gate: Gate
+    mail: Mail, study: Study, run: RunDir, round: Round, gate: Gate
 ) -> tuple[Tensors, list[float], dict[str, Reply]]:
     """The new global tensors, the norms of the updates in them by site name, and what came with these."""
     started = time.monotonic()
-    run.event("round_started", round=round.number, stage=round.stage, sites=list(nodes))
+    run.event("round_started", round=round.number, stage=round.stage, sites=list(round.orders))
     gate.open_round(round.tensors)
     fold = RULES[study.aggregation.rule](round.tensors)
     accepted: dict[str, tuple[Reply, float]] = {}
-    for site, message in replies(grid, run, round, nodes, study.aggregation.round_deadline_s):
+    for site, message in mail.replies(round):
         try:
             accepted[site] = _take(message, site, study, run, round, gate, fold)
         except (RefusedUpdate, wire.Malformed) as reason:
@@ -231,12 +234,10 @@ def _close(
     run.event("round_closed", round=round.number, seconds=seconds, accepted=len(accepted), loss=loss, **before)
 
 
-def _measure(
-    grid: Grid, study: Study, run: RunDir, round: Round, nodes: Mapping[str, int], seats: Mapping[str, int]
-) -> None:
+def _measure(mail: Mail, study: Study, run: RunDir, round: Round, seats: Mapping[str, int]) -> None:
     """The last message: the sites measure the encoder that the study has made."""
     measured: dict[str, dict[str, float]] = {}
-    for site, message in replies(grid, run, round, nodes, study.aggregation.round_deadline_s):
+    for site, message in mail.replies(round):
         try:
             reply, _ = read(message)
             bound_to(round.orders[site], study.hash, reply)

@@ -359,8 +359,10 @@ def claiming(record: RecordDict) -> Node:
     return lambda message, context: Message(copy.deepcopy(record), reply_to=message)
 
 
-def name(value: Any) -> RecordDict:
-    return RecordDict({"site": ConfigRecord({"site": value})})
+def name(value: Any, **other: Any) -> RecordDict:
+    return RecordDict(
+        {"presence": ConfigRecord({"site": value, "version": "1", "approved": True, "clock": 0.0, **other})}
+    )
 
 
 @pytest.mark.parametrize(
@@ -370,10 +372,13 @@ def name(value: Any) -> RecordDict:
         (name("nobody"), "a node calls itself 'nobody', a site that is not enrolled"),
         (name(""), "a node calls itself '', a site that is not enrolled"),
         (name("\x1b[31m[/red]" + "x" * 10**5), "a node calls itself '..."),
-        (name(7), "a node does not say which site it is: it answers with something else"),
-        (name(["east"]), "a node does not say which site it is: it answers with something else"),
+        (name(7), "a node does not say which site it is: site of the presence is of another type"),
+        (name(["east"]), "a node does not say which site it is: site of the presence is of another type"),
         (RecordDict(), "a node does not say which site it is: it answers with something else"),
-        (RecordDict({"site": MetricRecord({"site": 1.0})}), "a node does not say which site it is: it answers with"),
+        (RecordDict({"presence": MetricRecord({"site": 1.0})}), "a node does not say which site it is: it answers w"),
+        (name("west", clock=float("nan")), "a node does not say which site it is: its clock is out of range"),
+        (name("west", clock=1), "a node does not say which site it is: clock of the presence is of another type"),
+        (name("west", more=1), "a node does not say which site it is: the presence has other fields"),
     ],
 )
 def test_a_node_with_anothers_name_or_none_has_no_seat(said: RecordDict, warned: str, tmp_path: Path) -> None:
@@ -381,25 +386,36 @@ def test_a_node_with_anothers_name_or_none_has_no_seat(said: RecordDict, warned:
     run = open_run(tmp_path / "run", study)
     nodes = {"east": honest("east"), "north": honest("north"), "intruder": claiming(said)}
     tensors = run_study(Mail(nodes, undisturbed), study, run, SEATS)
-    (warning,) = events(run, "warning")
-    assert warning["text"].startswith(warned)
-    assert warning["text"].isprintable()
+    (warning,) = {line["text"] for line in events(run, "warning")}
+    assert warning.startswith(warned)
+    assert warning.isprintable()
     assert [(line["round"], line["site"]) for line in events(run, "site_missing")] == [(0, "west")]
     assert_as_if_absent(run, tensors, tmp_path)
 
 
-def test_a_node_that_raises_when_asked_who_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("often", [1, 100])
+def test_a_node_that_raises_when_asked_who_it_is_is_asked_again_a_round_later(often: int, tmp_path: Path) -> None:
     study = tiny_study(aggregation={"round_deadline_s": 0.3})
     run = open_run(tmp_path / "run", study)
+    raised = 0
 
     def node(message: Message, context: Context) -> Message:
+        nonlocal raised
+        raised += 1
+        if raised > often:
+            return honest("west")(message, context)
         raise OSError("/data/Jane Doe")
 
     tensors = run_study(
         Mail({"east": honest("east"), "west": node, "north": honest("north")}, undisturbed), study, run, SEATS
     )
-    assert [line["text"] for line in events(run, "warning")] == ["a node does not say which site it is: OSError"]
-    assert_as_if_absent(run, tensors, tmp_path)
+    assert {line["text"] for line in events(run, "warning")} == {"a node does not say which site it is: OSError"}
+    if often > 1:
+        assert raised == 1 + study.rounds
+        assert_as_if_absent(run, tensors, tmp_path)
+    else:
+        accepted = [line["round"] for line in events(run, "update_accepted") if line["site"] == "west"]
+        assert accepted == [*range(2, study.rounds + 1)]
 
 
 def test_the_last_measurement_takes_no_stale_or_foreign_reply(tmp_path: Path) -> None:

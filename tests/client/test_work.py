@@ -279,8 +279,9 @@ def test_nothing_leaves_but_what_is_listed_here(site: Site) -> None:
     assert set(reply.content["train"]) == set(wire.TRAINING)
     assert set(reply.content["evaluation"]) == PROBES
     assert set(wire.unpack_tensors(reply.content["update"])) == set(tensors)
-    who = node.ask(RecordDict(), MessageType.QUERY)
-    assert {key: set(record) for key, record in who.content.items()} == {"site": {"site", "version"}}
+    who = node.ask(wire.pack_question(STUDY.hash), MessageType.QUERY)
+    fields = {"site", "version", "approved", "clock"}
+    assert {key: set(record) for key, record in who.content.items()} == {"presence": fields}
     for message in (reply, who):
         printed = str({key: list(record.items()) for key, record in message.content.items() if key != "update"})
         assert not any(secret in printed for secret in SECRETS)
@@ -338,9 +339,9 @@ def test_the_deployed_app_opens_the_site_that_its_node_names(tmp_path: Path) -> 
 
     cohort = build_cohort(write_cohort(tmp_path / "images", 4), STUDY.images, tmp_path / "state", workers=1)
     write_site(tmp_path / "site", "north", cohort.folder)
-    message = Message(RecordDict(), 2, MessageType.QUERY)
+    message = Message(wire.pack_question(STUDY.hash), 2, MessageType.QUERY)
     context = Context(1, 2, {"site": str(tmp_path / "site")}, RecordDict(), {})
-    assert app(message, context).content["site"]["site"] == "north"
+    assert app(message, context).content["presence"]["site"] == "north"
 
 
 def test_stored_facts_are_json_and_hold_no_path(site: Site) -> None:

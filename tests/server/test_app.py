@@ -9,7 +9,7 @@ from flwr.app import Context, RecordDict
 
 from polyclinic.artifacts import load_tensors
 from polyclinic_server.app import app, conclude
-from polyclinic_server.mail import find_sites
+from polyclinic_server.mail import Mail
 from polyclinic_simulations.engines.local import LocalGrid
 
 from ..tiny import SITES, events, honest, open_run, tiny_study
@@ -67,8 +67,10 @@ def test_a_node_gets_no_other_seat_than_its_keys(tmp_path: Path) -> None:
     grid = LocalGrid({"beta": honest("alpha"), "alpha": honest("alpha"), "gamma": honest("gamma")})
     beta, alpha, gamma = grid.get_node_ids()
     registered = {"alpha": alpha, "beta": beta, "gamma": gamma}
-    found = find_sites(grid, run, dict.fromkeys(registered, 10), 0.5, registered)
-    assert found == {"alpha": alpha, "gamma": gamma}
+    study = tiny_study(aggregation={"round_deadline_s": 0.5})
+    mail = Mail(grid, run, study, dict.fromkeys(registered, 10), registered)
+    mail.find()
+    assert mail.nodes == {"alpha": alpha, "gamma": gamma}
     assert events(run, "warning")[0]["text"] == "a node calls itself 'alpha', a site that has another key"
 
 

@@ -104,8 +104,8 @@ def test_metrics_and_events_tell_what_happened(tmp_path: Path) -> None:
     study = tiny_study(stages=[SIMCLR, {**SIMCLR, "rounds": 1, "projection": 4}])
     run = open_run(tmp_path, study)
     tensors = run_study(LocalGrid(nodes()), study, run, SEATS)
-    assert [line["event"] for line in events(run)][:5] == [
-        "run_started", "round_started", "update_accepted", "update_accepted", "update_accepted",
+    assert [line["event"] for line in events(run)][:8] == [
+        "run_started", *["site_found"] * 3, "round_started", "update_accepted", "update_accepted", "update_accepted",
     ]  # fmt: skip
     assert [(line["round"], line["stage"]) for line in events(run, "round_started")] == [(1, 0), (2, 0), (3, 1)]
     rows = measured(run)
@@ -186,6 +186,59 @@ def test_nodes_that_come_later_are_waited_for(tmp_path: Path) -> None:
     assert {line["site"] for line in events(run, "update_accepted")} == set(SITES)
 
 
+class Away(LocalGrid):
+    """The last node is away from the time that a round's orders are sent until those of another are."""
+
+    def __init__(self, apps: dict[str, Node], since: int, until: int) -> None:
+        super().__init__(apps)
+        self.round, self._since, self._until = 0, since, until
+
+    @property
+    def _away(self) -> bool:
+        return self._since <= self.round < self._until
+
+    def get_node_ids(self) -> Iterable[int]:
+        here = list(super().get_node_ids())
+        return here[:-1] if self._away else here
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = list(messages)
+        self.round = max([self.round, *(int(message.metadata.group_id or 0) for message in sent)])
+        return super().push_messages(sent)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        last = list(super().get_node_ids())[-1]
+        return [m for m in super().pull_messages(message_ids) if not (self._away and m.metadata.src_node_id == last)]
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "without", "missed"),
+    [
+        (0, 2, {1, 2}, 0),  # late: found when a look for nodes follows the orders of round 2
+        (2, 4, {2, 3, 4}, 2),  # gone: in no round after the one that it has missed, until it is back
+    ],
+)
+def test_a_site_that_is_late_or_gone_holds_up_one_wait_and_joins_a_later_round(
+    since: int, until: int, without: set[int], missed: int, tmp_path: Path
+) -> None:
+    study = tiny_study(aggregation={"round_deadline_s": 0.2}, stages=[{**SIMCLR, "rounds": 6}])
+    run = open_run(tmp_path / "run", study)
+    tensors = run_study(Away(nodes(), since, until), study, run, SEATS)
+    assert {line["round"] for line in events(run, "update_accepted") if line["site"] == "west"} == {
+        *range(1, 7)
+    } - without
+    assert [(line["round"], line["site"]) for line in events(run, "site_missing")] == [(missed, "west")]
+    assert [line["site"] for line in events(run, "site_found")].count("west") == (2 if missed else 1)
+
+    def failing(message: Message, context: Any) -> Message:
+        if message.metadata.message_type == "train" and int(message.metadata.group_id) in without:
+            raise RuntimeError("no")
+        return nodes()["west"](message, context)
+
+    refused = run_study(LocalGrid({**nodes(), "west": failing}), study, open_run(tmp_path / "other", study), SEATS)
+    assert same_bits(tensors, refused)
+
+
 @pytest.mark.parametrize(
     ("weighting", "seats", "fits"),
     [
@@ -229,7 +282,7 @@ def test_stopped_at_any_event_and_resumed_is_as_undisturbed(tmp_path: Path) -> N
     whole = open_run(tmp_path / "whole", study)
     expected = run_study(LocalGrid(nodes()), study, whole, SEATS)
     count = len(events(whole))
-    assert count == 1 + 3 * 5
+    assert count == 1 + 3 + 3 * 5
     for number in range(1, count + 1):
         folder = tmp_path / str(number)
         with pytest.raises(Stop):
