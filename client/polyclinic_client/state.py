@@ -1,4 +1,5 @@
-"""What a site keeps of a study between messages: the newest finished update and the optimizer's moments.
+"""What a site keeps of a study between messages: the newest finished update, the optimizer's moments, and how far an
+unfinished round has come.
 
 One folder a study, one file a round and kind. A round that is asked for again, from the same global tensors, is
 answered with the update that was stored; from others it is trained again, from the moments of the round before.
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from polyclinic import __version__
 from polyclinic.artifacts import load_tensors, save_tensors
 from polyclinic.errors import CheckpointError
 from polyclinic.files import storage
@@ -34,6 +36,10 @@ class SiteState:
         """The stored update of a round that was trained from the global tensors `model`, and its facts; or None."""
         found = _read(self.folder / f"update-{round:04d}.safetensors")
         return found if found is not None and found[1].get("model") == model else None
+
+    def midway(self, round: int, model: str) -> "Midway":
+        """Of a round that trains from the global tensors `model`."""
+        return Midway(self.folder / f"midway-{round:04d}.safetensors", model)
 
     def moments_before(self, round: int, stage: int) -> dict[str, Tensor] | None:
         """The optimizer's moments after the newest stored round before `round`, if one is of `stage`.
@@ -69,6 +75,29 @@ class SiteState:
     def _write(self, kind: str, round: int, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
         new, old = (self.folder / f"{kind}-{number:04d}.safetensors" for number in (round, round - KEPT))
         save_tensors(new, tensors, facts, durable=False, recycle=old)
+
+
+@dataclass(frozen=True)
+class Midway:
+    """How far a round has come, as in polyclinic.training; `SiteState.keep` removes the file."""
+
+    path: Path
+    model: str
+
+    def load(self) -> dict[str, Tensor] | None:
+        """What this version has noted of a round from the same global tensors."""
+        found = _read(self.path)
+        return found[0] if found is not None and self._facts.items() <= found[1].items() else None
+
+    def save(self, note: dict[str, Tensor]) -> None:
+        """Replace what was noted."""
+        with storage(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(self.path, note, self._facts, durable=False)
+
+    @property
+    def _facts(self) -> dict[str, str]:
+        return {"model": self.model, "version": __version__}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:

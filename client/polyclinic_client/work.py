@@ -127,6 +127,7 @@ def _round(
         targets=targets,
         optimizer_state=state.moments_before(order.round, order.stage),
         progress=progress,
+        midway=state.midway(order.round, order.model),
     )
     patients = min(training.n_patients, study.aggregation.max_patients)
     metrics = {"loss": trained.loss, "images": float(trained.images), "patients": float(training.n_patients)}

@@ -9,9 +9,12 @@ import ctypes
 import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +33,8 @@ MOMENTUM = 0.9
 """Of SGD."""
 CLIP = 3.0
 """Largest norm of a step's gradient: several times the usual one, so that only outliers are cut (DINO's figure)."""
+MIDWAY_S = 60.0
+"""Seconds of a round between two of its notes: what a killed one loses at most."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's numbers for what `mallopt` sets."""
 _LAYER = re.compile(r"encoder\.(?:layer|blocks\.|stages\.)(\d+)")
@@ -49,6 +54,18 @@ class Trained:
     loss: float
     images: int
     steps: int
+
+
+class Midway(Protocol):
+    """Where a round notes how far it has come, so that a killed one goes on from there to the same bits."""
+
+    def load(self) -> dict[str, Tensor] | None:
+        """The last note, or None."""
+        ...
+
+    def save(self, note: dict[str, Tensor]) -> None:
+        """Replace the last note."""
+        ...
 
 
 def pick_device() -> torch.device:
@@ -176,18 +193,22 @@ def batches(
     seed: int,
     pairs: bool = False,
     targets: Tensor | None = None,
+    start: int = 0,
 ) -> Iterator[Batch]:
-    """The round's batches, in an order drawn from `seed`: `local_epochs` times every image, or two of every patient."""
+    """The round's batches from number `start`, in an order drawn from `seed`: `local_epochs` times every image, or two
+    of every patient.
+    """
     generator = numpy_generator(seed_for(seed, "batches"))
     layout = torch.channels_last if compute.layout == "channels_last" else torch.contiguous_format
-    for _ in range(stage.local_epochs):
-        for index in (pair_epoch if pairs else epoch)(cohort, stage.batch_size, generator):
-            pixels = cohort.pixels(index)
-            if device.type == "cuda":
-                pixels = pixels.pin_memory()
-            images = pixels.to(device, non_blocking=True).to(torch.float32, memory_format=layout).div_(255)
-            patients = torch.from_numpy(cohort.patients[index].astype("int64"))
-            yield Batch(images, patients, *([] if targets is None else [targets[torch.from_numpy(index)].to(device)]))
+    draw = pair_epoch if pairs else epoch
+    order = (index for _ in range(stage.local_epochs) for index in draw(cohort, stage.batch_size, generator))
+    for index in islice(order, start, None):
+        pixels = cohort.pixels(index)
+        if device.type == "cuda":
+            pixels = pixels.pin_memory()
+        images = pixels.to(device, non_blocking=True).to(torch.float32, memory_format=layout).div_(255)
+        patients = torch.from_numpy(cohort.patients[index].astype("int64"))
+        yield Batch(images, patients, *([] if targets is None else [targets[torch.from_numpy(index)].to(device)]))
 
 
 def train(
@@ -202,6 +223,7 @@ def train(
     targets: Tensor | None = None,
     optimizer_state: dict[str, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    midway: Midway | None = None,
 ) -> tuple[Trained, dict[str, Tensor]]:
     """Train `module` in place for one round of a stage; it is left on `pick_device()`.
 
@@ -211,6 +233,7 @@ def train(
         targets: (images, classes) as in Batch, where the method needs them.
         optimizer_state: what the round before returned; None starts afresh.
         progress: called with (steps done, steps of the round).
+        midway: what an earlier attempt at this round, from the same tensors, has noted there is gone on from.
 
     Returns:
         A summary, and the optimizer's state as "<parameter>.<slot>".
@@ -230,16 +253,50 @@ def train(
     set_moments(optimizer, module, optimizer_state or {})
     generator = torch_generator(seed_for(seed, "views"), device)
     steps = math.ceil((cohort.n_patients if method.pairs else len(cohort)) / stage.batch_size) * stage.local_epochs
-    total, terms, images = torch.zeros((), device=device), 0, 0
+    total, terms, images, start, noted = torch.zeros((), device=device), 0, 0, 0, time.monotonic()
     with use_threads(compute), repeatable(seed):
-        for step, batch in enumerate(batches(cohort, stage, compute, device, seed, method.pairs, targets)):
+        if midway is not None and (note := midway.load()) is not None:
+            start, terms, images = note["counts"].tolist()
+            total = note["total"].to(device)
+            _go_on(note, module, optimizer, generator)
+        for step, batch in enumerate(
+            batches(cohort, stage, compute, device, seed, method.pairs, targets, start), start
+        ):
             rate = learning_rate(stage, stage_round + (step + 0.5) / steps)
             losses = one_step(module, method, batch, optimizer, rate, compute, generator)
             total += losses.sum()
             terms, images = terms + len(losses), images + len(batch.images)
+            if midway is not None and time.monotonic() - noted > MIDWAY_S:
+                counts = torch.tensor([step + 1, terms, images])
+                midway.save({"counts": counts, "total": total.cpu(), **_note(module, optimizer, generator)})
+                noted = time.monotonic()
             if progress is not None:
                 progress(step + 1, steps)
     return Trained(_mean(total, terms), images, steps), get_moments(optimizer, module)
+
+
+def _note(module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> dict[str, Tensor]:
+    """All that the steps to come depend on, on the CPU."""
+    note = {f"module.{name}": value.cpu().contiguous() for name, value in module.state_dict().items()}
+    note |= {f"moments.{name}": value for name, value in get_moments(optimizer, module).items()}
+    note |= {"random.views": generator.get_state(), "random.cpu": torch.get_rng_state()}
+    return note | ({"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _go_on(
+    note: dict[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> None:
+    """Put back what `_note` has taken."""
+
+    def part(kind: str) -> dict[str, Tensor]:
+        return {name.removeprefix(kind): value for name, value in note.items() if name.startswith(kind)}
+
+    module.load_state_dict(part("module."))
+    set_moments(optimizer, module, part("moments."))
+    generator.set_state(note["random.views"])
+    torch.set_rng_state(note["random.cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(note["random.cuda"])
 
 
 def one_step(

@@ -80,3 +80,24 @@ def test_moments_that_a_power_cut_left_under_a_newer_name_are_passed_over(
     shutil.copyfile(tmp_path / "moments-0001.safetensors", tmp_path / "moments-0003.safetensors")
     assert same(state.moments_before(4, 0), -2)
     assert "after round 3 are damaged" in caplog.text
+
+
+def test_a_note_of_an_unfinished_round_is_found_by_its_own_round_tensors_and_version_and_goes_with_the_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = SiteState(tmp_path / "new")
+    midway = state.midway(2, "m")
+    assert midway.load() is None
+    midway.save(tensors(5))
+    assert same(state.midway(2, "m").load(), 5)
+    assert state.midway(2, "other").load() is None
+    assert state.midway(3, "m").load() is None
+    data = midway.path.read_bytes()
+    midway.path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert midway.load() is None
+    midway.path.write_bytes(data)
+    with monkeypatch.context() as patch:
+        patch.setattr("polyclinic_client.state.__version__", "another")
+        assert midway.load() is None
+    keep(state, 2)
+    assert not midway.path.exists()

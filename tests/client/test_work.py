@@ -12,7 +12,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 
-from polyclinic import wire
+from polyclinic import training, wire
 from polyclinic.cohort import Cohort
 from polyclinic.errors import CohortError, PolyclinicError, Refused, StudyError
 from polyclinic.model import initial_tensors
@@ -127,6 +127,33 @@ def test_a_damaged_state_is_trained_again_to_the_same_bits(
     assert expected is not None
     assert again is not None
     assert same_bits(expected, again)
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+def test_a_round_killed_midway_goes_on_from_its_last_note(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "MIDWAY_S", -1.0)  # every step is noted
+    study = tiny_study(stages=[{**SIMCLR, "local_epochs": 4}])
+    tensors = initial_tensors(study, 0, None)
+    order = Order(study.canonical(), 0, 1, "north", digest(tensors), True, False)
+    _, expected = answer(order, tensors, replace(site, state=site.state.with_name("undisturbed")))
+
+    def dying(done: int, steps: int) -> None:
+        if done == 2:
+            raise Killed
+
+    steps: list[int] = []
+    with pytest.raises(Killed):
+        answer(order, tensors, site, dying)
+    assert [path.name for path in site.state.rglob("*-0001*")] == ["midway-0001.safetensors"]
+    _, update = answer(order, tensors, site, lambda done, of: steps.append(done))
+    assert steps[0] == 3
+    assert expected is not None
+    assert update is not None
+    assert same_bits(update, expected)
+    assert not list(site.state.rglob("midway-*"))
 
 
 def test_a_stage_starts_with_fresh_moments_and_its_own_learning_rate(

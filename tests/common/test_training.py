@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from polyclinic import study, training
@@ -73,6 +74,56 @@ def trained(stage: Pretrain, rounds: int, compute: Compute = FP32) -> tuple[list
         )
         losses.append(done.loss)
     return losses, {**module.state_dict(), **(moments or {})}
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+class Notes:
+    """Of a round, in memory."""
+
+    def __init__(self) -> None:
+        self.note: dict[str, Tensor] | None = None
+
+    def load(self) -> dict[str, Tensor] | None:
+        return self.note
+
+    def save(self, note: dict[str, Tensor]) -> None:
+        self.note = {name: value.clone() for name, value in note.items()}
+
+
+@pytest.mark.parametrize("name", ["simclr", "micle", "mae", "sssd", "mlvicx"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_round_killed_midway_goes_on_to_the_same_bits(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "MIDWAY_S", -1.0)  # every step is noted
+
+    def run(notes: Notes, stop: int = 0) -> tuple[training.Trained, str, list[int]]:
+        seen: list[int] = []
+
+        def progress(done: int, of: int) -> None:
+            seen.append(done)
+            if done == stop:
+                raise Killed
+
+        stage = stage_of(name, local_epochs=3)
+        method = make_method(stage)
+        with forked(0):
+            encoder = VisionTransformer(SIDE, 1, patch=8, dim=48, heads=3, depth=2)
+            module = method.build(encoder)
+        for block in encoder.blocks:
+            block.drop_path1 = DropPath(0.3)  # takes torch's own random numbers
+        done, moments = training.train(
+            module, method, cohort(), stage, FP32, stage_round=1, seed=3, progress=progress, midway=notes
+        )
+        return done, digest({**module.state_dict(), **moments}), seen
+
+    notes = Notes()
+    with pytest.raises(Killed):
+        run(notes, stop=steps + 1)  # its note is made before it is told of, so the next attempt starts behind it
+    done, bits, seen = run(notes)
+    assert seen[0] == steps + 2
+    assert (done, bits) == run(Notes())[:2]
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
