@@ -99,6 +99,17 @@ def keep_freed_memory() -> None:
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def choose_attention(module: nn.Module, device: torch.device) -> None:
+    """Plain products for attention on a processor, torch's fused kernel elsewhere.
+
+    Of the fused kernel for processors the backward pass takes longer than all matrices of a small transformer: with
+    bf16, a step of a masked autoencoder at 64 tokens took 1.8 times as long, one of SimCLR at 196 tokens 1.4 times.
+    """
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):  # of timm, which only some encoders need
+            part.fused_attn = device.type != "cpu"
+
+
 def has_bf16(device: torch.device) -> bool:
     """Does the device multiply bf16 numbers in hardware? Where it only imitates that, fp32 is faster."""
     if device.type == "cuda":
@@ -245,6 +256,7 @@ def train(
     keep_freed_memory()
     device = pick_device()
     module.to(device).train()
+    choose_attention(module, device)
     if compute.layout == "channels_last":
         module.to(memory_format=torch.channels_last)
     if isinstance(stage, Finetune):

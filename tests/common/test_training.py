@@ -447,3 +447,13 @@ if __name__ == "__main__":
     for case_method, case_precision in CASES:
         wanted = Compute.model_validate({"threads": 1, "precision": case_precision})
         print(digest(trained(stage_of(case_method), 2, wanted)[1]))
+
+
+def test_attention_on_a_processor_is_by_plain_products_with_the_fused_kernels_results() -> None:
+    encoder = VisionTransformer(SIDE, 1, patch=8, dim=48, heads=3, depth=2)
+    images = torch.rand(2, 1, SIDE, SIDE)
+    training.choose_attention(encoder, torch.device("cuda"))
+    fused = encoder(images)
+    training.choose_attention(encoder, torch.device("cpu"))
+    assert not any(block.attn.fused_attn for block in encoder.blocks)
+    torch.testing.assert_close(encoder(images), fused)
