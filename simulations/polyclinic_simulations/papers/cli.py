@@ -55,7 +55,7 @@ def papers(
     results: dict[Plan, dict[str, Any]] = {}
     with storage(out):
         out.mkdir(parents=True, exist_ok=True)
-    started, folder = time.monotonic(), work / tier.value
+    started, folder = time.monotonic(), work / f"{tier.value}-{TIERS[tier.value].digest}"
     with Display() as display:
         at = Workshop(
             TIERS[tier.value],
