@@ -13,7 +13,10 @@ from pathlib import Path
 from polyclinic.errors import Refused
 from polyclinic.files import locked, write_atomic
 from polyclinic.processes import Program, keep_running
+from polyclinic_client import caps
 from polyclinic_client.hospital import Hospital
+from polyclinic_client.monitor import Meter, note_health
+from polyclinic_client.network import direct_to_loopback
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,12 @@ def run_agent(hospital: Hospital) -> None:
     with locked(hospital.path) as free:
         if not free:
             raise Refused(f"another process runs for {hospital.path}", "stop it first")
-        keep_running([_supernode(hospital)], lambda: None)
+        caps.limit_memory(hospital.settings.policy)  # and with it what it starts
+        meter = Meter(hospital.path, hospital.name, hospital.ledger)
+        try:
+            keep_running(_programs(hospital), meter)
+        finally:
+            meter.write(up=False)
 
 
 def write_guard(home: Path) -> Path:
@@ -63,32 +71,45 @@ def write_guard(home: Path) -> Path:
     return folder
 
 
-def _supernode(hospital: Hospital) -> Program:
-    """SuperNode, for which only our own `flwr-clientapp` is to be found."""
+def _programs(hospital: Hospital) -> list[Program]:
+    """SuperNode, for which only our own `flwr-clientapp` is to be found, and the warm process that this knocks at.
+
+    They inherit the environment, and with it HTTPS_PROXY and NO_PROXY, which Flower's HTTP client heeds.
+    """
     joined, home = hospital.joined, hospital.path
     assert joined is not None
+    guard = write_guard(home)
     for name in ("flwr", "logs"):
         (home / name).mkdir(mode=0o700, exist_ok=True)
 
     def command() -> list[str]:
+        port, health = _free_port(), _free_port()
+        note_health(home, port, health)
         return [
             str(BIN / "flower-supernode"),
             *("--superlink", joined.address, "--root-certificates", str(home / "authority.crt")),
             *("--auth-supernode-private-key", str(home / "node.key")),
-            *("--node-config", f'home="{home}"', "--host", "127.0.0.1", "--port", str(_free_port())),
+            *("--node-config", f'home="{home}"', "--host", "127.0.0.1", "--port", str(port)),
+            *("--health-server-address", f"127.0.0.1:{health}"),
         ]
 
     environment = {
-        "PATH": str(write_guard(home)),
+        **caps.environment(hospital.settings.policy),
+        **direct_to_loopback(),
+        "PATH": str(guard),
         "FLWR_HOME": str(home / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
-    return Program("supernode", command, home / "logs" / "supernode.log", environment)
+    supernode = Program("supernode", command, home / "logs" / "supernode.log", environment)
+    if sys.platform != "linux":  # elsewhere, a fork of a process that has imported torch cannot be relied upon
+        return [supernode]
+    warm = [sys.executable, "-P", "-m", "polyclinic_client.warm", str(guard)]
+    return [Program("warm", lambda: warm, home / "logs" / "warm.log", environment), supernode]
 
 
 def _free_port() -> int:
-    """On loopback, for SuperNode to speak with the program that carries out a message."""
+    """On loopback, for SuperNode to speak with the program that carries out a message, or to say that it is well."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

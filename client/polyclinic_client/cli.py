@@ -1,16 +1,11 @@
 """`polyclinic site`: make a site, join a consortium, approve studies, keep the node running. torch loads inside."""
 
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from polyclinic.cohort import Cohort
-    from polyclinic.study import Study
 
 HomeDir = Annotated[Path, typer.Option("--home", help="The site's folder.")]
 
@@ -67,10 +62,16 @@ def join(
 
 
 def doctor(
+    study: Annotated[
+        Path | None, typer.Option("--study", help="Also try this study on the site's images: pace and memory.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     home: HomeDir = Path("site"),
 ) -> None:
-    """Check whether this site can take part: PASS, WARN or FAIL, each with what to do. Exit code 1 if one fails."""
+    """Check whether this site can take part: PASS, WARN or FAIL, each with what to do. Exit code 1 if one fails.
+
+    With a study, a few batches of it are trained and thrown away: nothing of that is kept, and nothing leaves.
+    """
     from dataclasses import asdict
 
     from rich.console import Console
@@ -80,7 +81,7 @@ def doctor(
 
     found, console = [], Console(highlight=False)
     colours = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
-    for finding in examine(home):
+    for finding in examine(home, study):
         found.append(finding)
         if not as_json:
             mark = f"[{colours[finding.level]}]{finding.level}[/]"
@@ -108,50 +109,38 @@ def firewall(home: HomeDir = Path("site")) -> None:
 def approve(
     study: Annotated[Path, typer.Argument(help="The study file, as the coordinator gave it out.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and approve only together with --yes.")] = False,
     home: HomeDir = Path("site"),
 ) -> None:
     """Say in plain words what a study will do here, ask, and record the approval.
+
+    A few batches are trained and thrown away, to say how long a round will take.
 
     Example:
 
       polyclinic site approve study.toml
     """
-    from polyclinic.cohort.cli import _bar
+    from polyclinic.cohort.cli import progress_bar
     from polyclinic.errors import Refused
     from polyclinic.study import load_study
     from polyclinic_client.hospital import Hospital
+    from polyclinic_client.preview import preview
 
     hospital, read = Hospital(home), load_study(study)
-    hospital.settings.policy.check(read)
-    import sys
-
-    with _bar(shown=sys.stderr.isatty()) as progress:
+    hospital.settings.policy.check(read)  # before its images are read
+    with progress_bar(shown=sys.stderr.isatty()) as progress:
         cohort = hospital.cohort_for(read, progress)
-    for line in _meaning(read, cohort):
-        print(line)
-    if not yes and not typer.confirm("Approve it?"):
-        raise Refused("not approved", "nothing runs")
-    found = hospital.approve(read, cohort)
-    print(f"approved by {found.by} at {found.approved}: {read.hash}")
-
-
-def _meaning(study: "Study", cohort: "Cohort") -> "Iterator[str]":
-    """What a study will do at this site."""
-    from polyclinic.model import initial_tensors
-    from polyclinic.wire import EVALUATION
-
-    tensors = initial_tensors(study, 0, None)
-    size = sum(value.nbytes for value in tensors.values()) / 1e6
-    stages = ", then ".join(
-        f"{stage.rounds} rounds of {stage.local_epochs} passes of {stage.method}" for stage in study.stages
-    )
-    yield f"{study.name} ({study.hash})"
-    yield f"trains on {len(cohort)} images of {cohort.n_patients} patients: {stages}"
-    yield f"sends {size:.1f} MB a round: the change of {len(tensors)} tensors of the network, the number of patients,"
-    yield f"and figures of these names: loss, images, patients, seconds, {', '.join(sorted(EVALUATION))}"
-    yield f"privacy: {study.privacy.mode}" + (
-        "; the change of the weights may tell something about the images" if study.privacy.mode == "none" else ""
-    )
+    seen = preview(hospital, read, cohort)
+    if not as_json:
+        print("\n".join(seen.words()))
+        if not yes and not typer.confirm("Approve it?"):
+            raise Refused("not approved", "nothing runs")
+    found = hospital.approve(read, cohort) if yes or not as_json else None
+    approved = {"by": found.by, "at": found.approved} if found else None
+    if as_json:
+        print(json.dumps({**seen.plain(), "approved": approved}, indent=2))
+    elif found:
+        print(f"approved by {found.by} at {found.approved}: {read.hash}")
 
 
 def withdraw(study: Annotated[str, typer.Argument(help="The study's hash.")], home: HomeDir = Path("site")) -> None:
@@ -176,29 +165,12 @@ def start(home: HomeDir = Path("site")) -> None:
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, home: HomeDir = Path("site")
 ) -> None:
-    """Show what the site knows: the coordinator, and the studies that it approved."""
-    from polyclinic.files import locked
+    """Show what the site knows: its node, the studies that it approved, the last answer, the policy in words."""
     from polyclinic_client.hospital import Hospital
+    from polyclinic_client.overview import in_words, overview
 
-    hospital = Hospital(home)
-    with locked(hospital.path) as free:
-        running = not free
-    paths = sorted((hospital.path / "approved").glob("*.json"))
-    approved = {path.stem: json.loads(path.read_text()) for path in paths}
-    facts = {
-        "name": hospital.name,
-        "coordinator": hospital.joined.address if hospital.joined else None,
-        "running": running,
-        "approved": {hash: {"by": found["by"], "at": found["approved"]} for hash, found in approved.items()},
-    }
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    print(
-        f"{facts['name']}: {'running' if running else 'not running'}, coordinator {facts['coordinator'] or 'unknown'}"
-    )
-    for hash, found in approved.items():
-        print(f"approved: {hash} by {found['by']} at {found['approved']}")
+    facts = overview(Hospital(home))
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(in_words(facts)))
 
 
 def show_ledger(

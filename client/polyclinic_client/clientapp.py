@@ -7,12 +7,16 @@ the installed one, whatever the bundle says. Should Flower rename what is replac
 
 import hashlib
 import logging
-from typing import Any
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Error, Message
-
-from polyclinic.bundle import bundle_hash
 from polyclinic.errors import Refused
+from polyclinic_client.warm import knock
+
+if TYPE_CHECKING:
+    from flwr.app import Context, Message
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +28,22 @@ REPLACED = ("install_from_fab", "get_load_client_app_fn")
 
 
 def main() -> None:
-    """As Flower's program of that name."""
+    """As Flower's program of that name; in a worker of the warm process where there is one."""
+    code = knock(Path(sys.argv[0]).parent, sys.argv[1:])
+    if code is not None:
+        sys.exit(code)
+    prepare()()
+
+
+def prepare() -> Callable[[], None]:
+    """Flower's program, held to what is installed, with all imported that it will need."""
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
     from flwr.supernode.runtime import run_clientapp
 
+    import polyclinic_client.app  # noqa: F401
+
     hold(run_clientapp)
-    flwr_clientapp()
+    return flwr_clientapp
 
 
 def hold(runtime: Any) -> None:
@@ -53,6 +67,8 @@ def check(bundle: bytes, *_: Any, **__: Any) -> None:
     Raises:
         Refused: it is another.
     """
+    from polyclinic.bundle import bundle_hash
+
     found = hashlib.sha256(bundle).hexdigest()
     if found != bundle_hash():
         log.error("a bundle with the hash %s was refused: this site runs installed code only", found)
@@ -68,8 +84,9 @@ def installed() -> Any:
 
 def _plain(app: Any) -> Any:
     """The app, whose own errors (a message of a kind that it does not know) leave as their kind, without text."""
+    from flwr.app import Error, Message
 
-    def answering(message: Message, context: Context) -> Message:
+    def answering(message: "Message", context: "Context") -> "Message":
         try:
             return app(message, context)  # type: ignore[no-any-return]
         except Exception as error:

@@ -1,57 +1,38 @@
 """`polyclinic site doctor`: whether this site can take part, check by check, each with what to do about it.
 
-Every check looks at one thing and trusts none of the others; those of the network go from the name of the coordinator
-outwards, and the first that fails names the layer that fails.
+Every check looks at one thing and trusts none of the others; those of the network (network.py) go from the name of the
+coordinator outwards, and the first that fails names the layer that fails.
 """
 
-import http.client
 import os
 import shutil
-import socket
-import ssl
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from pydicom.uid import UID
 
+from polyclinic import __version__
+from polyclinic.bundle import bundle_hash
 from polyclinic.enrolment import Join, Request, fingerprint, read_file
 from polyclinic.errors import PolyclinicError
-from polyclinic_client.hospital import Hospital
+from polyclinic.study import load_study
+from polyclinic_client.findings import Finding
+from polyclinic_client.hospital import Hospital, what_leaves
+from polyclinic_client.network import EXPIRY_DAYS, Way, certificate_days
+from polyclinic_client.rehearsal import duration, rehearse
 
 DISK_GB, MEMORY_GB = 10.0, 4.0
 """Below which a site is warned."""
-CLOCK_WARN_S, CLOCK_FAIL_S = 60.0, 300.0
-"""Flower refuses what is signed by a clock that is off by more than five minutes."""
-EXPIRY_DAYS = 30
-NETWORK_S = 10.0
-
-Level = Literal["PASS", "WARN", "FAIL"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found, and what to do where that is not well."""
-
-    check: str
-    level: Level
-    found: str
-    fix: str = ""
-
 
 Check = Callable[[Hospital], Finding]
 
 
-def examine(path: Path) -> Iterator[Finding]:
-    """All findings about the site in a folder, as they are made."""
+def examine(path: Path, study: Path | None = None) -> Iterator[Finding]:
+    """All findings about the site in a folder, as they are made; with a study file, about that too."""
     try:
         hospital = Hospital(path)
     except PolyclinicError as error:
@@ -59,16 +40,43 @@ def examine(path: Path) -> Iterator[Finding]:
         return
     yield Finding("configuration", "PASS", f"site {hospital.name}")
     for name, check in CHECKS.items():
-        try:
-            yield check(hospital)
-        except PolyclinicError as error:
-            yield Finding(name, "FAIL", error.problem, error.fix)
-        except OSError as error:
-            yield Finding(name, "FAIL", f"cannot be checked: {error.strerror}", "see who may read the site's folder")
+        yield from _tried(name, _one(check, hospital))
+    if study is not None:
+        yield from _tried("study", _rehearsal(hospital, study))
+    yield from _tried("answer", _coordinator(hospital))
+
+
+def _one(check: Check, hospital: Hospital) -> Iterator[Finding]:
+    yield check(hospital)
+
+
+def _tried(name: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Findings as they are made, the last of them what has kept their check from going on."""
     try:
-        yield from _network(hospital)
+        yield from findings
     except PolyclinicError as error:
-        yield Finding("answer", "FAIL", error.problem, error.fix)
+        yield Finding(name, "FAIL", error.problem, error.fix)
+    except OSError as error:
+        yield Finding(name, "FAIL", f"cannot be checked: {error.strerror}", "see who may read the site's folder")
+
+
+def _coordinator(hospital: Hospital) -> Iterator[Finding]:
+    """Whether the coordinator's answer is here, is of this version, and leads to it."""
+    joined = hospital.joined
+    if joined is None:
+        yield Finding("answer", "FAIL", "the coordinator has not answered yet", "polyclinic site join join-NAME.json")
+        return
+    if joined.bundle == bundle_hash():
+        yield Finding("version", "PASS", f"{__version__}, with the coordinator's bundle")
+    else:
+        fix = f"install the coordinator's version (this is {__version__}), or join again once it has this one"
+        yield Finding("version", "FAIL", "the coordinator's bundle is another version's: nothing of it runs here", fix)
+    days = certificate_days(joined.authority)
+    if days < EXPIRY_DAYS:
+        yield Finding(
+            "authority", "WARN", f"its certificate expires in {days} days", "ask the coordinator for a new one"
+        )
+    yield from Way(joined).check()
 
 
 def _data(hospital: Hospital) -> Finding:
@@ -94,7 +102,7 @@ def _decoders(hospital: Hospital) -> Finding:
             "decoders", "WARN", "no images have been read yet", "approve a study, or `polyclinic cohort inspect`"
         )
     if missing:
-        named = ", ".join(f"{count} files of {syntax or 'an unknown kind'}" for syntax, count in missing.items())
+        named = ", ".join(f"{count} files of {UID(uid).name or 'an unknown kind'}" for uid, count in missing.items())
         return Finding(
             "decoders", "WARN", f"no decoder for {named}", "install the extra gpl-decoders, or leave them out"
         )
@@ -116,7 +124,21 @@ def _memory(hospital: Hospital) -> Finding:
         return Finding("memory", "WARN", "cannot be told on this system", f"see that {MEMORY_GB:.0f} GB are free")
     if free < MEMORY_GB:
         return Finding("memory", "WARN", f"{free:.1f} GB free", f"training wants {MEMORY_GB:.0f} GB or more")
-    return Finding("memory", "PASS", f"{free:.0f} GB free, {os.cpu_count()} processors")
+    return Finding("memory", "PASS", f"{free:.0f} GB free")
+
+
+def _compute(hospital: Hospital) -> Finding:
+    import torch
+
+    from polyclinic.training import has_bf16, pick_device
+
+    policy, device = hospital.settings.policy, pick_device()
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "a Mac's GPU" if device.type == "mps" else ""
+    bf16 = "with" if has_bf16(torch.device("cpu")) else "without"
+    said = f"{os.cpu_count()} processors {bf16} bf16; {gpu or 'no GPU that torch can use'}"
+    if policy.threads > (os.cpu_count() or 1):
+        return Finding("compute", "WARN", said, f"`threads` in site.toml is {policy.threads}: lower it")
+    return Finding("compute", "PASS", said + ("" if policy.gpu or not gpu else ", which the policy leaves out"))
 
 
 def _key(hospital: Hospital) -> Finding:
@@ -151,104 +173,31 @@ CHECKS: dict[str, Check] = {
     "decoders": _decoders,
     "disk": _disk,
     "memory": _memory,
+    "compute": _compute,
     "key": _key,
     "ledger": _ledger,
     "studies": _studies,
 }
 
 
-def _network(hospital: Hospital) -> Iterator[Finding]:
-    """From the coordinator's answer to an answer of the coordinator; ends with the first that fails."""
-    joined = hospital.joined
-    if joined is None:
-        yield Finding("answer", "FAIL", "the coordinator has not answered yet", "polyclinic site join join-NAME.json")
-        return
-    yield Finding("answer", "PASS", f"{joined.coordinator} at {joined.address}")
-    host, _, port = joined.address.rpartition(":")
-    host = host.strip("[]")
-    steps = (partial(_name, host), partial(_tcp, host, int(port)), partial(_tls, host, int(port), joined))
-    for step in steps:
-        finding = step()
-        yield finding
-        if finding.level == "FAIL":
-            return
-    yield from _answers(host, int(port), joined)
-
-
-def _name(host: str) -> Finding:
-    try:
-        found = sorted({info[4][0] for info in socket.getaddrinfo(host, None)})
-    except OSError as error:
-        return Finding(
-            "DNS", "FAIL", f"{host} has no address: {error.strerror}", "ask the network team, or the coordinator"
-        )
-    return Finding("DNS", "PASS", f"{host} is {', '.join(map(str, found))}")
-
-
-def _tcp(host: str, port: int) -> Finding:
-    try:
-        socket.create_connection((host, port), NETWORK_S).close()
-    except OSError as error:
-        fix = f"let this machine connect to {host} port {port}: see `polyclinic site firewall`"
-        return Finding("TCP", "FAIL", f"no connection to {host}:{port}: {error.strerror or error}", fix)
-    return Finding("TCP", "PASS", f"{host}:{port} is open")
-
-
-def _tls(host: str, port: int, joined: Join) -> Finding:
-    """Whether the certificate is one of the coordinator's authority, and how long it lasts."""
-    trusting = ssl.create_default_context(cadata=joined.authority)
-    try:
-        with (
-            socket.create_connection((host, port), NETWORK_S) as raw,
-            trusting.wrap_socket(raw, server_hostname=host) as safe,
-        ):
-            certificate = x509.load_der_x509_certificate(safe.getpeercert(binary_form=True) or b"")
-    except ssl.SSLCertVerificationError as error:
-        issuer = _issuer(host, port)
-        ours = x509.load_pem_x509_certificate(joined.authority.encode()).subject.rfc4514_string()
-        if issuer and issuer != ours:
-            fix = "have the network team let this connection through untouched: the proxy could read and change it"
-            return Finding("TLS", "FAIL", f"the certificate is by {issuer}: something intercepts TLS", fix)
-        return Finding("TLS", "FAIL", error.verify_message, "ask the coordinator to renew its certificate")
-    except (ssl.SSLError, OSError) as error:
-        return Finding("TLS", "FAIL", f"no TLS: {error}", "ask the coordinator whether its gateway runs")
-    days = (certificate.not_valid_after_utc - datetime.now(UTC)).days
-    if days < EXPIRY_DAYS:
-        return Finding("TLS", "WARN", f"the certificate expires in {days} days", "ask the coordinator to renew it")
-    return Finding("TLS", "PASS", f"the coordinator's own certificate, {days} days left")
-
-
-def _issuer(host: str, port: int) -> str:
-    """Whose certificate it is that is shown, trusted or not."""
-    try:
-        shown = ssl.get_server_certificate((host, port), timeout=NETWORK_S)
-        return x509.load_pem_x509_certificate(shown.encode()).issuer.rfc4514_string()
-    except (OSError, ValueError):
-        return ""
-
-
-def _answers(host: str, port: int, joined: Join) -> Iterator[Finding]:
-    """Whether the gateway answers, and what time it is there."""
-    context = ssl.create_default_context(cadata=joined.authority)
-    connection = http.client.HTTPSConnection(host, port, context=context, timeout=NETWORK_S)
-    try:
-        connection.request("GET", "/health")
-        answer = connection.getresponse()
-        there = parsedate_to_datetime(answer.headers["Date"])
-    except (OSError, TypeError, ValueError, http.client.HTTPException) as error:
-        yield Finding("gateway", "FAIL", f"no answer: {error}", "ask the coordinator whether it runs")
-        return
-    finally:
-        connection.close()
-    if answer.status != 200:
-        fix = "ask the coordinator whether SuperLink runs"
-        yield Finding("gateway", "FAIL", f"it answers {answer.status}", fix)
-        return
-    yield Finding("gateway", "PASS", "it answers")
-    off = (datetime.now(UTC) - there).total_seconds()
-    level: Level = "FAIL" if abs(off) > CLOCK_FAIL_S else "WARN" if abs(off) > CLOCK_WARN_S else "PASS"
-    said = f"{abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the coordinator's"
-    yield Finding("clock", level, said, "" if level == "PASS" else "let this machine's clock be set by NTP")
+def _rehearsal(hospital: Hospital, path: Path) -> Iterator[Finding]:
+    """A study's dry run on the site's own images."""
+    study = load_study(path)
+    hospital.settings.policy.check(study)
+    cohort = hospital.cohort_for(study)
+    hospital.permit(study, what_leaves(study), cohort)
+    yield Finding("study", "PASS", f"within the policy, on {len(cohort)} images of {cohort.n_patients} patients")
+    found = rehearse(hospital, study, cohort)
+    paces = "; ".join(
+        f"{stage.method}: {stage.images_s:.0f} images a second, {duration(stage.round_s)} a round"
+        for stage in found.stages
+    )
+    said = f"{paces}; {found.memory_mb / 1e3:.1f} GB of memory, on the {found.device} (an estimate from a few batches)"
+    if late := found.later_than(study):
+        fix = "give the site more processors or a GPU, or ask the coordinator to raise round_deadline_s"
+        yield Finding("dry run", "WARN", f"{late}: {said}", fix)
+    else:
+        yield Finding("dry run", "PASS", said)
 
 
 def firewall_note(joined: Join) -> str:
@@ -266,5 +215,6 @@ Why         Polyclinic trains a model across hospitals. This machine asks the co
 How         HTTPS (TLS 1.2 or later), requests every few seconds, up to some hundred MB a training round.
 Who         The other end shows a certificate of the coordinator's own authority, which this machine checks. A proxy
             that opens TLS and closes it again would break that check, as it is meant to: let the connection pass.
+            A forward proxy that tunnels it (CONNECT) will do: set HTTPS_PROXY where `polyclinic site start` runs.
 Without it  The site takes no part; nothing else here is affected.
 """

@@ -3,14 +3,17 @@
 site.toml          name, data, and what a study may do here
 node.key           EC P-384, OpenSSH, 0600; never leaves
 request.json       for the coordinator; join.json, authority.crt: its answer
-approved/HASH.json a study that may run: who approved it, when, and which cohort it works on
+approved/HASH.json a study that may run: who approved it, when, which cohort it works on, and what will leave
+approved/HASH.orders   how often it has been asked for since
+health.json, metrics.prom   for monitoring: see monitor.py
 state/             cohorts, the key of the patient hashes, and what a study keeps between messages
 """
 
 import getpass
 import json
-import os
+import math
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +21,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from polyclinic import __version__
 from polyclinic.bundle import bundle_hash
@@ -27,10 +30,12 @@ from polyclinic.cohort.index import read_meta
 from polyclinic.enrolment import Join, Request, read_file
 from polyclinic.errors import CohortError, Refused
 from polyclinic.explain import explain
-from polyclinic.files import storage, write_atomic
+from polyclinic.files import locked, storage, write_atomic, write_secret
 from polyclinic.study import Name, Study, parse_canonical
 from polyclinic.wire import describe
+from polyclinic_client import policy as limits
 from polyclinic_client.ledger import Ledger
+from polyclinic_client.policy import Policy
 from polyclinic_client.site import Site
 
 SETTINGS = "site.toml"
@@ -38,38 +43,13 @@ SETTINGS = "site.toml"
 TEMPLATE = """\
 # A Polyclinic site. Every line may be changed; the site reads it whenever it is asked for something.
 
-name = {name}                 # what the coordinator enrols this site as
-data = {data}                 # images: a folder with labels.csv, a folder of classes, or DICOM files
+name = {name}  # what the coordinator enrols this site as
+data = {data}  # images: a folder with labels.csv, a folder of classes, or DICOM files
 allow_burned_in = false       # use files whose pixels may show a patient's name
 
-[policy]                      # a study outside these limits is refused, approved or not
-methods = ["simclr", "micle", "mlvicx", "mae", "sssd", "supervised"]   # what may be trained
-max_rounds = 1000             # of one study, all stages together
-min_patients = 2              # with fewer patients than this the site takes no part
 """
-
-
-class Policy(BaseModel):
-    """`[policy]` of site.toml: what no approval goes beyond."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    methods: list[str] = Field(default=["simclr", "micle", "mlvicx", "mae", "sssd", "supervised"])
-    max_rounds: int = Field(default=1000, ge=1)
-    min_patients: int = Field(default=2, ge=2)
-
-    def check(self, study: Study) -> None:
-        """Refuse a study that is outside.
-
-        Raises:
-            Refused: it is; the text says which limit.
-        """
-        fix = "ask the site to widen [policy] in its site.toml, or change the study"
-        for stage in study.stages:
-            if stage.method not in self.methods:
-                raise Refused(f"the site's policy does not allow {stage.method}", fix)
-        if study.rounds > self.max_rounds:
-            raise Refused(f"the site's policy allows {self.max_rounds} rounds; the study has {study.rounds}", fix)
+PATIENCE_S = 60.0
+"""For which an order waits to be counted while another is."""
 
 
 class Settings(BaseModel):
@@ -85,13 +65,26 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Approval:
-    """approved/HASH.json: `study` is the canonical form, `cohort` the folder of the built cohort."""
+    """approved/HASH.json: `study` is the canonical form, `cohort` the folder of the built cohort.
+
+    `leaves` holds, for each stage, the tensors of an update by name, each with its bytes.
+    """
 
     study: str
     approved: str
     by: str
     cohort: str
     digest: str
+    patients: int
+    leaves: list[dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Orders:
+    """approved/HASH.orders: how often a study was carried out since it was approved, and when last."""
+
+    count: int = 0
+    last: str = ""
 
 
 class Hospital:
@@ -153,18 +146,53 @@ class Hospital:
         )
 
     def approve(self, study: Study, cohort: Cohort, by: str | None = None) -> Approval:
-        """Record that a study may run here, on that cohort."""
-        now, who = datetime.now(UTC).isoformat(timespec="seconds"), by or getpass.getuser()
-        approval = Approval(study.canonical(), now, who, str(cohort.folder), read_meta(cohort.folder)["digest"])
+        """Record that a study may run here, on that cohort; its orders are counted from none again.
+
+        Raises:
+            Refused, CohortError: the study, what would leave, or the cohort is beyond the policy.
+        """
+        leaves = what_leaves(study)
+        self.permit(study, leaves, cohort)
+        approval = Approval(
+            study=study.canonical(),
+            approved=_now(),
+            by=by or getpass.getuser(),
+            cohort=str(cohort.folder),
+            digest=read_meta(cohort.folder)["digest"],
+            patients=cohort.n_patients,
+            leaves=leaves,
+        )
         with storage(self.path):
             (self.path / "approved").mkdir(mode=0o700, exist_ok=True)
+            self._orders(study.hash).unlink(missing_ok=True)
         write_atomic(self._approval(study.hash), json.dumps(asdict(approval), indent=2))
         return approval
 
+    def permit(self, study: Study, leaves: Sequence[Mapping[str, int]], cohort: Cohort) -> None:
+        """Refuse what is beyond the policy as it stands now."""
+        self.settings.policy.check(study)
+        for tensors in leaves:
+            self.settings.policy.check_update(tensors)
+        self.settings.policy.check_cohort(cohort.n_patients)
+
     def approved(self, study_hash: str) -> Approval | None:
         """The approval of a study; None where there is none."""
-        path = self._approval(study_hash)
-        return Approval(**json.loads(path.read_text())) if path.exists() else None
+        return self.approvals(study_hash).get(study_hash)
+
+    def approvals(self, study_hash: str = "*") -> dict[str, Approval]:
+        """Every approval, or that of one study, by the study's hash.
+
+        Raises:
+            Refused: one is damaged, or another version's.
+        """
+        found = {}
+        for path in sorted((self.path / "approved").glob(f"{study_hash}.json")):
+            try:
+                found[path.stem] = Approval(**json.loads(path.read_text()))
+            except (ValueError, TypeError) as error:
+                fix = f"polyclinic site withdraw {path.stem}; then approve it again"
+                raise Refused(f"the approval of {path.stem[:16]} cannot be read", fix) from error
+        return found
 
     def approves(self, study_hash: str) -> bool:
         """Whether a study is approved."""
@@ -184,26 +212,42 @@ class Hospital:
     def _approval(self, study_hash: str) -> Path:
         return self.path / "approved" / f"{study_hash}.json"
 
+    def _orders(self, study_hash: str) -> Path:
+        return self._approval(study_hash).with_suffix(".orders")
+
+    def orders(self, study_hash: str) -> Orders:
+        """How often a study was asked for."""
+        path = self._orders(study_hash)
+        return Orders(**json.loads(path.read_text())) if path.exists() else Orders()
+
     @property
     def ledger(self) -> Ledger:
         """Of what has left."""
         return Ledger(self.path / "ledger")
 
     def leaving(self, kind: str, content: object) -> None:
-        """Enter into the ledger what is about to leave.
+        """Take out of a message's content what is withheld, and enter what is about to leave into the ledger.
 
         Raises:
+            Refused: the policy keeps its tensors here.
             LedgerBroken, StorageError: it cannot be entered, and must not leave.
         """
+        facts: dict[str, Any] = {"error": content}
+        if not isinstance(content, str):
+            self.settings.policy.withhold(content)
+            facts = describe(content)
+            if "tensors" in facts:
+                sizes = {tensor["name"]: 4 * math.prod(tensor["shape"]) for tensor in facts["tensors"]}
+                self.settings.policy.check_update(sizes)
         to = self.joined.address if self.joined else ""
-        facts = {"error": content} if isinstance(content, str) else describe(content)
         self.ledger.append({"to": to, "kind": kind, **facts})
 
     def serve(self, text: str) -> Site:
-        """The site as a study in its canonical form finds it.
+        """The site as an order finds it that brings a study in its canonical form; the order is counted.
 
         Raises:
-            Refused: the study is not approved here, or goes beyond the policy.
+            Refused: the study is not approved here, goes beyond the policy, or has been asked for too often; or the
+                site does not work at this hour.
             CohortError: the cohort has changed since, or is too small.
         """
         study = parse_canonical(text, "the study that came with the order")
@@ -213,13 +257,40 @@ class Hospital:
                 f"the study {study.name!r} ({study.hash[:16]}) is not approved at this site",
                 "ask the site to approve it: polyclinic site approve study.toml",
             )
-        self.settings.policy.check(study)
         cohort = open_cohort(Path(approval.cohort))
+        self.permit(study, approval.leaves, cohort)
         if read_meta(cohort.folder)["digest"] != approval.digest:
             raise CohortError("the site's images have changed since it approved the study", "approve it again")
-        if cohort.n_patients < self.settings.policy.min_patients:
-            raise CohortError("the site has too few patients for its own policy", "leave the site out")
+        self.settings.policy.check_hours()
+        self._count(study)
         return Site(self.name, cohort, self.path / "state")
+
+    def _count(self, study: Study) -> None:
+        """Count an order, durably, before anything is done for it.
+
+        Raises:
+            Refused: there have been as many as there may be.
+        """
+        with locked(self.path / "approved", PATIENCE_S) as free:
+            if not free:
+                raise Refused("the site counts another order for too long", "see which process holds the site's folder")
+            made, most = self.orders(study.hash).count, self.settings.policy.orders(study)
+            if made >= most:
+                fix = "ask the site to approve the study again, or to raise max_orders in its site.toml"
+                raise Refused(f"the site has carried out {made} orders of this study, all that it allows", fix)
+            write_atomic(self._orders(study.hash), json.dumps(asdict(Orders(made + 1, _now()))))
+
+
+def what_leaves(study: Study) -> list[dict[str, int]]:
+    """For each stage: the tensors of an update by name, each with its bytes."""
+    from polyclinic.model import initial_tensors  # torch
+
+    stages = range(len(study.stages))
+    return [{name: value.nbytes for name, value in initial_tensors(study, stage, None).items()} for stage in stages]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def make_hospital(path: Path, name: str, data: Path) -> Request:
@@ -241,12 +312,8 @@ def make_hospital(path: Path, name: str, data: Path) -> Request:
     )
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     request = Request(name=name, public_key=public.decode(), version=__version__)
-    before = os.umask(0o077)
-    try:
-        write_atomic(path / "node.key", private)
-    finally:
-        os.umask(before)
+    write_secret(path / "node.key", private)
     write_atomic(path / "request.json", request.model_dump_json(indent=2))
     text = TEMPLATE.format(name=json.dumps(name), data=json.dumps(str(data.resolve())))
-    write_atomic(path / SETTINGS, text)  # last: with it, it is a site's folder
+    write_atomic(path / SETTINGS, text + limits.TEMPLATE)  # last: with it, it is a site's folder
     return request

@@ -115,11 +115,17 @@ class Ledger:
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Every entry, in order, as they stand; not verified."""
+        return (entry for entry, _ in self.since(0))
+
+    def since(self, start: int) -> Iterator[tuple[dict[str, Any], int]]:
+        """The entries from byte `start` of the file on, each with the byte at which it ends; not verified."""
         if self._lines.exists():
-            with self._lines.open(encoding="utf-8") as file:
+            with self._lines.open("rb") as file:
+                file.seek(start)
                 for line in file:
-                    if line.endswith("\n"):  # else a power cut has left it, and it has not left
-                        yield dict(json.loads(line))
+                    if line.endswith(b"\n"):  # else a power cut has left it, and it has not left
+                        start += len(line)
+                        yield dict(json.loads(line)), start
 
     def verify(self) -> int:
         """The number of entries, if each follows the one before and the last is the one that was noted.

@@ -208,6 +208,9 @@ def load_classifier(path: str | Path) -> Predictor:
         if metadata.get("format") != CLASSIFIER_FORMAT:
             raise ValueError("its metadata do not say how to build the classifier")
         words = TypeAdapter(list[str]).validate_json(metadata.get("classes", ""))
+        head = tensors.get("head.bias", torch.empty(0))
+        if not words or len(words) != len(set(words)) or head.shape != (len(words),):  # before memory is taken for them
+            raise ValueError(f"its {len(words)} names of classes do not fit its head of {list(head.shape)}")
         with forked(0):
             found = Predictor(_encoder(metadata), words, metadata.get("multi_label") == "true")
         found.load_state_dict(tensors)

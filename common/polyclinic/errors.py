@@ -4,7 +4,6 @@
     ├── Refused                2  refused as asked: nothing has run
     │   ├── StudyError         2  the study file
     │   └── CohortError        2  the images or labels that a site points at
-    ├── SiteFailed             1  a site raised while working on a round
     ├── Collapsed              1  the encoder gives every image nearly the same features
     ├── QuorumLost             1  a round closed with fewer sites than `min_sites`
     ├── CheckpointError        1  a checkpoint that cannot be read
@@ -41,10 +40,6 @@ class StudyError(Refused):
 
 class CohortError(Refused):
     """The images or labels that a site points at cannot be used."""
-
-
-class SiteFailed(PolyclinicError):
-    """A site raised while it worked on a round."""
 
 
 class Collapsed(PolyclinicError):

@@ -4,8 +4,8 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,12 +14,15 @@ from polyclinic.errors import StorageError
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk under `path` into a StorageError that says so."""
+    """Turn a full or read-only disk under `path`, or a limit on the size of files, into a StorageError that says so."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(f"no space left on the disk of {path.name}", "free some space and run again") from error
+        if error.errno == errno.EFBIG:
+            fix = "raise the limit (ulimit -f), or use another disk, and run again"
+            raise StorageError(f"{path.name} is larger than a file may be here", fix) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise StorageError(f"cannot write {path.name}: {error.strerror}", "make its folder writable") from error
         raise
@@ -60,6 +63,27 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data`, durably, all or nothing."""
     with atomic(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """As `write_atomic`, readable by its owner only from the first byte."""
+    before = os.umask(0o077)
+    try:
+        write_atomic(path, data)
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def tentative(folders: Sequence[Path]) -> Iterator[None]:
+    """Where the block ends in an error, remove those of `folders`, in this order, that it leaves empty."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in folders:
+                folder.rmdir()
+        raise
 
 
 @contextmanager

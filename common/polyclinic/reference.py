@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -22,14 +22,26 @@ def reference() -> str:
         if name == "stages":
             parts += _stages()
         else:
-            [model] = _models(field.annotation)[:1]
-            parts.append(_table(f"[{name}]", model))
+            [model] = _models(field.annotation)
+            parts += _tables(f"[{name}]", model)
     return "\n\n".join(parts) + "\n"
+
+
+def _tables(head: str, model: type[BaseModel], meaning: str = "") -> Iterator[str]:
+    """A table, then those within it, each way to fill one by itself; what is a list of tables stands only there."""
+    within = {name: _models(field.annotation) for name, field in model.model_fields.items()}
+    plain = {name: field for name, field in model.model_fields.items() if not (within[name] and _is_list(field))}
+    yield _lines(f"{head}   # {meaning}" if meaning else head, plain)
+    for name, models in within.items():
+        path = f"{head.strip('[]')}.{name}"
+        for inner in models:
+            text = (inner.__doc__ or "").strip().partition("\n")[0].rpartition("`: ")[2]
+            yield from _tables(f"[[{path}]]" if _is_list(model.model_fields[name]) else f"[{path}]", inner, text)
 
 
 def _stages() -> Iterator[str]:
     """What every stage has, then what each method adds or sets anew."""
-    yield _table("[[stages]]   # in order; each starts from the encoder that the one before left", Stage)
+    yield _lines("[[stages]]   # in order; each starts from the encoder that the one before left", Stage.model_fields)
     for model in _models(AnyStage):
         [method] = get_args(model.model_fields["method"].annotation)
         kind = model.model_fields["kind"].default
@@ -41,23 +53,22 @@ def _stages() -> Iterator[str]:
             and (name not in Stage.model_fields or field.default != Stage.model_fields[name].default)
         }
         yield _lines(f'[[stages]]   # kind = "{kind}", method = "{method}"', own)
-    yield _table("[stages.views]   # of the stage before; defaults by method and channels", Views)
+    yield _lines("[stages.views]   # of the stage before; defaults by method and channels", Views.model_fields)
 
 
-def _table(head: str, model: type[BaseModel]) -> str:
-    return _lines(head, {n: f for n, f in model.model_fields.items() if not (n == "site" and _models(f.annotation))})
-
-
-def _lines(head: str, fields: dict[str, FieldInfo]) -> str:
+def _lines(head: str, fields: Mapping[str, FieldInfo]) -> str:
     lines = [head]
     for name, field in fields.items():
         meaning = " ".join(filter(None, [(field.description or "").strip(), _bounds(field)]))
         lines += textwrap.wrap(meaning, WIDTH, initial_indent="# ", subsequent_indent="# ")
-        lines.append(f"{name} = {_default(field)}" if not field.is_required() else f"{name} =    # must be given")
+        lines.append(f"{name} = {_default(field)}")
     return "\n".join(lines)
 
 
 def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        words = _literals(field.annotation)
+        return json.dumps(words[0]) if len(words) == 1 else "   # must be given"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         inside = ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.model_dump(mode="json").items())
@@ -82,6 +93,10 @@ def _literals(annotation: Any) -> list[Any]:
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     return [word for part in get_args(annotation) for word in _literals(part)]
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is list
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -107,7 +107,7 @@ def choose_attention(module: nn.Module, device: torch.device) -> None:
     """
     for part in module.modules():
         if hasattr(part, "fused_attn"):  # of timm, which only some encoders need
-            part.fused_attn = device.type != "cpu"
+            part.fused_attn = device.type != "cpu"  # type: ignore[assignment]
 
 
 def has_bf16(device: torch.device) -> bool:

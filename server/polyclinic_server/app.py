@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from polyclinic.artifacts import CLASSIFIER, ENCODER, save_classifier, save_encoder, write_model_card
-from polyclinic.errors import Collapsed, PolyclinicError, Refused
+from polyclinic.errors import CheckpointError, Collapsed, PolyclinicError, Refused
 from polyclinic.files import locked, write_atomic
 from polyclinic.model import build_stage, encoder_of, load_tensors
 from polyclinic.report import read_run, render_report
@@ -38,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
         try:
             lead(grid, run, json.loads((run.path / REGISTERED).read_text()))
             conclude(run)
-        except (Refused, Collapsed) as error:
+        except (Refused, Collapsed, CheckpointError) as error:
             run.event("run_failed", problem=error.problem, fix=error.fix)
         except PolyclinicError as error:
             run.event("run_interrupted", problem=error.problem, fix=error.fix)

@@ -1,6 +1,7 @@
 """`polyclinic coordinator`: make a coordinator, enrol sites, keep it running, launch studies. torch loads inside."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 if TYPE_CHECKING:
     from polyclinic.study import Study
@@ -24,7 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def register(app: typer.Typer) -> None:
     """Add the group `coordinator`."""
     group = typer.Typer(no_args_is_help=True, help="Lead a consortium: enrol hospitals, launch studies.")
-    for command in (init, renew, enrol, revoke, start, launch, status, stop):
+    for command in (init, renew, enrol, revoke, start, launch, status, stop, report, export):
         group.command()(command)
     app.add_typer(group, name="coordinator")
 
@@ -33,7 +32,11 @@ def init(
     address: Annotated[str, typer.Option(help="host:port at which hospitals reach this machine.")],
     name: Annotated[str, typer.Option(help="Of this coordinator, in its certificates.")] = "coordinator",
     listen: Annotated[str | None, typer.Option(help="address:port to bind here. Default: all, same port.")] = None,
-    superlink_port: Annotated[int, typer.Option(help="On loopback, for Flower.", min=1, max=65_535)] = 8000,
+    superlink_port: Annotated[int, typer.Option(help="On loopback, for Flower.", min=1, max=65_534)] = 8000,
+    web_port: Annotated[int, typer.Option(help="On loopback, for the page.", min=1, max=65_535)] = 8080,
+    health_port: Annotated[
+        int, typer.Option(help="On loopback, for Flower's health. Default: after --superlink-port.", min=0, max=65_535)
+    ] = 0,
     home: HomeDir = Path("coordinator"),
 ) -> None:
     """Make a coordinator: its own authority, this machine's certificate, the gateway's configuration.
@@ -57,7 +60,8 @@ def init(
         first = error.errors()[0]
         raise Refused(f"{first['input']!r} will not do", str(first["ctx"]["error"])) from error
     host, _, port = address.rpartition(":")
-    made = make_home(home, Settings(name, address, listen or f"0.0.0.0:{port}", superlink_port, [host.strip("[]")]))
+    bound, hosts = listen or f"0.0.0.0:{port}", [host.strip("[]")]
+    made = make_home(home, Settings(name, address, bound, superlink_port, hosts, web_port, health_port))
     print(f"{made.path}\nnext: polyclinic coordinator start; open port {port} to the hospitals, and no other")
 
 
@@ -114,7 +118,10 @@ def revoke(site: Annotated[str, typer.Argument(help="The site's name.")], home: 
 
 
 def start(home: HomeDir = Path("coordinator")) -> None:
-    """Run SuperLink and the gateway, and whatever study is launched, until told to stop (Ctrl-C, SIGTERM)."""
+    """Run SuperLink, the gateway, the page that shows what goes on, and whatever study is launched.
+
+    Until told to stop (Ctrl-C, SIGTERM).
+    """
     import logging
 
     from polyclinic_server.home import Home
@@ -149,7 +156,7 @@ def launch(
             f"{len(seats)} sites are enrolled, and the study asks for {read.aggregation.min_sites}",
             "enrol more, or lower aggregation.min_sites",
         )
-    for line in _preview(read, seats):
+    for line in [*_preview(read, seats), _online(found, seats)]:
         print(line)
     if not yes and not typer.confirm("Launch it?"):
         raise Refused("not launched", "launch it when you are ready")
@@ -172,6 +179,20 @@ def _preview(study: "Study", seats: dict[str, int]) -> Iterator[str]:
     yield f"at {plural(len(seats), 'site')}: {', '.join(seats)}"
     yield f"each round sends every site {size:.1f} MB and takes as much back: {len(tensors)} tensors, and its metrics"
     yield f"a round closes when all have answered, or after {study.aggregation.round_deadline_s / 60:.0f} minutes"
+
+
+def _online(home: "Home", seats: dict[str, int]) -> str:
+    """Who could begin at once."""
+    from polyclinic_server.overview import overview
+
+    facts = overview(home)
+    here = [name for name in seats if facts.sites[name].online]
+    gone = [name for name in seats if facts.sites[name].online is False]
+    if not here and not gone:
+        return "online now: not known, since " + (
+            "no site is registered yet" if facts.superlink else "SuperLink is down"
+        )
+    return f"online now: {', '.join(here) or 'nobody'}" + (f"; not: {', '.join(gone)}" if gone else "")
 
 
 def _prepare(home: "Home", study: "Study", seats: dict[str, int]) -> Path:
@@ -241,34 +262,21 @@ def status(
     as_json: Json = False,
     home: HomeDir = Path("coordinator"),
 ) -> None:
-    """Show the sites, and the study that runs."""
+    """Show the sites, the study that runs or ran last, and what somebody should see to."""
+    from dataclasses import asdict
+
+    from polyclinic_server.display import show
     from polyclinic_server.home import Home
-    from polyclinic_server.pki import days_left
-    from polyclinic_server.rundir import last_event
+    from polyclinic_server.overview import overview
 
     found = Home(home)
-    run = found.wanted
-    sites = {
-        name: "revoked" if site.revoked else "registered" if site.node else "enrolled"
-        for name, site in found.sites().items()
-    }
-    facts = {
-        "address": found.settings.address,
-        "certificate_days": days_left((found.path / "server.crt").read_bytes()),
-        "sites": sites,
-        "run": None if run is None else {"path": str(run), "last": last_event(run)},
-    }
+    facts = overview(found)
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(asdict(facts), indent=2))
         return
-    table = Table("site", "state", title=f"{found.settings.name} at {found.settings.address}", title_justify="left")
-    for name, state in sites.items():
-        table.add_row(name, state)
-    Console().print(table)
-    print(f"certificate: {facts['certificate_days']} days left")
-    print("no study is running" if run is None else f"running: {run}")
-    if follow and run is not None:
-        _follow(run)
+    show(facts)
+    if follow and found.wanted is not None:
+        _follow(found.wanted)
 
 
 def stop(home: HomeDir = Path("coordinator")) -> None:
@@ -282,3 +290,58 @@ def stop(home: HomeDir = Path("coordinator")) -> None:
         raise Refused("no study is running", "see polyclinic coordinator status")
     stop_run(found, run)
     print(f"stopped: {run}")
+
+
+RunName = Annotated[str | None, typer.Argument(help="Its folder's name under runs/. Default: the run launched last.")]
+
+
+def report(run: RunName = None, home: HomeDir = Path("coordinator")) -> None:
+    """Say where a run's report is; of a run that has not ended, write one of what is there so far.
+
+    Example:
+
+      polyclinic coordinator report
+    """
+    from polyclinic_server.home import Home
+    from polyclinic_server.rundir import last_event
+
+    found = _chosen(Home(home), run)
+    if last_event(found) != "run_reported" or not (found / "report.html").exists():
+        from polyclinic.report import render_report
+
+        render_report(found)
+        print(f"{found.name} has not finished: this is what is there so far", file=sys.stderr)
+    print(found / "report.html")
+
+
+def export(
+    to: Annotated[Path, typer.Option(help="A new folder for the encoder, its model card and the report.")],
+    run: RunName = None,
+    home: HomeDir = Path("coordinator"),
+) -> None:
+    """Copy what others need from a finished run, as `polyclinic export` does.
+
+    Example:
+
+      polyclinic coordinator export --to chest-encoder
+    """
+    from polyclinic.cli import run as command
+    from polyclinic.errors import Refused
+    from polyclinic_server.home import Home
+    from polyclinic_server.rundir import last_event
+
+    found = _chosen(Home(home), run)
+    if last_event(found) != "run_reported":
+        raise Refused(f"{found.name} has not finished", "wait for its last round: polyclinic coordinator status")
+    raise typer.Exit(command(["export", str(found), "--to", str(to)]))
+
+
+def _chosen(home: "Home", name: str | None) -> Path:
+    from polyclinic.errors import Refused
+
+    run = home.path / "runs" / Path(name).name if name else home.latest
+    if run is None or not (run / "study.toml").is_file():
+        raise Refused(
+            f"there is no run {name}" if name else "no study has been launched", "see polyclinic coordinator status"
+        )
+    return run

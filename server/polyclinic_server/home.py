@@ -7,7 +7,6 @@ runs/              a run directory a study; wanted.json names the one that is to
 """
 
 import json
-import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +19,7 @@ import tomli_w
 from polyclinic.bundle import bundle_hash
 from polyclinic.enrolment import Join, Request
 from polyclinic.errors import PolyclinicError, Refused
-from polyclinic.files import locked, storage, write_atomic
+from polyclinic.files import locked, storage, write_atomic, write_secret
 from polyclinic_server.gateway import configuration
 from polyclinic_server.pki import make_authority, make_server
 from polyclinic_server.rundir import ENDED, last_event
@@ -42,6 +41,8 @@ class Settings:
         listen: address:port that the gateway is bound to here.
         superlink_port: on loopback.
         hosts: names and addresses in the machine's certificate.
+        web_port: of the page that shows what goes on, on loopback.
+        health_port: at which SuperLink says that it is well, on loopback; 0: the one after `superlink_port`.
     """
 
     name: str
@@ -49,6 +50,18 @@ class Settings:
     listen: str
     superlink_port: int
     hosts: list[str]
+    web_port: int = 8080
+    health_port: int = 0
+
+    @property
+    def health_address(self) -> str:
+        """Of SuperLink's health service: gRPC, no TLS."""
+        return f"127.0.0.1:{self.health_port or self.superlink_port + 1}"
+
+    @property
+    def page(self) -> str:
+        """The page's address in a browser of this machine."""
+        return f"http://127.0.0.1:{self.web_port}"
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,13 @@ class Home:
         return None
 
     @property
+    def latest(self) -> Path | None:
+        """The run directory that was launched last, stopped ones among them."""
+        found = (self.path / "runs").glob("*/events.jsonl")
+        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+        return self.launched or (newest.parent if newest else None)
+
+    @property
     def wanted(self) -> Path | None:
         """The run directory that is to run, until it has ended."""
         return None if self.launched is None or last_event(self.launched) in ENDED else self.launched
@@ -192,12 +212,3 @@ def renew(home: Path, settings: Settings) -> None:
     key, certificate = make_server(authority_key, authority, settings.name, list(dict.fromkeys(own)))
     write_secret(home / "server.key", key)
     write_atomic(home / "server.crt", certificate)
-
-
-def write_secret(path: Path, data: bytes) -> None:
-    """As `write_atomic`, readable by its owner only from the first byte."""
-    before = os.umask(0o077)
-    try:
-        write_atomic(path, data)
-    finally:
-        os.umask(before)

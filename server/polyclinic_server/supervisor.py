@@ -1,5 +1,5 @@
-"""What `polyclinic coordinator start` does: keeps SuperLink and the gateway running, registers sites, and runs the
-wanted study again and again until it has ended.
+"""What `polyclinic coordinator start` does: keeps SuperLink, the gateway and the page running, registers sites, and
+runs the wanted study again and again until it has ended.
 
 A study's progress stands in its checkpoints, so it is Flower's run that is expendable: when the ServerApp, SuperLink or
 the machine has died, another run goes on from the newest checkpoint. That a run is alive is told by the lock that its
@@ -58,18 +58,21 @@ class Supervisor:
             str(BIN / "flower-superlink"),
             *("--ssl-certfile", str(path / "server.crt"), "--ssl-keyfile", str(path / "server.key")),
             *("--ssl-ca-certfile", str(path / "authority.crt"), "--database", str(path / "superlink.db")),
-            *("--host", "127.0.0.1", "--port", port),
+            *("--host", "127.0.0.1", "--port", port, "--health-server-address", home.settings.health_address),
             *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
         ]
         nginx = ["nginx", "-c", str(path / "gateway" / "nginx.conf"), "-e", str(path / "gateway" / "error.log")]
+        page = [sys.executable, "-m", "polyclinic_server.web", "--home", str(path)]
         self.programs = [
             Program("superlink", lambda: superlink, path / "logs" / "superlink.log", environment(path)),
             Program("gateway", lambda: nginx, path / "logs" / "gateway.log", {}),
+            Program("page", lambda: page, path / "logs" / "page.log", {}),
         ]
 
     def run(self) -> None:
         """Until SIGTERM or SIGINT."""
         with self.home.claimed():
+            log.info("what goes on: %s", self.home.settings.page)
             keep_running(self.programs, self.look)
 
     def look(self) -> None:

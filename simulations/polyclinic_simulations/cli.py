@@ -3,7 +3,8 @@
 import json
 import shlex
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from itertools import count
 from pathlib import Path
@@ -79,7 +80,8 @@ def simulate(
     if holding_out and engine is Engine.RAY:
         raise Refused("sites are left out on the local engine only", "leave --engine out")
     read = load_study(study)
-    _run(read, out or _free(read.name), data or study.parent, state, engine, resume, as_json, holding_out)
+    with _place(out, read.name) as folder:
+        _run(read, folder, data or study.parent, state, engine, resume, as_json, holding_out)
 
 
 def demo(
@@ -99,7 +101,8 @@ def demo(
     study = demo_study(seed)
     with Console(stderr=True).status("writing invented patients as DICOM files"):
         data = demo_patients(study, state)
-    _run(study, out or _free(study.name), data, state, Engine.LOCAL, False, as_json)
+    with _place(out, study.name) as folder:
+        _run(study, folder, data, state, Engine.LOCAL, False, as_json)
 
 
 def compare(runs: Annotated[list[Path], typer.Argument(help="Run directories.")], as_json: Json = False) -> None:
@@ -109,19 +112,28 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Run directories.")]
 
       polyclinic compare runs/cxr-1 runs/cxr-2
     """
-    from polyclinic_simulations.display import classifier_table, comparison_table
+    from polyclinic_simulations.display import classifier_table, comparison_table, holdout_table
 
+    shows = {"comparison": comparison_table, "classifier": classifier_table, "leave_one_site_out": holdout_table}
     found = {run: _summary(run) for run in runs}
     tables = {
         kind: {f"{run} {row}": scores for run, made in found.items() for row, scores in made.get(kind, {}).items()}
-        for kind in ("comparison", "classifier")
+        for kind in shows
     }
-    if len({summary.get("test_patients") for summary in found.values()}) > 1:
+    for run, made in found.items():
+        if not any(made.get(kind) for kind in shows):
+            why = "; ".join(made.get("notes", [])) or "nothing was measured"
+            print(f"warning: {run} has no rows: {why}", file=sys.stderr)
+    tested = {made.get("test_patients") for made in found.values()}
+    if len(tested - {None}) > 1:
         print("warning: the runs were measured on different test patients: read their intervals", file=sys.stderr)
+    elif None in tested and len(found) > 1:  # of a run across a network nobody knows
+        print("warning: the runs may have been measured on different test patients", file=sys.stderr)
     if as_json:
-        print(json.dumps(tables, indent=2))
+        asked = {kind: rows for kind, rows in tables.items() if rows or kind != "leave_one_site_out"}
+        print(json.dumps(asked, indent=2))
         return
-    for kind, show in (("comparison", comparison_table), ("classifier", classifier_table)):
+    for kind, show in shows.items():
         if tables[kind]:
             Console().print(show(tables[kind]))
 
@@ -147,6 +159,8 @@ def evaluate(
     from polyclinic_simulations.outside import evaluate_outside
 
     rows, known = evaluate_outside(run, cohort, state, allow_burned_in)
+    for name in [name for name, scores in rows.items() if scores["one_answer"]]:
+        print(f"warning: row {name}: the probe gives every test image the same answer", file=sys.stderr)
     if known:
         text = f"warning: {known} of these images are the run's own sites' too: what it learnt from them flatters it"
         print(text, file=sys.stderr)
@@ -256,13 +270,29 @@ def _summary(run: Path) -> dict[str, Any]:
         raise Refused(f"{run} is not a finished run", "give a run directory that holds summary.json") from error
 
 
-def _free(name: str) -> Path:
-    """The first runs/<name>-<n> that does not exist; made at once, so that no other process takes it."""
+@contextmanager
+def _place(out: Path | None, name: str) -> Iterator[Path]:
+    """`out`, or the first runs/<name>-<n> that does not exist: made at once, so that no other process takes it.
+
+    Gone if an error leaves it empty.
+    """
+    from polyclinic.files import tentative
+
+    if out is not None:
+        yield out
+        return
+    runs = Path("runs")
+    made = [] if runs.exists() else [runs]
+    path = next(path for number in count(1) if _made(path := runs / f"{name}-{number}"))
+    with tentative([path, *made]):
+        yield path
+
+
+def _made(path: Path) -> bool:
+    """Whether a folder could be made, as it did not exist."""
     from polyclinic.files import storage
 
-    for number in count(1):
-        path = Path("runs") / f"{name}-{number}"
-        with storage(path), suppress(FileExistsError):
-            path.mkdir(mode=0o700, parents=True)
-            return path
-    raise AssertionError("there are more numbers")
+    with storage(path), suppress(FileExistsError):
+        path.mkdir(mode=0o700, parents=True)
+        return True
+    return False

@@ -105,6 +105,14 @@ def classifier_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
+def labels_needed(found: Mapping[str, Any], start: str) -> str:
+    """The part of a held-out site's labels with which a start matches the supervised one with all, in words."""
+    if found["supervised_at_100"] is None:
+        return "not measurable"
+    needed = found["labels_needed"].get(start, 1.0)
+    return "more than all" if needed is None else f"{needed:.0%}"
+
+
 def holdout_table(sites: Mapping[str, Mapping[str, Any]]) -> Table:
     """Leaving one site out: AUC at the others and at it, and the labels that it needs."""
     table = Table(title="Leaving one site out: AUC of the classifier", title_justify="left")
@@ -114,8 +122,7 @@ def holdout_table(sites: Mapping[str, Mapping[str, Any]]) -> Table:
         for start in found.get("in_distribution", ()):
             figures = [found[scope][start] for scope in ("in_distribution", "zero_shot")]
             cells = ["not measurable" if value is None else f"{value:.3f}" for value in figures]
-            needed = found["labels_needed"].get(start, 1.0)
-            table.add_row(name, start, *cells, "more than all" if needed is None else f"{needed:.0%}")
+            table.add_row(name, start, *cells, labels_needed(found, start))
         if "note" in found:
             table.add_row(name, found["note"])
     table.caption = "labels needed: to match the supervised start with all of them"

@@ -20,10 +20,11 @@ from typing import Any
 import pandas as pd
 
 from polyclinic.artifacts import save_encoder
-from polyclinic.errors import StudyError
+from polyclinic.errors import QuorumLost, StudyError
 from polyclinic.evaluation import ClassifierScores
 from polyclinic.files import write_atomic
 from polyclinic.model import encoder_of
+from polyclinic.report import read_run
 from polyclinic.stages import Finetune
 from polyclinic.study import Study, load_study, resolve
 from polyclinic_client.site import Site
@@ -33,7 +34,7 @@ from polyclinic_simulations.compare import classify, train_row, without_pretrain
 from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, settle
 from polyclinic_simulations.holdout_page import render_holdout
-from polyclinic_simulations.simulate import claimed
+from polyclinic_simulations.simulate import HOLDOUT, claimed, who_is_tested
 from polyclinic_simulations.tidy import tidy
 
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.33, 0.5, 1.0)
@@ -59,9 +60,9 @@ def leave_one_site_out(
     """
     _check(study)
     run = RunDir(out, listen)
-    with claimed(run, study, resume):
-        if (found := out / "summary.json").exists():
-            return dict(json.loads(found.read_text()))
+    with claimed(run, study, resume, holding_out=True):
+        if (out / "summary.json").exists():
+            return dict(json.loads((out / "summary.json").read_text()))
         sites = settle(gather(study, data, state, reading), study, run)
         if len(sites) <= study.aggregation.min_sites:
             raise StudyError(
@@ -69,15 +70,18 @@ def leave_one_site_out(
                 "lower min_sites, or simulate more sites",
             )
         rows: list[dict[str, Any]] = []
+        needed: dict[str, dict[str, Any]] = {}
         for name in sites:
-            rows += _hold_out(name, study, sites, out / "holdout" / name, run, progress)
+            found, notes = _hold_out(name, study, sites, out / HOLDOUT / name, run, progress)
+            rows += found
             write_atomic(out / "holdout.csv", pd.DataFrame(rows).to_csv(index=False))
-        needed = {name: _needed(rows, name) for name in sites}
-        summary = {"study": study.name, "hash": study.hash, "leave_one_site_out": needed}
+            needed[name] = {**_needed(found), **({"note": "; ".join(notes)} if notes else {})}
+        tested = who_is_tested(sites, study)
+        summary = {"study": study.name, "hash": study.hash, "test_patients": tested, "leave_one_site_out": needed}
         page = render_holdout(study.name, pd.DataFrame(rows), needed)
         write_atomic(out / "holdout.html", page)
         write_atomic(out / "summary.json", json.dumps(summary, indent=2))
-        tidy(out)
+        tidy(out / "sites", out / HOLDOUT)
         return summary
 
 
@@ -91,28 +95,52 @@ def _check(study: Study) -> None:
 
 def _hold_out(
     name: str, study: Study, sites: Mapping[str, Site], folder: Path, run: RunDir, progress: Progress | None
-) -> list[dict[str, Any]]:
-    """All rows of one held-out site. `seconds` are those since the row before: a start's first pays for the start."""
-    rows, began = [], time.monotonic()
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """All rows of one held-out site, and notes on those that could not be made or should not be trusted.
+
+    `seconds` are those since the row before, when the row was first made: a start's first pays for the start.
+    """
+    first = {event["row"]: event["seconds"] for event in reversed(read_run(run.path).happened("row_finished"))}
+    rows, noted, began = [], dict[str, list[str]](), time.monotonic()
     for start in STARTS:
         for scope, fraction, scores in _start(name, start, study, sites, folder / start, progress):
             took, began = time.monotonic() - began, time.monotonic()
-            if scores is not None:
+            if isinstance(scores, ClassifierScores):
+                words = f"{name}, {start}, {scope}, {fraction:.0%} of labels"
+                seconds = first.get(words, round(took, 1))
+                run.event("row_finished", row=words, auc=scores.auc, seconds=seconds)
                 row = {"held_out": name, "start": start, "scope": scope, "label_fraction": fraction, **scores.row()}
-                run.event("row_finished", row=f"{name}, {start}, {scope}, {fraction:.0%} of labels", auc=scores.auc)
-                rows.append({**row, "seconds": round(took, 1)})
-    return rows
+                rows.append({**row, "seconds": seconds})
+            if wrong := _wrong(scores):
+                noted.setdefault(f"{start}, {scope}, {wrong}", []).append(f"{fraction:.0%}")
+    notes = [f"{text} (with {', '.join(fractions)} of the site's labels)" for text, fractions in noted.items()]
+    for text in notes:
+        run.event("warning", text=f"{name} held out: {text}")
+    return rows, notes
+
+
+def _wrong(scores: ClassifierScores | QuorumLost | None) -> str:
+    """What to note of a row."""
+    if isinstance(scores, QuorumLost):
+        return f"could not be fine-tuned: {scores.problem}"
+    if scores is None:
+        return "could not be measured on the test patients"
+    return "gives every test image the same answer" if scores.one_answer else ""
 
 
 def _start(
     name: str, start: str, study: Study, sites: Mapping[str, Site], folder: Path, progress: Progress | None
-) -> Iterator[tuple[str, float, ClassifierScores | None]]:
-    """(scope, fraction of the held-out site's labels, scores) of one start, as they are made."""
+) -> Iterator[tuple[str, float, ClassifierScores | QuorumLost | None]]:
+    """(scope, fraction of the held-out site's labels, scores or why there are none) of one start, as they are made."""
     others = {site: member for site, member in sites.items() if site != name}
     known = others if start == "pretrained" else sites
     encoder = None if start == "supervised" else _pretrain(study, known, folder / "pretraining", progress)
     tuned = _finetuning(study, encoder, folder)
-    tensors = train_row(tuned, others, folder / "finetuning", None, progress)
+    try:
+        tensors = train_row(tuned, others, folder / "finetuning", None, progress)
+    except QuorumLost as error:  # too many of the others have no labels
+        yield "in-distribution", 0.0, error
+        return
     yield "in-distribution", 0.0, classify(tuned, tensors, others)
     home = {name: sites[name]}
     yield "held-out", 0.0, classify(tuned, tensors, home)
@@ -120,7 +148,12 @@ def _start(
     for fraction in FRACTIONS[1:]:
         here = folder / f"labels-{fraction}"
         own = _finetuning(tuned, folder / "encoder.safetensors", here, fraction)
-        yield "held-out", fraction, classify(own, train_row(own, home, here, None, progress), home)
+        try:
+            scores = classify(own, train_row(own, home, here, None, progress), home)
+        except QuorumLost as error:  # the site has no labels to train on
+            yield "held-out", fraction, error
+        else:
+            yield "held-out", fraction, scores
 
 
 def _pretrain(study: Study, sites: Mapping[str, Site], folder: Path, progress: Progress | None) -> Path:
@@ -151,12 +184,9 @@ def _finetuning(study: Study, encoder: Path | None, folder: Path, fraction: floa
     return load_study(path)  # with the SHA-256 of the file
 
 
-def _needed(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+def _needed(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """In and out of distribution, and the smallest fraction at which a start matches the supervised one at 100 %."""
-    own = pd.DataFrame([row for row in rows if row["held_out"] == name])
-    if own.empty:
-        return {"note": "too few labelled test patients at the site"}
-    areas = dict(own.set_index(["start", "scope", "label_fraction"])["auc"].items())
+    areas = {(row["start"], row["scope"], row["label_fraction"]): row["auc"] for row in rows}
     goal = areas.get(("supervised", "held-out", 1.0))
     needed = {}
     for start in STARTS[:2]:

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from polyclinic.report.plots import BOTTOM, COLOURS, HEIGHT, RIGHT
 from polyclinic.report.svg import CHARACTER, Axis, dots, drawing, element, line, polyline, text, tick_text
+from polyclinic_simulations.display import labels_needed
 
 MEANING = {
     "pretrained": "pretrained at the other sites",
@@ -39,8 +40,7 @@ def _table(facts: Mapping[str, Any]) -> list[dict[str, str]]:
             break
         figures = {scope: facts[scope][start] for scope in ("in_distribution", "zero_shot")}
         shown = {scope: "not measurable" if v is None else f"{v:.3f}" for scope, v in figures.items()}
-        needed = facts["labels_needed"].get(start, 1.0)
-        lines.append({"start": meaning, **shown, "needed": "more than all" if needed is None else f"{needed:.0%}"})
+        lines.append({"start": meaning, **shown, "needed": labels_needed(facts, start)})
     return lines
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def evaluate_outside(
     run: Path, cohort: Path, state: Path, allow_burned_in: bool = False
 ) -> tuple[dict[str, dict[str, float]], int]:
     """Rows pixels, random and federated, learnt and scored on the cohort's own patients; and how many of its images
-    the run's sites hold too, as far as their cohorts are still where they were.
+    the run's sites hold too, as far as their cohorts can still be opened where they were.
 
     Raises:
         CohortError: the cohort is not there, or its labels do not allow a probe.
@@ -46,7 +47,10 @@ def evaluate_outside(
 def _known(run: Path, cohort: Cohort) -> int:
     """Images of `cohort` that are the same, pixel by pixel, as one of the run's sites'."""
     folders = {json.loads(path.read_text())["cohort"] for path in run.glob("sites/*/site.json")}
-    held = {image for folder in folders if Path(folder).is_dir() for image in _images(open_cohort(Path(folder)))}
+    held: set[bytes] = set()
+    for folder in folders:
+        with suppress(CohortError):
+            held.update(_images(open_cohort(Path(folder))))
     return sum(image in held for image in _images(cohort))
 
 

@@ -16,10 +16,12 @@ import pandas as pd
 import torch
 
 from polyclinic.artifacts import write_model_card
+from polyclinic.cohort import open_cohort
 from polyclinic.cohort.card import make_card
+from polyclinic.cohort.index import read_meta
 from polyclinic.errors import QuorumLost, Refused, StudyError
-from polyclinic.evaluation import NotMeasurable, classes_of, unmapped
-from polyclinic.files import locked, storage, write_atomic
+from polyclinic.evaluation import ClassifierScores, NotMeasurable, Scores, classes_of, unmapped
+from polyclinic.files import locked, storage, tentative, write_atomic
 from polyclinic.methods.base import Batch
 from polyclinic.model import build_stage
 from polyclinic.report import embedding_table, read_run, render_report, save_views_figure
@@ -36,10 +38,12 @@ from polyclinic_simulations.compare import encoder_features, row, row_names
 from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, settle
 from polyclinic_simulations.engines.local import LocalGrid
-from polyclinic_simulations.tidy import tidy
+from polyclinic_simulations.tidy import keep_newest, tidy
 
 EXAMPLES = 6
 """Images in the figure of views."""
+HOLDOUT = "holdout"
+"""In the directory of a run that leaves one site out: all that it trains. One that leaves none out trains beside it."""
 PACKAGES = ("polyclinic", "torch", "torchvision", "timm", "flwr", "scikit-learn", "pydicom")
 
 
@@ -58,7 +62,7 @@ def simulate(
     """Run a study into the run directory `out`, or go on with it there. Returns the summary.
 
     Raises:
-        Refused: `out` holds something already, or, with `resume`, another study or other patients.
+        Refused: `out` holds something already, or, with `resume`, a run of another kind, study or patients.
     """
     started = time.monotonic()
     run = RunDir(out, listen)
@@ -75,7 +79,8 @@ def simulate(
             lead(LocalGrid({name: make_app(partial(_given, site), progress) for name, site in sites.items()}), run)
         summary = _conclude(study, run, sites, engine, listen, progress, started)
         run.event("report_written")
-        tidy(out, keep=run.checkpoints)
+        tidy(out / "sites", out / "rows")
+        keep_newest(run.checkpoints)
         return summary
 
 
@@ -84,41 +89,56 @@ def _given(site: Site, context: object) -> Site:
 
 
 @contextmanager
-def claimed(run: RunDir, study: Study, resume: bool) -> Iterator[None]:
-    """The run directory, locked: empty for a new run, of the same study for one that is resumed.
+def claimed(run: RunDir, study: Study, resume: bool, holding_out: bool = False) -> Iterator[None]:
+    """The run directory, locked: empty for a new run, of the same study and kind for one that is resumed.
 
-    A new run that is refused before any round leaves nothing behind.
+    A new run that is refused before any round leaves nothing behind; of one that is resumed, nothing is removed.
     """
     if run.path.exists() and not run.path.is_dir():
         raise Refused(f"{run.path} is a file", "give a folder as --out")
-    stands = run.path.exists() and any(path.suffix != ".tmp" for path in run.path.iterdir())
-    if stands and not resume:
-        known = (run.path / "study.toml").exists()
-        fix = "give another --out" + (", or --resume to go on with the run in it" if known else "")
-        raise Refused(f"{run.path} is not empty", fix)
-    if resume and not (run.path / "study.toml").exists():
-        raise Refused(
-            f"there is no run to resume in {run.path}", "give the folder of a run as --out, or leave --resume out"
-        )
-    if resume and run.study != study:
-        raise StudyError(f"{run.path} holds a run of another study", "resume with the study file it was started with")
+    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     with storage(run.path):
         run.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # its report shows images
-    with locked(run.path) as free:
+    with tentative(made), locked(run.path) as free:
         if not free:
             raise Refused(f"another process is working in {run.path}", "wait for it, or give another --out")
+        (_resumable(run, study, holding_out) if resume else _empty(run.path))
         run.create(study)
         try:
             yield
         except Refused:
-            if not run.checkpoints.exists():
-                shutil.rmtree(run.path)
+            if not resume and not run.checkpoints.exists() and not (run.path / HOLDOUT).exists():
+                for path in run.path.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             raise
+
+
+def _empty(path: Path) -> None:
+    """Refuse a folder that holds more than a file left half written."""
+    if any(found.suffix != ".tmp" for found in path.iterdir()):
+        known = (path / "study.toml").exists()
+        fix = "give another --out" + (", or --resume to go on with the run in it" if known else "")
+        raise Refused(f"{path} is not empty", fix)
+
+
+def _resumable(run: RunDir, study: Study, holding_out: bool) -> None:
+    """Refuse what is no run, or one of another kind or study."""
+    if not (run.path / "study.toml").exists():
+        raise Refused(
+            f"there is no run to resume in {run.path}", "give the folder of a run as --out, or leave --resume out"
+        )
+    held_out = (run.path / HOLDOUT).exists()
+    if held_out and not holding_out:
+        raise Refused(f"{run.path} holds a run that leaves one site out", "resume it with --leave-one-site-out")
+    if holding_out and not held_out and (run.checkpoints.exists() or (run.path / "summary.json").exists()):
+        raise Refused(f"{run.path} holds a run that leaves no site out", "resume it without --leave-one-site-out")
+    if run.study != study:
+        raise StudyError(f"{run.path} holds a run of another study", "resume with the study file it was started with")
 
 
 def _keep_cards(run: RunDir, study: Study, sites: Mapping[str, Site], warn: bool) -> None:
     """The data-fitness card of every site's patients; what it warns of is an event of a new run."""
-    cards = {name: make_card(site.cohort.folder, site.cohort) for name, site in sites.items()}
+    cards = {name: make_card(site.cohort.folder, site.cohort, site.split(study)[1]) for name, site in sites.items()}
     (run.path / "report").mkdir(exist_ok=True)
     write_atomic(run.path / "report" / "cards.json", json.dumps(cards))
     words = [word for site in sites.values() for word in site.cohort.labels]
@@ -126,11 +146,13 @@ def _keep_cards(run: RunDir, study: Study, sites: Mapping[str, Site], warn: bool
         run.event("warning", text=text)
     micle = any(stage.method == "micle" for stage in study.stages)
     for name, card in cards.items() if warn else ():
-        single = len(sites[name].cohort) == sites[name].cohort.n_patients
-        for text in [
-            *card["warnings"],
-            *(["no patient has two images: micle trains as simclr"] if micle and single else []),
-        ]:
+        texts = list(card["warnings"])
+        if micle and len(sites[name].cohort) == sites[name].cohort.n_patients:
+            texts.append("no patient has two images: micle trains as simclr")
+        if across := card["near_duplicates"]["across_split"]:
+            pairs = "pair of nearly equal images stands" if across == 1 else "pairs of nearly equal images stand"
+            texts.append(f"{across} {pairs} in training and in test: figures may flatter")
+        for text in texts:
             run.event("warning", text=f"{name}: {text}")
 
 
@@ -169,6 +191,7 @@ def _conclude(
         if classified is not None:
             classifier[name] = classified.row()
             operating = classified.operating if name == "federated" else operating
+        notes += _constant(name, probed, classified)
         found = comparison.get(name) or classifier[name]
         run.event("row_finished", row=name, made=number + 1, **found)
     _pictures(study, run.path, sites, federated)
@@ -178,7 +201,7 @@ def _conclude(
         "engine": engine,
         "sites": {n: {"patients": s.cohort.n_patients, "images": len(s.cohort)} for n, s in sites.items()},
         "rounds": study.rounds,
-        "test_patients": _test_patients(run.path, study),
+        "test_patients": who_is_tested(sites, study),
         "comparison": comparison,
         "classifier": classifier,
         "operating": operating,
@@ -218,12 +241,25 @@ def _pictures(study: Study, run: Path, sites: Mapping[str, Site], federated: Any
     save_views_figure(run / "report" / "views.png", originals, drawn)
 
 
-def _test_patients(run: Path, study: Study) -> str:
-    """A digest of what decides who is tested: the sites' patients, the seed and the split."""
-    sites = [json.loads(path.read_text()) for path in sorted(run.glob("sites/*/site.json"))]
-    chosen = [[site[key] for key in ("name", "patients", "digest")] for site in sites]
-    rule = [study.seed, study.evaluation.split, study.evaluation.test_fraction]
-    return hashlib.sha256(json.dumps([chosen, rule]).encode()).hexdigest()
+def _constant(name: str, *found: Scores | ClassifierScores | None) -> list[str]:
+    """What to note of a row whose probe or classifier gives one answer to all."""
+    return [
+        f"row {name}: the {'probe' if isinstance(scores, Scores) else 'classifier'} gives every test image the same "
+        "answer; only its AUC tells images apart"
+        for scores in found
+        if scores is not None and scores.one_answer
+    ]
+
+
+def who_is_tested(sites: Mapping[str, Site], study: Study) -> str:
+    """A digest of the patients on whom all rows are measured, whatever decided who they are."""
+    tested: dict[str, set[int]] = {}
+    for site in sites.values():
+        whole, test = open_cohort(site.cohort.folder), site.split(study)[1]
+        numbers = whole.patients[np.isin(whole.rows, test.rows)]
+        tested.setdefault(read_meta(whole.folder)["digest"], set()).update(numbers.tolist())
+    chosen = sorted((digest, sorted(numbers)) for digest, numbers in tested.items())
+    return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
 
 
 def _warnings(run: Path) -> list[str]:

@@ -8,8 +8,11 @@ import pytest
 from polyclinic.bundle import bundle_hash
 from polyclinic.cli import run
 from polyclinic.enrolment import Join
+from polyclinic.files import locked
 from polyclinic.study import load_study
 from polyclinic_client.hospital import Hospital
+from polyclinic_client.overview import in_words, overview
+from polyclinic_client.rehearsal import Pace, Rehearsal
 from polyclinic_server.pki import make_authority
 
 from ..tiny import write_cohort
@@ -80,7 +83,7 @@ def test_from_the_request_to_an_approved_study(capsys: pytest.CaptureFixture[str
     assert run(["site", "join", answer()]) == 0
     assert run(["site", "firewall"]) == 0
     assert "outbound TCP to c.example port 443" in said(capsys)
-    assert run(["site", "approve", "study.toml", "--yes"]) == 0
+    assert run(["site", "approve", "study.toml", "--yes"]) == 0  # with a real dry run
     shown = said(capsys)
     hash = load_study(Path("study.toml")).hash
     assert "trains on 12 images of 6 patients: 2 rounds" in shown
@@ -88,11 +91,60 @@ def test_from_the_request_to_an_approved_study(capsys: pytest.CaptureFixture[str
     assert run(["site", "status", "--json"]) == 0
     found = json.loads(said(capsys))
     assert (found["coordinator"], found["running"], list(found["approved"])) == ("c.example:443", False, [hash])
+    assert found["certificate_days"] > 3600
+    assert found["last_answer"] is None
+    assert any("trains simclr" in line for line in found["policy"])
+    study = found["approved"][hash]
+    assert (study["study"], study["patients"], study["orders"], study["max_orders"]) == ("s", 6, 0, 26)
     assert run(["site", "withdraw", hash]) == 0
     assert run(["site", "status"]) == 0
     assert "approved:" not in said(capsys)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No dry run."""
+    pace = Rehearsal([Pace("mae", 2, 20.0, 30.0)], 1500.0, "cpu")
+    monkeypatch.setattr("polyclinic_client.preview.rehearse", lambda *_: pace)
+
+
+@pytest.mark.usefixtures("quick")
+def test_scripts_see_a_study_before_they_approve_it(capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys)
+    assert run(["site", "approve", "study.toml", "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert seen["approved"] is None
+    assert not list(Path("site").glob("approved/*"))
+    assert (seen["images"], seen["patients"], seen["estimate"]["seconds"]) == (12, 6, 60.0)
+    assert seen["stages"][0]["bytes_a_round"] > 1e6
+    assert run(["site", "approve", "study.toml", "--json", "--yes"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["approved"]["by"]
+    assert {**again, "approved": None} == seen
+    assert len(list(Path("site").glob("approved/*.json"))) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_state_tells_the_last_order_and_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["site", "approve", "study.toml", "--yes"]) == 0
+    hospital, study = Hospital(Path("site")), load_study(Path("study.toml"))
+    hospital.serve(study.canonical())
+    hospital.ledger.append({"to": "c", "kind": "train", "study": study.hash, "round": 3, "bytes": 2_000_000})
+    hospital.ledger.append({"to": "c", "kind": "query"})
+    said(capsys)
+    assert run(["site", "status"]) == 0
+    shown = said(capsys)
+    assert "1 of 26 orders carried out, the last at 20" in shown
+    assert "train: round 3, 2.0 MB" in shown
+    with locked(hospital.path):
+        hospital.ledger.append({"to": "c", "kind": "train", "error": "the site works 19:00-07:00"})
+        found = overview(hospital)
+    assert (found["running"], found["answering"]) == (True, False)
+    assert found["last_answer"]["error"] == "the site works 19:00-07:00"
+    assert "running, but not answering" in next(in_words(found))
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_study_that_is_asked_about_and_not_wanted_is_not_approved(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,9 +12,14 @@ from typing import Any
 import pytest
 
 from polyclinic.bundle import bundle_hash
+from polyclinic.cohort.quarantine import Entry, Reason, write_quarantine
 from polyclinic.enrolment import Join
-from polyclinic_client.doctor import Finding, examine, firewall_note
+from polyclinic_client import doctor
+from polyclinic_client.doctor import examine, firewall_note
+from polyclinic_client.findings import Finding
 from polyclinic_client.hospital import Hospital, make_hospital
+from polyclinic_client.rehearsal import Pace, Rehearsal
+from polyclinic_server import pki
 from polyclinic_server.pki import make_authority, make_server
 
 from ..tiny import tiny_study, write_cohort
@@ -29,7 +34,9 @@ def gateway(tmp_path: Path) -> Iterator[Start]:
     """Starts what stands in for the coordinator's gateway; returns its port."""
     servers: list[http.server.HTTPServer] = []
 
-    def start(authority: tuple[bytes, bytes] = OURS, off_s: float = 0.0, status: int = 200) -> int:
+    def start(
+        authority: tuple[bytes, bytes] = OURS, off_s: float = 0.0, status: int = 200, host: str = "localhost"
+    ) -> int:
         class Health(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self.send_response_only(status)
@@ -40,7 +47,7 @@ def gateway(tmp_path: Path) -> Iterator[Start]:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        key, certificate = make_server(*authority, "consortium", ["localhost", "127.0.0.1"])
+        key, certificate = make_server(*authority, "consortium", [host, "127.0.0.1"])
         (tmp_path / "s.key").write_bytes(key)
         (tmp_path / "s.crt").write_bytes(certificate)
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -63,9 +70,9 @@ def site(tmp_path: Path) -> Path:
     return tmp_path / "site"
 
 
-def join(site: Path, address: str) -> None:
+def join(site: Path, address: str, authority: bytes = OURS[1]) -> None:
     answer = Join(
-        name="north", coordinator="consortium", address=address, authority=OURS[1].decode(), bundle=bundle_hash()
+        name="north", coordinator="consortium", address=address, authority=authority.decode(), bundle=bundle_hash()
     )
     (site.parent / "join.json").write_text(answer.model_dump_json())
     Hospital(site).join(site.parent / "join.json")
@@ -81,8 +88,8 @@ def test_a_healthy_site_passes(site: Path, gateway: Start) -> None:
     hospital.approve(study, hospital.cohort_for(study))
     found = findings(site)
     assert list(found) == [
-        "configuration", "data", "decoders", "disk", "memory", "key", "ledger", "studies",
-        "answer", "DNS", "TCP", "TLS", "gateway", "clock",
+        "configuration", "data", "decoders", "disk", "memory", "compute", "key", "ledger", "studies",
+        "version", "answer", "DNS", "TCP", "TLS", "gateway", "clock",
     ]  # fmt: skip
     assert all(finding.level == "PASS" for name, finding in found.items() if name not in ("data", "disk", "memory"))
     assert not [finding for finding in found.values() if finding.level != "PASS" and not finding.fix]
@@ -143,6 +150,89 @@ def test_a_clock_that_is_off(off_s: float, level: str, site: Path, gateway: Star
     if level != "PASS":
         assert "NTP" in found.fix
         assert ("behind" if off_s > 0 else "ahead of") in found.found
+
+
+def test_a_wrong_certificate_of_the_coordinators_own_is_not_called_interception(site: Path, gateway: Start) -> None:
+    """It is for another name than the one that the site was told."""
+    join(site, f"localhost:{gateway(host='elsewhere.example')}")
+    found = findings(site)["TLS"]
+    assert found.level == "FAIL"
+    assert "the coordinator's own certificate, and not right" in found.found
+    assert "localhost" in found.found
+    assert "intercepts" not in found.found
+
+
+@pytest.mark.parametrize("what", ["authority", "server"])
+def test_a_certificate_that_is_about_to_expire_is_warned_of(
+    what: str, site: Path, gateway: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pki, "AUTHORITY_DAYS" if what == "authority" else "SERVER_DAYS", 9)
+    authority = make_authority("consortium")
+    join(site, f"localhost:{gateway(authority)}", authority[1])
+    found = findings(site)["authority" if what == "authority" else "TLS"]
+    assert found.level == "WARN"
+    assert "expires in 8 days" in found.found
+    assert "coordinator" in found.fix
+
+
+def test_another_version_than_the_coordinators_is_named(site: Path, gateway: Start) -> None:
+    join(site, f"localhost:{gateway()}")
+    assert findings(site)["version"].level == "PASS"
+    path = site / "join.json"
+    path.write_text(path.read_text().replace(bundle_hash(), "0" * 64))
+    found = findings(site)["version"]
+    assert found.level == "FAIL"
+    assert "another version" in found.found
+
+
+def test_kinds_of_files_without_a_decoder_are_named(site: Path, tmp_path: Path) -> None:
+    assert findings(site)["decoders"].found == "no images have been read yet"
+    hospital = Hospital(site)
+    folder = hospital.cohort_for(tiny_study()).folder
+    assert findings(site)["decoders"].level == "PASS"
+    syntax = "1.2.840.10008.1.2.4.57"
+    write_quarantine(folder / "quarantine.csv", [Entry(str(k), Reason.NO_DECODER, "CR", syntax) for k in range(3)])
+    found = findings(site)["decoders"]
+    assert found.level == "WARN"
+    assert "no decoder for 3 files of JPEG Lossless" in found.found
+    assert "gpl-decoders" in found.fix
+
+
+def test_more_threads_than_processors_are_warned_of(site: Path) -> None:
+    path = site / "site.toml"
+    path.write_text(path.read_text().replace("threads = 0", "threads = 10000"))
+    found = findings(site)["compute"]
+    assert (found.level, found.fix) == ("WARN", "`threads` in site.toml is 10000: lower it")
+
+
+def tried(site: Path, pace: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Finding]:
+    """Findings with a study of the policy's kind whose rounds take so many seconds."""
+    made = Rehearsal([Pace("simclr", 2, 20.0, pace)], 1500.0, "cpu")
+    monkeypatch.setattr(doctor, "rehearse", lambda *_: made)
+    (site.parent / "study.toml").write_text(tiny_study().to_toml())
+    return {finding.check: finding for finding in examine(site, site.parent / "study.toml")}
+
+
+def test_a_study_is_tried_on_the_sites_own_images(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tried(site, 12.0, monkeypatch)
+    assert found["study"].found == "within the policy, on 12 images of 6 patients"
+    assert found["dry run"].level == "PASS"
+    assert "simclr: 20 images a second, 12.0 s a round; 1.5 GB of memory, on the cpu" in found["dry run"].found
+    slow = tried(site, 100.0, monkeypatch)["dry run"]  # the study waits 30 s
+    assert slow.level == "WARN"
+    assert "round_deadline_s" in slow.fix
+
+
+def test_a_study_beyond_the_policy_fails_and_the_network_is_looked_at_all_the_same(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = site / "site.toml"
+    path.write_text(path.read_text().replace('"simclr", ', ""))
+    found = tried(site, 12.0, monkeypatch)
+    assert found["study"].level == "FAIL"
+    assert "does not allow simclr" in found["study"].found
+    assert "dry run" not in found
+    assert list(found)[-1] == "answer"
 
 
 def test_a_gateway_without_superlink(site: Path, gateway: Start) -> None:

@@ -1,15 +1,23 @@
 """A hospital's folder: its key, what it approves, what it refuses."""
 
+import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import RecordDict
 
+from polyclinic import wire
 from polyclinic.bundle import bundle_hash
 from polyclinic.enrolment import Join, Request, fingerprint, read_file
 from polyclinic.errors import CohortError, Refused
+from polyclinic.files import write_secret
+from polyclinic.model import initial_tensors
 from polyclinic.study import Study
 from polyclinic_client.hospital import SETTINGS, Hospital, make_hospital
 from polyclinic_server.pki import make_authority
@@ -102,12 +110,128 @@ def test_a_study_that_is_not_approved_or_was_edited_since_is_refused(hospital: H
         ('"simclr", ', "", "does not allow simclr"),
         ("max_rounds = 1000", "max_rounds = 1", "allows 1 rounds; the study has 2"),
         ("min_patients = 2", "min_patients = 11", "too few patients"),
+        ('tensors = ["*"]', 'tensors = ["encoder.*"]', "keeps 4 of the update's 10 tensors here, head.0.bias among"),
+        ("max_megabytes = 1000.0", "max_megabytes = 0.001", "allows updates of 0.001 MB"),
+        ("epsilon = 0.0", "epsilon = 3.0", "the study promises none"),
     ],
 )
-def test_the_policy_binds_what_was_approved_before(old: str, new: str, says: str, hospital: Hospital) -> None:
+def test_the_policy_binds_what_is_to_be_approved_and_what_was(
+    old: str, new: str, says: str, hospital: Hospital
+) -> None:
     approve(hospital)
+    narrowed = change(hospital, old, new)
     with pytest.raises(Refused, match=says):
-        change(hospital, old, new).serve(STUDY.canonical())
+        narrowed.serve(STUDY.canonical())
+    assert narrowed.orders(STUDY.hash).count == 0
+    with pytest.raises(Refused, match=says):
+        approve(narrowed)
+
+
+def test_outside_its_hours_a_site_does_not_begin_and_counts_nothing(hospital: Hospital) -> None:
+    approve(hospital)
+    now = datetime.now()
+    later, still_later = ((now + timedelta(hours=hours)).strftime("%H:%M") for hours in (2, 3))
+    closed = change(hospital, "hours = []", f'hours = ["{later}-{still_later}"]')
+    with pytest.raises(Refused, match=f"the site works {later}-{still_later} by its own clock"):
+        closed.serve(STUDY.canonical())
+    assert closed.orders(STUDY.hash).count == 0
+    approve(closed)  # an approval is no work
+    before = (now - timedelta(hours=1)).strftime("%H:%M")
+    assert change(closed, f'"{later}-', f'"{before}-').serve(STUDY.canonical()).name == "north"
+
+
+def test_an_approved_study_is_carried_out_so_often_and_no_more(hospital: Hospital) -> None:
+    approve(hospital)
+    hospital = change(hospital, "max_orders = 0", "max_orders = 3")
+    for made in (1, 2, 3):
+        hospital.serve(STUDY.canonical())
+        assert Hospital(hospital.path).orders(STUDY.hash).count == made  # as another process finds it
+    with pytest.raises(Refused, match="has carried out 3 orders of this study, all that it allows"):
+        Hospital(hospital.path).serve(STUDY.canonical())
+    assert hospital.orders(STUDY.hash).last
+    approve(hospital)
+    hospital.serve(STUDY.canonical())
+    assert hospital.orders(STUDY.hash).count == 1
+
+
+def test_orders_at_the_same_time_are_all_counted(hospital: Hospital) -> None:
+    approve(hospital)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: hospital.serve(STUDY.canonical()), range(20)))
+    assert hospital.orders(STUDY.hash).count == 20
+
+
+def reply(**evaluation: float) -> RecordDict:
+    update = {"encoder.w": np.ones((2, 3), np.float32), "head.w": np.ones(5, np.float32)}
+    return wire.pack_reply(wire.Reply("h", 0, 1, "north", 12, {"loss": 1.0, "seconds": 2.0}, evaluation), update)
+
+
+def test_what_leaves_is_entered_and_what_is_withheld_does_not_leave(hospital: Hospital) -> None:
+    content = reply(probe_auc=0.5, knn_auc=0.5)
+    change(hospital, 'metrics = ["*"]', 'metrics = ["loss", "probe_*"]').leaving("train", content)
+    sent, update = wire.unpack_reply(content)
+    assert (sent.train, sent.evaluation) == ({"loss": 1.0}, {"probe_auc": 0.5})
+    assert update is not None
+    (entry,) = hospital.ledger.entries()
+    assert entry["metrics"] == {"loss": 1.0, "probe_auc": 0.5}
+    assert entry["patients"] == 12
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('tensors = ["*"]', 'tensors = ["encoder.*"]', "keeps 1 of the update's 2 tensors here, head.w among them"),
+        ("max_megabytes = 1000.0", "max_megabytes = 0.00001", "one of the study has 0.0 MB"),
+    ],
+)
+def test_an_update_that_may_not_leave_does_not_and_is_not_entered(
+    old: str, new: str, says: str, hospital: Hospital
+) -> None:
+    narrowed = change(hospital, old, new)
+    with pytest.raises(Refused, match=says):
+        narrowed.leaving("train", reply())
+    assert list(hospital.ledger.entries()) == []
+    narrowed.leaving("train", "the reason")
+    assert [entry["error"] for entry in hospital.ledger.entries()] == ["the reason"]
+
+
+def test_an_approval_says_whom_it_is_about_and_what_will_leave(hospital: Hospital) -> None:
+    approve(hospital)
+    found = hospital.approvals()[STUDY.hash]
+    assert found.patients == 10
+    (tensors,) = found.leaves
+    assert tensors == {name: value.nbytes for name, value in initial_tensors(STUDY, 0, None).items()}
+
+
+def test_a_damaged_approval_lets_nothing_run(hospital: Hospital) -> None:
+    approve(hospital)
+    path = hospital.path / "approved" / f"{STUDY.hash}.json"
+    for damaged in ("{", "[]", '{"study": "x"}'):
+        path.write_text(damaged)
+        with pytest.raises(Refused, match="cannot be read"):
+            hospital.serve(STUDY.canonical())
+    hospital.withdraw(STUDY.hash)
+    approve(hospital)
+    hospital.serve(STUDY.canonical())
+
+
+def test_a_secret_is_never_open_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    inner = Path.replace
+
+    def noting(self: Path, target: Path) -> Path:
+        modes.append(stat.S_IMODE(self.stat().st_mode))
+        return inner(self, target)
+
+    monkeypatch.setattr(Path, "replace", noting)
+    before = os.umask(0o022)
+    try:
+        write_secret(tmp_path / "key", b"secret")
+        assert os.umask(0o022) == 0o022  # as it was
+    finally:
+        os.umask(before)
+    assert modes == [0o600]
+    assert (tmp_path / "key").read_bytes() == b"secret"
 
 
 def test_other_images_than_those_approved_are_refused(hospital: Hospital, tmp_path: Path) -> None:

@@ -41,6 +41,13 @@ def test_what_was_written_stands_there_in_order(ledger: Ledger) -> None:
     assert [entry["entry"] for entry in ledger.entries()] == list(range(1, 9))
 
 
+def test_it_is_read_on_from_where_it_was(ledger: Ledger) -> None:
+    whole = list(ledger.since(0))
+    assert [entry for entry, _ in whole] == list(ledger.entries())
+    for number, (_, end) in enumerate(whole, start=1):
+        assert [entry["entry"] for entry, _ in ledger.since(end)] == list(range(number + 1, 9))
+
+
 def test_an_empty_ledger_is_whole(tmp_path: Path) -> None:
     assert Ledger(tmp_path / "none").verify() == 0
     assert list(Ledger(tmp_path / "none").entries()) == []

@@ -243,3 +243,24 @@ def test_an_encoder_is_no_classifier_and_a_missing_one_is_named(tmp_path):
     classifier(tmp_path)
     with pytest.raises(CheckpointError, match=r"classifier\.safetensors is not an encoder that polyclinic saved"):
         polyclinic.load_encoder(tmp_path / "classifier.safetensors")
+
+
+@pytest.mark.parametrize(
+    "classes", ["[]", '["ill", "ill"]', '["ill"]', json.dumps([str(k) for k in range(1_000_000)]), '"ill"', ""]
+)
+def test_names_of_classes_that_do_not_fit_the_head_are_refused_before_memory_is_taken(tmp_path, monkeypatch, classes):
+    classifier(tmp_path)
+    tensors, metadata = load_tensors(tmp_path / "classifier.safetensors")
+    save_tensors(tmp_path / "classifier.safetensors", tensors, metadata | {"classes": classes})
+    monkeypatch.setattr("polyclinic.artifacts.Predictor", None)  # it would be called
+    with pytest.raises(CheckpointError, match=r"classifier\.safetensors is not a classifier that polyclinic saved"):
+        polyclinic.load_classifier(tmp_path)
+
+
+def test_a_classifier_without_a_head_is_refused(tmp_path):
+    classifier(tmp_path)
+    tensors, metadata = load_tensors(tmp_path / "classifier.safetensors")
+    del tensors["head.bias"]
+    save_tensors(tmp_path / "classifier.safetensors", tensors, metadata | {"classes": "[]"})
+    with pytest.raises(CheckpointError, match="is not a classifier"):
+        polyclinic.load_classifier(tmp_path)

@@ -2,12 +2,13 @@
 
 import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from polyclinic.errors import StorageError
-from polyclinic.files import atomic, storage, write_atomic
+from polyclinic.files import atomic, storage, tentative, write_atomic
 
 
 def test_writing_replaces_the_whole_file(tmp_path: Path) -> None:
@@ -61,6 +62,43 @@ def test_a_full_disk_is_a_storage_error_that_says_so() -> None:
 def test_a_disk_that_may_not_be_written_is_a_storage_error(number: int) -> None:
     with pytest.raises(StorageError, match=r"cannot write cache\.bin"), storage(Path("cache.bin")):
         raise OSError(number, os.strerror(number))
+
+
+def test_a_file_larger_than_the_limit_is_a_storage_error_that_says_so(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    write_atomic(target, "old")
+    child = os.fork()
+    if child == 0:
+        code = 2
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+            write_atomic(target, "more than ten bytes")
+        except StorageError as error:
+            code = 0 if "ulimit -f" in error.fix else 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_tentative_folders_go_with_an_error_that_leaves_them_empty(tmp_path: Path) -> None:
+    inner, outer = tmp_path / "outer" / "inner", tmp_path / "outer"
+    for content, kept in ((), False), (("outer/file",), True), (("outer/inner/file",), True):
+        inner.mkdir(parents=True)
+        for name in content:
+            (tmp_path / name).write_text("")
+        with pytest.raises(ZeroDivisionError), tentative([inner, outer]):
+            raise ZeroDivisionError
+        assert outer.exists() == kept
+        assert inner.exists() == ("outer/inner/file" in content)
+        for path in [*map(tmp_path.joinpath, content), inner, outer]:
+            if path.exists():
+                path.rmdir() if path.is_dir() else path.unlink()
+    inner.mkdir(parents=True)
+    with tentative([inner, outer]):
+        pass
+    assert inner.exists()
 
 
 def test_other_errors_of_the_operating_system_pass_unchanged(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """`polyclinic study settings` names every setting there is, with the default that it has."""
 
 import tomllib
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
 from polyclinic.reference import reference
 from polyclinic.stages import Stage, Views
@@ -46,6 +49,34 @@ def test_a_method_has_what_it_adds_or_sets_anew(method: str) -> None:
         if key not in ("kind", "method", "views", "rounds")
         and field.default != getattr(Stage.model_fields.get(key), "default", None)
     }
+
+
+def models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Every model that a type reaches, at any depth."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+        annotation = tuple[*(field.annotation for field in annotation.model_fields.values())]  # type: ignore[misc]
+    for part in get_args(annotation):
+        yield from models(part)
+
+
+def test_every_field_of_every_model_is_shown() -> None:
+    """A line for each, with its meaning above it, in a table that has all keys of the model."""
+    parts = [part.splitlines() for part in reference().split("\n\n")]
+    keys = [{line.partition(" = ")[0] for line in part[1:] if not line.startswith("#")} for part in parts]
+    reached = {model for model in models(Study) if model is not Study and not issubclass(model, Stage)}
+    assert {model.__name__ for model in reached} >= {"Weights", "SimulatedSite", "Iid", "Dirichlet", "Views", "Head"}
+    for model in reached:
+        own = {name for name in model.model_fields if name != "site"}  # its tables stand by themselves
+        assert own in keys, model
+    text = " ".join(line.removeprefix("# ") for part in parts for line in part)
+    for model in reached:
+        for field in model.model_fields.values():
+            assert " ".join((field.description or "").split()) in text
+    assert table("[[simulation.site]]") == {"allow_burned_in": False}
+    assert "cohort =    # must be given" in reference()
+    assert 'kind = "dirichlet"\n# (above 0, at most 1000000.0)\nalpha =    # must be given' in reference()
+    assert "[encoder.init]   # weights of an encoder of the same shape" in reference()
 
 
 def test_views_and_meanings_are_there() -> None:

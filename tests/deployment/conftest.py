@@ -1,5 +1,6 @@
 """A consortium of real processes on loopback: SuperLink, nginx, three SuperNodes, TLS and node authentication on."""
 
+import csv
 import http.client
 import json
 import os
@@ -19,7 +20,11 @@ import pytest
 
 from polyclinic_simulations.phantom import write_site
 
+from .relay import Relay
+
 SITES = ("alpha", "beta", "gamma")
+RELAYED = "beta"
+"""The site whose network can be cut."""
 STUDY = """
 [study]
 name = "{name}"
@@ -60,11 +65,17 @@ class Consortium:
         self.port, superlink = free_port(), free_port()
         address = f"127.0.0.1:{self.port}"
         self.superlink = f"https://127.0.0.1:{superlink}"
-        self.command("coordinator", "init", "--address", address, "--listen", address, "--superlink-port", superlink)
+        ports = ("--listen", address, "--superlink-port", superlink, "--web-port", free_port())
+        self.command("coordinator", "init", "--address", address, *ports)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.relay = Relay(self.port)
         for number, name in enumerate(SITES):
             write_site(folder / "images" / name, name, 10, 5, number=number)
             self.command("site", "init", "--name", name, "--data", folder / "images" / name, "--home", name)
+            settings = folder / name / "site.toml"
+            text = settings.read_text()
+            assert "max_orders = 0 " in text
+            settings.write_text(text.replace("max_orders = 0 ", "max_orders = 10000 "))  # one study, many runs of it
             self.enrol(name)
 
     def enrol(self, name: str) -> None:
@@ -72,6 +83,11 @@ class Consortium:
         shown = self.command("coordinator", "enrol", f"{name}/request.json", "--fingerprint", self.fingerprint(name))
         assert f"site {name}" in shown
         self.command("site", "join", f"join-{name}.json", "--home", name)
+        if name == RELAYED:
+            joined = self.folder / name / "join.json"
+            address = f'"127.0.0.1:{self.port}"'
+            assert joined.read_text().count(address) == 1
+            joined.write_text(joined.read_text().replace(address, f'"127.0.0.1:{self.relay.port}"'))
 
     def fingerprint(self, name: str) -> str:
         from polyclinic.enrolment import Request, read_file
@@ -90,13 +106,17 @@ class Consortium:
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def start(self, *names: str) -> None:
+    def start(self, *names: str, environment: dict[str, str] | None = None) -> None:
         """The coordinator, or a site's agent, in the background."""
         for name in names:
             words = ["coordinator", "start"] if name == "coordinator" else ["site", "start", "--home", name]
             with (self.folder / f"{name}.log").open("ab") as log:
                 self.processes[name] = subprocess.Popen(
-                    [sys.executable, "-m", "polyclinic", *words], cwd=self.folder, stdout=log, stderr=log
+                    [sys.executable, "-m", "polyclinic", *words],
+                    cwd=self.folder,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, **(environment or {})},
                 )
 
     def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> int:
@@ -139,6 +159,7 @@ class Consortium:
     def close(self) -> None:
         for name in list(self.processes):
             self.stop(name)
+        self.relay.close()
 
 
 def events(run: Path, name: str = "") -> list[dict[str, Any]]:
@@ -176,6 +197,13 @@ def processes(*words: str) -> list[int]:
         if all(word in line for word in words) and int(path.parent.name) != os.getpid():
             found.append(int(path.parent.name))
     return found
+
+
+def workers(site: str) -> list[int]:
+    """Those that the site's warm process has forked, each for a message."""
+    found = processes("polyclinic_client.warm", f"/{site}/")
+    parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in found}
+    return [pid for pid, parent in parents.items() if parent in parents]
 
 
 def kill(pids: Sequence[int], number: signal.Signals = signal.SIGKILL) -> None:
@@ -221,3 +249,39 @@ def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]
         yield made
     finally:
         made.close()
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    names = ("encoder.safetensors", "checkpoints/round-0003.safetensors", "checkpoints/round-0003.json")
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def each_round_once(run: Path) -> bool:
+    """Every site's and the consortium's figures of each of three rounds, and none twice."""
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    keys = [(row["stage"], row["round"], row["site"], row["metric"]) for row in rows]
+    losses = {(row["round"], row["site"]) for row in rows if row["metric"] == "loss"}
+    return len(keys) == len(set(keys)) and losses == {(str(r), s) for r in (1, 2, 3) for s in ("", *SITES)}
+
+
+@pytest.fixture(scope="session")
+def honest(consortium: Consortium) -> tuple[Path, Path]:
+    """(deployed, simulated) run directories of a study of two stages that nothing disturbed."""
+    study = consortium.study("honest")
+    consortium.approve(study)
+    run = consortium.launch(study)
+    finished(run)
+    return run, consortium.simulate(study)
+
+
+RECOVERIES: list[tuple[str, str, float, int, bool]] = []
+"""(fault, moment, seconds until the study has got on, rounds redone, whether the bits are those undisturbed)."""
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What `make chaos` shows: every fault, and how the study got over it."""
+    if RECOVERIES:
+        terminalreporter.section("faults")
+    for fault, moment, seconds, redone, same in RECOVERIES:
+        told = f"recovered in {seconds:5.1f} s, {redone} rounds redone, {'same' if same else 'OTHER'} bits"
+        terminalreporter.write_line(f"{fault:24} {moment:14} {told}")

@@ -1,11 +1,7 @@
 """Studies across real processes: the bits of their simulation, whatever is killed; refusals that cost nobody else."""
 
-import csv
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,31 +12,9 @@ from polyclinic_client.hospital import Hospital
 from polyclinic_server.home import Home
 from polyclinic_server.supervisor import flower
 
-from .conftest import SITES, Consortium, events, finished, get, kill, processes, until
+from .conftest import SITES, Consortium, each_round_once, events, finished, get, kill, processes, same_bits, until
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore:GitWildMatchPattern")]
-
-
-@pytest.fixture(scope="module")
-def honest(consortium: Consortium) -> tuple[Path, Path]:
-    """(deployed, simulated) run directories of a study of two stages that nothing disturbed."""
-    study = consortium.study("honest")
-    consortium.approve(study)
-    run = consortium.launch(study)
-    finished(run)
-    return run, consortium.simulate(study)
-
-
-def same_bits(one: Path, other: Path) -> bool:
-    names = ("encoder.safetensors", "checkpoints/round-0003.safetensors", "checkpoints/round-0003.json")
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
-
-
-def each_round_once(run: Path) -> bool:
-    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
-    keys = [(row["stage"], row["round"], row["site"], row["metric"]) for row in rows]
-    losses = {(row["round"], row["site"]) for row in rows if row["metric"] == "loss"}
-    return len(keys) == len(set(keys)) and losses == {(str(r), s) for r in (1, 2, 3) for s in ("", *SITES)}
 
 
 def test_a_deployed_study_has_the_bits_of_its_simulation(honest: tuple[Path, Path]) -> None:
@@ -60,36 +34,6 @@ def test_every_site_has_a_ledger_of_what_left_it(honest: tuple[Path, Path], cons
             norm = sum(tensor["norm"] ** 2 for tensor in sent[round]["tensors"]) ** 0.5
             assert norm == pytest.approx(accepted[round, site], rel=1e-6)  # what arrived is what was noted
         assert {entry["kind"] for entry in entries} == {"query", "train", "evaluate"}
-
-
-@pytest.mark.parametrize(
-    "victim",
-    [
-        ("flwr-serverapp",),
-        ("flower-supernode", "beta"),
-        pytest.param(("flower-superlink",), marks=pytest.mark.slow),
-        pytest.param(("flwr-clientapp", "beta"), marks=pytest.mark.slow),
-        pytest.param(("nginx: worker",), marks=pytest.mark.slow),
-        pytest.param(("coordinator", "start"), marks=pytest.mark.slow),
-        pytest.param(("site", "start", "beta"), marks=pytest.mark.slow),
-    ],
-    ids=" ".join,
-)
-def test_killed_in_a_round_and_back_with_the_same_bits(
-    victim: tuple[str, ...], honest: tuple[Path, Path], consortium: Consortium
-) -> None:
-    shutil.copy(consortium.folder / "honest.toml", consortium.folder / "again.toml")
-    run = consortium.launch(consortium.folder / "again.toml")
-    until(lambda: events(run, "round_started"), 120, "the first round")
-    time.sleep(2.0)
-    kill(processes(*victim))
-    if "start" in victim:  # nobody starts these again but the system that they run on
-        name = "coordinator" if "coordinator" in victim else "beta"
-        consortium.processes.pop(name).wait(timeout=30)
-        consortium.start(name)
-    finished(run)
-    assert same_bits(run, honest[1])
-    assert each_round_once(run)
 
 
 def test_a_site_that_has_not_approved_is_left_out_by_name_and_the_others_go_on(consortium: Consortium) -> None:
@@ -156,20 +100,3 @@ def test_a_second_agent_or_coordinator_is_refused(consortium: Consortium) -> Non
     until(lambda: "runs as process" in (consortium.folder / "alpha.log").read_text(), 30, "the agent")
     assert "another process runs" in consortium.command("site", "start", "--home", "alpha", code=2)
     assert "another process leads" in consortium.command("coordinator", "start", code=2)
-
-
-def test_a_revoked_site_takes_no_part(honest: tuple[Path, Path], consortium: Consortium) -> None:
-    consortium.command("coordinator", "revoke", "gamma")
-    until(lambda: Home(consortium.home).sites()["gamma"].node == 0, 60, "revocation")
-    study = consortium.study("two", rounds=1)
-    consortium.approve(study, "alpha", "beta", "gamma")
-    run = consortium.launch(study)
-    finished(run)
-    assert all(event["sites"] == ["alpha", "beta"] for event in events(run, "round_started"))
-    with_key = subprocess.run(
-        [sys.executable, "-m", "polyclinic", "coordinator", "status", "--json"],
-        cwd=consortium.folder,
-        capture_output=True,
-        text=True,
-    )
-    assert '"gamma": "revoked"' in with_key.stdout

@@ -52,7 +52,13 @@ def test_the_sites_own_probes_are_averaged_by_the_patients_that_they_trained_on(
     row = summary["comparison"]["federated"]
     assert row == {"auc": pytest.approx(0.825), "auc_low": None, "auc_high": None, "balanced_accuracy": 0.5}
     assert summary["bytes_sent"] == 400
-    assert "AUC 0.825" in (tmp_path / "report.html").read_text()
+    page, card = (tmp_path / "report.html").read_text(), (tmp_path / "MODEL_CARD.md").read_text()
+    assert "AUC 0.825" in page
+    assert "What the encoder is worth" in page
+    assert "Patient-weighted mean of the sites' own linear probes" in page
+    assert "| federated | 0.825 | – | 0.500 |" in card
+    assert "Patient-weighted mean of the sites' own probes." in card
+    assert "rehearsed" not in page + card
 
 
 def test_a_run_without_any_probe_is_concluded(tmp_path: Path) -> None:
@@ -80,6 +86,20 @@ def test_a_run_that_has_ended_is_not_led(end: str, tmp_path: Path) -> None:
     run.event(end)
     app(LocalGrid({}), Context(1, 1, {}, RecordDict(), {"run": str(tmp_path)}))
     assert [event["event"] for event in events(run)] == [end]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_has_failed(tmp_path: Path) -> None:
+    study = tiny_study()
+    run = open_run(tmp_path, study)
+    (tmp_path / "seats.json").write_text(json.dumps(dict.fromkeys(SITES, 10)))
+    (tmp_path / "registered.json").write_text("{}")
+    run.checkpoints.mkdir()
+    for round in (1, 2):
+        (run.checkpoints / f"round-000{round}.json").write_text("{")
+    app(LocalGrid({}), Context(1, 1, {}, RecordDict(), {"run": str(tmp_path)}))
+    last = events(run)[-1]
+    assert (last["event"], last["problem"]) == ("run_failed", "every checkpoint of this run is damaged")
+    assert "start the study again" in last["fix"]
 
 
 def test_what_nobody_expected_is_written_down(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A coordinator's folder: modes, enrolment, revocation, what is never overwritten."""
 
+import os
 import stat
 import subprocess
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_a_folder_without_settings_is_no_coordinators(tmp_path: Path) -> None:
         Home(tmp_path)
 
 
+def test_settings_written_before_there_was_a_page_are_still_read(home: Home) -> None:
+    path = home.path / "coordinator.toml"
+    old = [line for line in path.read_text().splitlines() if not line.startswith(("web_port", "health_port"))]
+    path.write_text("\n".join(old))
+    found = Home(home.path).settings
+    assert (found.page, found.health_address) == ("http://127.0.0.1:8080", "127.0.0.1:8001")
+    path.write_text("\n".join(["web_port = 9000", "health_port = 9001", *old]))
+    found = Home(home.path).settings
+    assert (found.page, found.health_address) == ("http://127.0.0.1:9000", "127.0.0.1:9001")
+
+
 def test_a_renewed_certificate_is_of_the_same_authority(home: Home) -> None:
     authority, certificate = ((home.path / name).read_bytes() for name in ("authority.crt", "server.crt"))
     renew(home.path, home.settings)
@@ -102,6 +114,19 @@ def test_the_wanted_run_is_remembered(home: Home) -> None:
         assert (home.wanted is None) == ended
     home.want(None)
     assert home.wanted is None
+
+
+def test_the_latest_run_is_known_after_it_was_stopped(home: Home) -> None:
+    assert home.latest is None
+    for number, name in enumerate(("s-1", "t-1", "s-2")):
+        run = RunDir(home.path / "runs" / name)
+        run.create(tiny_study())
+        run.event("launched")
+        os.utime(run.path / "events.jsonl", (1e9 - number, 1e9 - number))
+    home.want(home.path / "runs" / "t-1")
+    assert home.latest == home.path / "runs" / "t-1"
+    home.want(None)
+    assert home.latest == home.path / "runs" / "s-1"  # where something has happened last
 
 
 def test_nginx_takes_the_configuration(home: Home) -> None:

@@ -1,6 +1,8 @@
 """What the coordinator sees to between: sites registered, runs submitted once, and again where they have died."""
 
+import http.client
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from polyclinic_server.rundir import REGISTERED, RunDir
 from polyclinic_server.supervisor import Supervisor
 
 from ..tiny import tiny_study
+from .test_overview import make
+from .test_web import until
 
 
 @pytest.fixture
@@ -34,6 +38,34 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
     monkeypatch.setattr(module, "flower", flower)
     return calls
+
+
+def test_three_programs_are_kept_running(home: Home) -> None:
+    programs = {program.name: list(program._command()) for program in Supervisor(home).programs}
+    assert list(programs) == ["superlink", "gateway", "page"]
+    superlink = programs["superlink"]
+    assert superlink[superlink.index("--health-server-address") + 1] == home.settings.health_address
+    assert programs["page"][-4:] == ["-m", "polyclinic_server.web", "--home", str(home.path)]
+
+
+def test_the_page_is_there_while_the_coordinator_runs(tmp_path: Path) -> None:
+    home = make(tmp_path / "h")
+    page, port = Supervisor(home).programs[-1], home.settings.web_port
+    page.tend()
+    try:
+        until(lambda: reached(port), "the page")
+    finally:
+        page.stop()
+    assert not reached(port)
+
+
+def reached(port: int) -> bool:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+        try:
+            connection.request("GET", "/")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
 
 
 def look(at: Supervisor) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -13,6 +14,7 @@ from polyclinic.errors import StudyError
 from polyclinic.study import Study
 from polyclinic.wire import Tensors
 from polyclinic_simulations import holdout
+from polyclinic_simulations.display import labels_needed
 from polyclinic_simulations.holdout import STARTS, leave_one_site_out
 from polyclinic_simulations.holdout_page import render_holdout
 
@@ -109,6 +111,62 @@ def test_interrupted_and_resumed_is_as_undisturbed(few: tuple[float, ...], study
     assert json.dumps(resumed) == json.dumps(whole)
     one, other = (pd.read_csv(tmp_path / name / "holdout.csv").drop(columns="seconds") for name in ("run", "whole"))
     pd.testing.assert_frame_equal(one, other)
+
+
+def test_seconds_are_those_of_a_rows_first_making(
+    few: tuple[float, ...], study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, pace = [0.0], [10.0]
+    train = holdout.train_row
+
+    def timed(*arguments: Any) -> Tensors:
+        clock[0] += pace[0]
+        return train(*arguments)
+
+    def impatient(event: Mapping[str, Any]) -> None:
+        if "north, pretrained, held-out, 50%" in str(event.get("row")):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(holdout, "train_row", timed)
+    monkeypatch.setattr(holdout, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    where = tmp_path / "run", tmp_path / "data", tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        leave_one_site_out(study, *where, listen=impatient)
+    pace[0] = 1.0
+    leave_one_site_out(study, *where, resume=True)
+    rows = pd.read_csv(tmp_path / "run" / "holdout.csv")
+    assert rows[rows["held_out"] == "east"]["seconds"].tolist() == [20.0, 0.0, 10.0, 10.0] * 2 + [10.0, 0.0, 10.0, 10.0]
+    north = rows[rows["held_out"] == "north"]["seconds"].tolist()
+    assert north == [20.0, 0.0, 10.0, 1.0, 2.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("min_sites", [1, 2])
+def test_a_site_without_labels_costs_only_the_rows_that_need_them(
+    min_sites: int, few: tuple[float, ...], study: Study, tmp_path: Path
+) -> None:
+    labels = tmp_path / "data" / "west" / "labels.csv"
+    labels.write_text(labels.read_text().replace("spot", "").replace("clear", ""))
+    some = tiny_study(**{**study.model_dump(mode="json"), "aggregation": {"min_sites": min_sites}})
+    told: list[str] = []
+    where = tmp_path / "run", tmp_path / "data", tmp_path / "state"
+    found = leave_one_site_out(some, *where, listen=lambda event: told.append(event.get("text", "")))
+    rows = pd.read_csv(tmp_path / "run" / "holdout.csv")
+    made = rows.groupby("held_out").size().to_dict()
+    assert made == ({"east": 12, "north": 12, "west": 3} if min_sites == 1 else {"west": 3})
+    facts = found["leave_one_site_out"]
+    note = facts["west"]["note"]
+    assert "pretrained, held-out, could not be fine-tuned: only 0 of at least 1 sites" in note
+    assert "(with 50%, 100% of the site's labels)" in note
+    assert "pretrained, held-out, could not be measured on the test patients (with 0% of the site's labels)" in note
+    assert any(text.startswith("west held out: pretrained, held-out, could not be fine-tuned") for text in told)
+    if min_sites == 2:
+        assert "in-distribution, could not be fine-tuned: only 1 of at least 2 sites" in facts["east"]["note"]
+    else:
+        assert "could not be" not in facts["east"].get("note", "")
+    assert labels_needed(facts["west"], "supervised") == labels_needed(facts["west"], "joined") == "not measurable"
+    page = (tmp_path / "run" / "holdout.html").read_text()
+    assert "could not be fine-tuned" in page
+    assert "not measurable" in page
 
 
 @pytest.mark.parametrize("stages", [[SIMCLR], [TUNE]])

@@ -20,8 +20,10 @@ MOST = 20
 """Words listed of a kind; the others are summed up as "other"."""
 
 
-def make_card(folder: Path, cohort: Cohort | None = None) -> dict[str, Any]:
+def make_card(folder: Path, cohort: Cohort | None = None, test: Cohort | None = None) -> dict[str, Any]:
     """The card of a built cohort, ready for JSON; of some of its patients if `cohort` is a selection from it.
+
+    With `test`, those of its patients who are not trained on, near-duplicates are also counted `across_split`.
 
     `files`, `files_used`, `quarantine` and `warnings` are always those of the whole cohort; `selection` says that the
     rest is not.
@@ -50,7 +52,7 @@ def make_card(folder: Path, cohort: Cohort | None = None) -> dict[str, Any]:
         "sizes": _sizes(facts["height"], facts["width"]),
         "tensor": list(cohort.images.shape[1:]),
         "histogram": _histogram(cohort),
-        "near_duplicates": _near_duplicates(cohort),
+        "near_duplicates": _near_duplicates(cohort, test),
         "quarantine": meta["quarantine"],
         "warnings": meta["warnings"],
     }
@@ -99,14 +101,17 @@ def _histogram(cohort: Cohort) -> list[float]:
     return [round(float(fraction), 5) for fraction in counts / counts.sum()]
 
 
-def _near_duplicates(cohort: Cohort) -> dict[str, int]:
+def _near_duplicates(cohort: Cohort, test: Cohort | None = None) -> dict[str, int]:
+    tested = np.isin(cohort.rows, [] if test is None else test.rows)
     _, labels = np.unique(cohort.labels, return_inverse=True)  # numbers for words: blocks hold many pairs
-    pairs = across_patients = across_labels = 0
+    pairs = across_patients = across_labels = across_split = 0
     for first, second in near_duplicates(cohort):
         pairs += len(first)
         across_patients += int((cohort.patients[first] != cohort.patients[second]).sum())
         across_labels += int((labels[first] != labels[second]).sum())
-    return {"pairs": pairs, "across_patients": across_patients, "across_labels": across_labels, "bits": NEAR}
+        across_split += int((tested[first] != tested[second]).sum())
+    counted = {"pairs": pairs, "across_patients": across_patients, "across_labels": across_labels, "bits": NEAR}
+    return counted if test is None else counted | {"across_split": across_split}
 
 
 def card_html(card: Mapping[str, Any]) -> str:

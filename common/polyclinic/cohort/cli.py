@@ -67,7 +67,7 @@ def inspect(
     images = {"size": size, "channels": channels, "window": _window(window)}
     stage = {"kind": "pretrain", "method": "simclr", "rounds": 1}
     settings = resolve({"study": {"name": "inspect"}, "images": images, "stages": [stage]}, "the options").images
-    with _bar(shown=not as_json and sys.stderr.isatty()) as progress:
+    with progress_bar(shown=not as_json and sys.stderr.isatty()) as progress:
         cohort = build_cohort(
             source, settings, state, workers=workers, progress=progress, allow_burned_in=allow_burned_in
         )
@@ -111,7 +111,7 @@ def _window(text: str) -> Any:
 
 
 @contextmanager
-def _bar(shown: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(shown: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on standard error; nothing where that is not a terminal."""
     if not shown:
         yield None

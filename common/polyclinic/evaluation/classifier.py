@@ -36,6 +36,7 @@ class ClassifierScores:
         ece: expected calibration error, mean gap between confidence and accuracy over 15 bins.
         operating: a row for each class and wanted sensitivity. Thresholds are chosen on the same test patients, so
             that the table describes the curve; it does not predict another hospital's.
+        one_answer: whether every test image was given the same class (multi-label: the same answers at 0.5).
     """
 
     auc: float
@@ -48,10 +49,11 @@ class ClassifierScores:
     ece: float
     n_test: int
     operating: list[dict[str, Any]]
+    one_answer: bool = False
 
     def row(self) -> dict[str, float]:
         """The figures without the operating points."""
-        return {name: value for name, value in vars(self).items() if name != "operating"}
+        return {name: value for name, value in vars(self).items() if name not in ("operating", "one_answer")}
 
 
 def classifier_scores(
@@ -104,6 +106,7 @@ def classifier_scores(
             for k in measurable
             for wanted in SENSITIVITIES
         ],
+        one_answer=len(np.unique(_called(probabilities, multi_label), axis=0)) == 1,
     )
 
 
@@ -175,6 +178,11 @@ def _answers(probabilities: Floats, truth: NDArray[np.bool_], multi_label: bool)
         return (yes == truth).ravel(), np.where(yes, probabilities, 1 - probabilities).ravel()
     chosen = probabilities.argmax(axis=1)
     return np.take_along_axis(truth, chosen[:, None], axis=1)[:, 0], probabilities.max(axis=1)
+
+
+def _called(probabilities: Floats, multi_label: bool) -> NDArray[Any]:
+    """What each image is said to be: (images,) a class, or (images, classes) yes or no."""
+    return probabilities >= 0.5 if multi_label else probabilities.argmax(axis=1)
 
 
 def _recalls(probabilities: Floats, truth: NDArray[np.bool_], multi_label: bool, measurable: list[int]) -> list[float]:

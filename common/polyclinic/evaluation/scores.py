@@ -27,6 +27,7 @@ class Scores:
         balanced_accuracy: mean over classes of the fraction of its images that were recognised.
         n_train: labelled images that the probe learnt from.
         n_test: labelled patients that it was measured on.
+        one_answer: whether every test image was given the same class.
     """
 
     auc: float
@@ -35,6 +36,7 @@ class Scores:
     balanced_accuracy: float
     n_train: int
     n_test: int
+    one_answer: bool = False
 
     def row(self) -> dict[str, float]:
         """The four figures of a row of `comparison` in summary.json."""
@@ -63,6 +65,7 @@ def score(
         balanced_accuracy=balanced_accuracy(probabilities, truth),
         n_train=n_train,
         n_test=len(numbers),
+        one_answer=len(np.unique(probabilities.argmax(axis=1))) == 1,
     )
 
 

@@ -1,6 +1,7 @@
 """What the report says in words and tables."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from polyclinic.evaluation import collapsed
@@ -49,9 +50,20 @@ def result(run: Run) -> list[tuple[str, str]]:
     ours = rows["federated"]["auc"]
     against = {} if run.mean_alone is None else {"the mean single site": run.mean_alone}
     against |= {name: rows[row]["auc"] for row, name in words.AGAINST.items() if row in rows}
-    interval = f"{rows['federated']['auc_low']:.3f} to {rows['federated']['auc_high']:.3f}"
+    low_high = interval(rows["federated"], " to ")
+    meaning = f"95 % interval {low_high}" if low_high else "mean of the sites' own probes"
     gains = [(f"{ours - auc:+.3f}".replace("-", "−"), f"against {name}") for name, auc in against.items()]
-    return [(f"{ours:.3f}", f"federated AUC, 95 % interval {interval}"), *gains]
+    return [(f"{ours:.3f}", f"federated AUC, {meaning}"), *gains]
+
+
+def interval(row: Mapping[str, float], between: str = " – ") -> str:
+    """The 95 % interval of an AUC; "" where nobody could measure it."""
+    return f"{row['auc_low']:.3f}{between}{row['auc_high']:.3f}" if "auc_low" in row else ""
+
+
+def intervals(run: Run) -> bool:
+    """Whether any row of the comparison has an interval."""
+    return any(map(interval, run.comparison.values()))
 
 
 def comparison(run: Run) -> list[dict[str, Any]]:
@@ -61,7 +73,7 @@ def comparison(run: Run) -> list[dict[str, Any]]:
             "name": words.row_name(name),
             "kind": name,
             "auc": f"{row['auc']:.3f}",
-            "interval": f"{row['auc_low']:.3f} – {row['auc_high']:.3f}",
+            "interval": interval(row) or "–",
             "balanced_accuracy": f"{row['balanced_accuracy']:.3f}",
         }
         for name, row in run.comparison.items()
@@ -81,7 +93,7 @@ def classifier(run: Run) -> list[dict[str, Any]]:
         {
             "name": words.row_name(name),
             "kind": name,
-            "interval": f"{row['auc_low']:.3f} – {row['auc_high']:.3f}",
+            "interval": interval(row),
             **{figure: f"{row[figure]:.3f}" for figure in ("auc", "accuracy", "balanced_accuracy", "ece")},
         }
         for name, row in run.summary.get("classifier", {}).items()

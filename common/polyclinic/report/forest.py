@@ -18,7 +18,7 @@ ROW = 27
 def forest(run: Run) -> Markup:
     """AUC and interval of every row, one above the other; the mean single site as a line through them."""
     rows, colours = run.comparison, palette(run.sites)
-    values = [row[key] for row in rows.values() for key in ("auc_low", "auc_high")] + [0.5]
+    values = [row[key] for row in rows.values() for key in ("auc", "auc_low", "auc_high") if key in row] + [0.5]
     axis = Axis(max(0.0, min(values) - 0.03), min(1.0, max(values) + 0.03), 148, RIGHT - 40)
     together = len(run.alone) > MANY
     shown = [name for name in rows if not (together and name in run.alone)]
@@ -40,15 +40,16 @@ def forest(run: Run) -> Markup:
 def _interval(axis: Axis, name: str, row: Mapping[str, float], y: float, colour: str) -> Markup:
     """One row: name, interval, point, value."""
     kind = "row federated" if name == "federated" else "row"
-    low, mid, high = (axis.at(row[key]) for key in ("auc_low", "auc", "auc_high"))
+    mid, ends = axis.at(row["auc"]), [axis.at(row[key]) for key in ("auc_low", "auc_high") if key in row]
     style = f"--c:{colour}" if colour else ""
     band = element("rect", x=2, y=y - ROW / 2, width=WIDTH - 4, height=ROW, rx=5, class_="band")
-    hover = f"{row_name(name)}: {row['auc']:.3f} ({row['auc_low']:.3f} to {row['auc_high']:.3f})"
+    hover = f"{row_name(name)}: {row['auc']:.3f}"
+    hover += f" ({row['auc_low']:.3f} to {row['auc_high']:.3f})" if ends else ""
     parts = [
         element("title", hover),
         band,
         text(axis.start - 12, y + 4, _cut(row_name(name), 18), "end", "name"),
-        line(low, y, high, y, "whisker"),
+        *([line(ends[0], y, ends[1], y, "whisker")] if ends else []),
         element("circle", cx=mid, cy=y, r=5, class_="point"),
         text(RIGHT - 2, y + 4, f"{row['auc']:.3f}", "end", "value"),
     ]

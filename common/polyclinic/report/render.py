@@ -55,6 +55,7 @@ def context(run: Run) -> dict[str, Any]:
         "lede": [facts.what_was_trained(run), facts.how_it_was_trained(run)],
         "result": facts.result(run),
         "comparison": facts.comparison(run),
+        "intervals": facts.intervals(run),
         "classifier": facts.classifier(run),
         "operating": run.summary.get("operating", []),
         "forest": forest(run) if run.comparison else None,

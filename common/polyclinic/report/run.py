@@ -15,7 +15,8 @@ from polyclinic.study import Study, load_study
 Points = list[tuple[int, float]]
 """(round, value), ascending."""
 
-FIGURES = ("auc", "auc_low", "auc_high", "balanced_accuracy")
+FIGURES = ("auc", "balanced_accuracy")
+INTERVAL = ("auc_low", "auc_high")
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,15 @@ class Run:
 
     @cached_property
     def comparison(self) -> dict[str, dict[str, float]]:
-        """The rows whose figures are all finite, in reading order: floors, sites, federated, pooled."""
-        rows = {
-            name: {figure: float(row[figure]) for figure in FIGURES}
+        """The rows whose figures are all finite, in reading order: floors, sites, federated, pooled.
+
+        One whose interval nobody could measure, as across a network, is without `auc_low` and `auc_high`.
+        """
+        found = {
+            name: {figure: value for figure in (*FIGURES, *INTERVAL) if (value := row.get(figure)) is not None}
             for name, row in self.summary.get("comparison", {}).items()
-            if all(_finite(row.get(figure)) for figure in FIGURES)
         }
+        rows = {name: row for name, row in found.items() if _whole(row)}
         order = ["random", "pixels", ALONE, "scratch", "init", "federated", "pooled"]
         return dict(sorted(rows.items(), key=lambda item: (_place(item[0], order), item[0])))
 
@@ -110,6 +114,11 @@ def read_run(path: Path) -> Run:
 
 def _place(row: str, order: list[str]) -> int:
     return next((k for k, start in enumerate(order) if row.startswith(start)), len(order))
+
+
+def _whole(row: dict[str, Any]) -> bool:
+    """Whether a row of the comparison has all its figures, each finite, with its interval or without."""
+    return all(map(_finite, row.values())) and row.keys() in ({*FIGURES}, {*FIGURES, *INTERVAL})
 
 
 def _finite(value: Any) -> bool:

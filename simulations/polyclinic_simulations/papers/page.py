@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -69,12 +70,12 @@ def label(key: dict[str, object]) -> str:
 
 
 def plot(rows: pd.DataFrame, metric: str = "auc") -> Markup:
-    """Each seed's value with its 95 % interval over patients, row under row."""
-    shown = rows[rows["metric"] == metric]
+    """Each seed's value with its 95 % interval over patients, where it has one, row under row."""
+    shown = rows[rows["metric"] == metric].astype({"low": float, "high": float})  # None, a mean's, becomes NaN
     if shown.empty:
         return Markup("")
-    bounds = [float(v) for name in ("low", "high") for v in shown[name]]
-    axis = Axis(max(0.0, min(bounds) - 0.02), min(1.0, max(bounds) + 0.02), 210, RIGHT)
+    ends = shown[["low", "value", "high"]].to_numpy(float)
+    axis = Axis(max(0.0, np.nanmin(ends) - 0.02), min(1.0, np.nanmax(ends) + 0.02), 210, RIGHT)
     groups = list(shown.groupby(GROUP, sort=False))
     bottom = 8 + ROW * len(groups)
     marks = [line(axis.at(v), 8, axis.at(v), bottom, "grid") for v in axis.ticks()]
@@ -89,6 +90,7 @@ def plot(rows: pd.DataFrame, metric: str = "auc") -> Markup:
         marks.append(text(axis.start - 10, y + 4, short if len(short) <= 32 else short[:31] + "…", "end"))
         for k, (_, seed) in enumerate(group.sort_values("seed").iterrows()):
             at = y + 5 * (k - (len(group) - 1) / 2)
-            marks.append(line(axis.at(seed["low"]), at, axis.at(seed["high"]), at, "whisker"))
+            if seed[["low", "high"]].notna().all():
+                marks.append(line(axis.at(seed["low"]), at, axis.at(seed["high"]), at, "whisker"))
             marks.append(element("path", d=dots([(axis.at(seed["value"]), at)]), class_="strip"))
     return drawing(bottom + 38, "AUC of every row", *marks)

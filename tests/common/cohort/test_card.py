@@ -122,6 +122,15 @@ def test_copies_are_counted_without_keeping_their_pairs() -> None:
     assert peak < 32 << 20
 
 
+def test_copies_on_both_sides_of_the_split_are_counted() -> None:
+    cohort = made(np.concatenate([smooth(12), smooth(12)[:5], smooth(1)]))
+    for tested in ([0, 12], [0, 12, 17], [3, 4, 16], [], list(range(18))):
+        test = cohort.select(tested)
+        expected = sum((one in tested) != (other in tested) for one, other in pairs(cohort))
+        assert _near_duplicates(cohort, test)["across_split"] == expected
+    assert "across_split" not in _near_duplicates(cohort)
+
+
 def run(*arguments: object) -> None:
     app = typer.Typer()
     app.callback()(lambda: None)

@@ -62,6 +62,18 @@ def test_certain_answers_are_still_ranked_and_rare_classes_left_out() -> None:
     assert {point["class"] for point in scores.operating} == {"a", "b"}
 
 
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_classifier_that_always_gives_one_answer_is_told(multi_label: bool) -> None:
+    targets = np.eye(2, dtype=np.float32)[[0, 0, 1, 1]]
+    ranked = np.array([[3, -3], [2, -2], [1, -1.5], [0.5, -1]], np.float32)  # all are the first class
+    for logits, told in ((ranked, True), (ranked * [[1, 1]] * 3 + [[0, 0], [0, 0], [0, 0], [-9, 9]], False)):
+        scores = classifier_scores(
+            np.asarray(logits, np.float32), targets, np.arange(4), ["a", "b"], multi_label=multi_label, seed=0
+        )
+        assert scores.one_answer == told
+        assert "one_answer" not in scores.row()
+
+
 def test_calibration_error_equals_a_loop() -> None:
     rng = np.random.default_rng(0)
     confidence, right = rng.random(300), rng.random(300) < 0.6

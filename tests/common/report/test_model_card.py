@@ -1,6 +1,9 @@
 import json
 
+import pytest
+
 from polyclinic.artifacts import write_model_card
+from polyclinic.study import resolve
 
 
 def test_the_card_says_what_it_saw_and_how_it_was_measured(make_run):
@@ -42,3 +45,33 @@ def test_a_deployed_run_is_not_called_a_rehearsal(make_run):
     (run / "summary.json").write_text(json.dumps(facts))
     text = write_model_card(run).read_text()
     assert "Images stayed at their sites" in text and "rehearsed" not in text
+
+
+TUNE, PRETRAIN = {"kind": "finetune", "rounds": 1}, {"kind": "pretrain", "method": "simclr", "rounds": 1}
+
+
+@pytest.mark.parametrize(("stages", "classifies"), [([PRETRAIN, TUNE], True), ([TUNE, PRETRAIN], False)])
+def test_the_classifier_is_offered_where_the_last_stage_made_one(make_run, stages, classifies):
+    run = make_run()
+    labels = {"labels": {"ill": ["x"], "well": ["y"]}}
+    settings = resolve({"study": {"name": "rehearsal"}, "stages": stages, "evaluation": labels})
+    (run / "study.toml").write_text(settings.to_toml())
+    row = {"auc": 0.9, "auc_low": 0.8, "auc_high": 1.0, "accuracy": 0.7, "balanced_accuracy": 0.6, "ece": 0.1}
+    facts = json.loads((run / "summary.json").read_text()) | {"classifier": {"federated": row} if classifies else {}}
+    (run / "summary.json").write_text(json.dumps(facts))
+    text = write_model_card(run).read_text()
+    assert ("load_classifier" in text) == classifies
+    assert ("`classifier.safetensors` is the federated one" in text) == classifies
+    assert "checkpoints" not in text  # a finished run's are for going on with it
+    assert "Labels took part in fine-tuning only." in text
+
+
+def test_rows_without_an_interval_say_so(make_run):
+    run = make_run()
+    facts = json.loads((run / "summary.json").read_text())
+    row = {"auc": 0.825, "auc_low": None, "auc_high": None, "balanced_accuracy": 0.5}
+    (run / "summary.json").write_text(json.dumps(facts | {"engine": "deployed", "comparison": {"federated": row}}))
+    text = write_model_card(run).read_text()
+    assert "| federated | 0.825 | – | 0.500 |" in text
+    assert "Patient-weighted mean of the sites' own probes." in text
+    assert "bootstrap" not in text and "There are no intervals" in text

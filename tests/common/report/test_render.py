@@ -198,6 +198,24 @@ def test_where_cohorts_lie_is_not_told(make_run):
     assert str(run.parent) not in (run / "report.html").read_text()
 
 
+def test_rows_without_an_interval_are_shown_without(make_run):
+    run = make_run()
+    facts = json.loads((run / "summary.json").read_text())
+    row = {"auc": 0.825, "auc_low": None, "auc_high": None, "balanced_accuracy": 0.5}
+    facts["comparison"]["federated"] = row
+    (run / "summary.json").write_text(json.dumps(facts))
+    page = Page(render_report(run))  # of a few rows with intervals and one without
+    assert_finite(page)
+    assert "federated 0.825 – 0.500" in page.text
+    (run / "summary.json").write_text(json.dumps(facts | {"engine": "deployed", "comparison": {"federated": row}}))
+    page = Page(render_report(run))
+    assert_finite(page)
+    assert "0.825 federated AUC, mean of the sites' own probes" in page.text
+    assert "federated 0.825 – 0.500" in page.text and ("class", "whisker") not in page.attributes
+    assert "There are no intervals" in page.text and "bootstrap" not in page.text
+    assert "AUC with 95 % interval" not in page.text
+
+
 def test_a_deployed_run_says_how_its_rows_were_measured(make_run):
     run = make_run()
     facts = json.loads((run / "summary.json").read_text())

@@ -1,10 +1,12 @@
 """The papers' tables on a dataset of a few images: rows, resumption, documents, the page."""
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
@@ -17,7 +19,7 @@ from polyclinic_client.site import Site
 from polyclinic_simulations.holdout import FRACTIONS
 from polyclinic_simulations.papers import run as module
 from polyclinic_simulations.papers.goals import verdicts
-from polyclinic_simulations.papers.page import render_page
+from polyclinic_simulations.papers.page import plot, render_page
 from polyclinic_simulations.papers.plans import HOSPITALS, SEEDS, TIERS, Plan, Tier, plans, pretraining
 from polyclinic_simulations.papers.run import Workshop, as_table, dataset, document, run_plan
 
@@ -193,7 +195,12 @@ def test_labels_spared_are_those_beyond_the_first_that_do_as_well() -> None:
         result = {"metrics": {"auc": [value, None, None]}, "seconds": 1.0}
         return as_table({replace(plan, seed=seed): result for seed in SEEDS}, "")
 
-    for reached, expected in ((0.2, "met: 0.800"), (0.5, "missed: 0.500"), (2.0, "missed: -1.000")):
+    for reached, expected in (
+        (0.2, "met: 0.800"),
+        (0.33, "met: 0.670"),
+        (0.5, "missed: 0.500"),
+        (2.0, "missed: -1.000"),
+    ):
         rows = [at(HOSPITALS[0], "scratch", 1.0, 0.9)]
         rows += [at(HOSPITALS[0], "simclr", f, 0.9 if f >= reached else 0.8) for f in FRACTIONS]
         assert verdicts(pd.concat(rows))[4][0].endswith(expected)
@@ -251,6 +258,19 @@ def test_the_page_shows_what_was_run_and_lists_what_was_not() -> None:
     assert f"Not run ({len([p for p in every[2:] if p.table == 1])})" in page
     assert "<b>machine</b>" not in page
     assert render_page(pd.DataFrame(), every)
+
+
+@pytest.mark.parametrize("known", [[], [0], [0, 1, 2]])
+def test_the_plot_draws_rows_without_an_interval(known: list[int]) -> None:
+    ends = {seed: [0.6 + seed / 10, 0.9] if seed in known else [None, None] for seed in SEEDS}
+    done = {
+        replace(PLAN, seed=seed): {"metrics": {"auc": [0.8, *ends[seed]]}, "seconds": 1.0} for seed in SEEDS
+    }  # as of a mean over sites that train alone
+    picture = plot(as_table(done, ""))
+    assert not re.search(r"nan|inf", picture, re.IGNORECASE)
+    marks = [mark.get("class") for mark in ElementTree.fromstring(picture).iter()]
+    assert (marks.count("strip"), marks.count("whisker")) == (3, len(known))
+    assert "<svg" in render_page(as_table(done, ""), [])
 
 
 def test_tiers_know_every_method_and_dataset_of_their_rows() -> None:

@@ -1,0 +1,65 @@
+"""What `polyclinic site status` shows: the node, the studies that may run, what was asked and answered last."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from polyclinic import __version__
+from polyclinic.files import locked
+from polyclinic.study import parse_canonical
+from polyclinic_client.hospital import Approval, Hospital
+from polyclinic_client.monitor import Tally, answers
+from polyclinic_client.network import certificate_days
+
+
+def overview(hospital: Hospital) -> dict[str, Any]:
+    """For JSON.
+
+    `running` is the agent's, by its lock; `answering` SuperNode's, by its health service. `last_answer` is the newest
+    entry of the ledger about an order.
+    """
+    joined = hospital.joined
+    with locked(hospital.path) as free:
+        running = not free
+    last = Tally().read(hospital.ledger).last
+    shown = ("time", "kind", "study", "round", "bytes", "error")
+    return {
+        "name": hospital.name,
+        "version": __version__,
+        "coordinator": joined.address if joined else None,
+        "certificate_days": certificate_days(joined.authority) if joined else None,
+        "running": running,
+        "answering": running and answers(hospital.path),
+        "approved": {hash: _study(hospital, hash, found) for hash, found in hospital.approvals().items()},
+        "last_answer": {name: last[name] for name in shown if name in last} if last else None,
+        "policy": list(hospital.settings.policy.words()),
+    }
+
+
+def _study(hospital: Hospital, hash: str, approval: Approval) -> dict[str, Any]:
+    study, asked = parse_canonical(approval.study, "an approved study"), hospital.orders(hash)
+    return {
+        "study": study.name,
+        "by": approval.by,
+        "at": approval.approved,
+        "patients": approval.patients,
+        "orders": asked.count,
+        "max_orders": hospital.settings.policy.orders(study),
+        "last_order": asked.last or None,
+    }
+
+
+def in_words(facts: dict[str, Any]) -> Iterator[str]:
+    """The same for a terminal."""
+    state = "running" if facts["answering"] else "running, but not answering" if facts["running"] else "not running"
+    yield f"{facts['name']}: {state}, coordinator {facts['coordinator'] or 'unknown: it has not answered yet'}"
+    if facts["certificate_days"] is not None:
+        yield f"certificate of the coordinator's authority: {facts['certificate_days']} days left"
+    for hash, study in facts["approved"].items():
+        yield f"approved: {study['study']} ({hash}) by {study['by']} at {study['at']}, {study['patients']} patients"
+        when = f", the last at {study['last_order']}" if study["last_order"] else ""
+        yield f"    {study['orders']} of {study['max_orders']} orders carried out{when}"
+    if last := facts["last_answer"]:
+        what = last.get("error") or f"round {last['round']}, {last.get('bytes', 0) / 1e6:.1f} MB"
+        yield f"last answer: {last['time']}, {last['kind']}: {what}"
+    yield "policy:"
+    yield from (f"    {line}" for line in facts["policy"])

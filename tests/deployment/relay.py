@@ -1,0 +1,47 @@
+"""A stretch of network that can be cut: what a site sends to the coordinator passes through here."""
+
+import select
+import socket
+import threading
+from contextlib import suppress
+
+
+class Relay:
+    """Forwards TCP connections on loopback. While it is cut, nothing passes in either direction and nobody is told."""
+
+    def __init__(self, to: int) -> None:
+        self._to = to
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listening.getsockname()[1])
+        self._whole = threading.Event()
+        self._whole.set()
+        self._open = True
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        self._whole.clear()
+
+    def mend(self) -> None:
+        self._whole.set()
+
+    def close(self) -> None:
+        self._open = False
+        self._whole.set()
+        self._listening.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while self._open:
+                near, _ = self._listening.accept()
+                threading.Thread(target=self._forward, args=(near,), daemon=True).start()
+
+    def _forward(self, near: socket.socket) -> None:
+        with near, suppress(OSError), socket.create_connection(("127.0.0.1", self._to)) as far:
+            other = {near: far, far: near}
+            while self._open:
+                ready, _, _ = select.select([near, far], [], [], 1.0)
+                for end in ready:
+                    self._whole.wait()
+                    if not (data := end.recv(65_536)):
+                        return
+                    other[end].sendall(data)

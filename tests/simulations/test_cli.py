@@ -1,0 +1,114 @@
+"""The commands in this process: what they leave when they refuse, and what they say of runs side by side."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polyclinic import cli
+
+ROW = {"auc": 0.8, "auc_low": 0.7, "auc_high": 0.9, "balanced_accuracy": 0.7}
+LEFT_OUT = {
+    "supervised_at_100": 0.8,
+    "labels_needed": {"pretrained": 0.1, "joined": None},
+    "in_distribution": {"pretrained": 0.91, "joined": 0.92, "supervised": 0.9},
+    "zero_shot": {"pretrained": 0.71, "joined": 0.72, "supervised": None},
+}
+STUDY = """
+[study]
+name = "tiny"
+[[stages]]
+kind = "pretrain"
+method = "simclr"
+rounds = 1
+[[simulation.site]]
+name = "north"
+cohort = "mistyped"
+[[simulation.site]]
+name = "south"
+cohort = "south"
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.toml").write_text(STUDY)
+
+
+def finished(name: str, **summary: Any) -> Path:
+    """A folder with a summary."""
+    run = Path(name)
+    run.mkdir()
+    (run / "summary.json").write_text(json.dumps({"comparison": {}, "classifier": {}, "notes": [], **summary}))
+    return run
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--leave-one-site-out"], ["--out", "runs/mine"], ["--out", "runs/a", "--resume"]]
+)
+def test_what_is_refused_leaves_no_folder(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for there in ([], ["runs"]):
+        for name in there:
+            Path(name).mkdir()
+        assert cli.run(["simulate", "study.toml", *more]) == 2
+        assert "fix:" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == [*there, "study.toml"]
+
+
+def test_a_run_that_is_refused_leaves_those_before_it(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "tiny-1").mkdir(parents=True)
+    assert cli.run(["simulate", "study.toml"]) == 2
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny-1"]
+
+
+@pytest.mark.parametrize(
+    ("digests", "said"),
+    [
+        (["a", "a"], ""),
+        (["a", "b"], "were measured on different test patients"),
+        ([None, None], "may have been measured on different test patients"),
+        (["a", None], "may have been measured on different test patients"),
+        (["a", "b", None], "were measured on different test patients"),
+        ([None], ""),
+    ],
+)
+def test_runs_whose_test_patients_differ_or_are_not_known_are_told(
+    digests: list[str | None], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = [{} if digest is None else {"test_patients": digest} for digest in digests]  # a deployed run has none
+    runs = [finished(f"run-{k}", comparison={"federated": ROW}, **more) for k, more in enumerate(known)]
+    assert cli.run(["compare", *map(str, runs)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("warning") == bool(said)
+    assert said in printed.err
+
+
+def test_compare_shows_runs_that_left_one_site_out(capsys: pytest.CaptureFixture[str]) -> None:
+    finished("one", leave_one_site_out={"north": LEFT_OUT}, test_patients="a")
+    finished("two", leave_one_site_out={"north": LEFT_OUT}, test_patients="a")
+    assert cli.run(["compare", "one", "two"]) == 0
+    printed = capsys.readouterr()
+    assert "one north" in printed.out
+    assert "two north" in printed.out
+    assert "10%" in printed.out
+    assert printed.err == ""
+    assert cli.run(["compare", "one", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["leave_one_site_out"] == {"one north": LEFT_OUT}
+
+
+def test_compare_says_of_a_run_without_rows_that_it_has_none(capsys: pytest.CaptureFixture[str]) -> None:
+    finished("empty", notes=["no comparison: all labelled patients are of one class, 'x'"])
+    assert cli.run(["compare", "empty"]) == 0
+    assert "empty has no rows: no comparison: all labelled patients are of one class" in capsys.readouterr().err
+
+
+def test_evaluate_warns_of_a_probe_that_gives_one_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {**ROW, "n_train": 9, "n_test": 9, "one_answer": False}
+    rows = {"random": scores, "federated": {**scores, "one_answer": True}}
+    monkeypatch.setattr("polyclinic_simulations.outside.evaluate_outside", lambda *_: (rows, 0))
+    assert cli.run(["evaluate", "run", "--cohort", "images"]) == 0
+    assert capsys.readouterr().err == "warning: row federated: the probe gives every test image the same answer\n"

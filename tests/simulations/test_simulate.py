@@ -1,0 +1,232 @@
+"""A whole study in this process: what a run directory keeps, who is tested, and what is warned of."""
+
+import csv
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from polyclinic.cohort import build_cohort
+from polyclinic.encoders import ENCODERS
+from polyclinic.errors import CohortError, Refused
+from polyclinic.evaluation import Scores
+from polyclinic.study import Study
+from polyclinic_client.site import Site, open_site
+from polyclinic_server.rundir import RunDir
+from polyclinic_simulations import simulate as module
+from polyclinic_simulations.holdout import leave_one_site_out
+from polyclinic_simulations.simulate import claimed, simulate, who_is_tested
+
+from ..tiny import SIMCLR, SITES, TinyEncoder, draw, tiny_study, write_cohort
+
+TUNE = {"kind": "finetune", "rounds": 1, "batch_size": 8, "views": {"flip": False}}
+LABELS = {"labels": {"spot": ["spot"], "clear": ["clear"]}}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(ENCODERS, "resnet18", lambda encoder, images: TinyEncoder(images.channels))
+    yield
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """Three hospitals of ten patients; one round of SimCLR, one of fine-tuning."""
+    for number, name in enumerate(SITES):
+        write_cohort(tmp_path / "data" / name, 10, seed=number)
+    return tiny_study(
+        stages=[{**SIMCLR, "rounds": 1}, TUNE],
+        evaluation=LABELS,
+        simulation={"site": [{"name": name, "cohort": name} for name in SITES]},
+    )
+
+
+def kept(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run(study: Study, at: Path, **options: Any) -> dict[str, Any]:
+    return simulate(study, at / "run", at / "data", at / "state", **options)
+
+
+def stopped(event: Mapping[str, Any]) -> None:
+    """Ctrl-C after the first round of anything, or the first row."""
+    if event["event"] in ("round_closed", "row_finished"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("protocol", [simulate, leave_one_site_out])
+def test_what_is_refused_when_resumed_removes_nothing(protocol: Any, study: Study, tmp_path: Path) -> None:
+    out, state = tmp_path / "run", tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        protocol(study, out, tmp_path / "data", state, listen=stopped)
+    before = kept(out)
+    assert any(path.name.startswith("round-") for path in before)
+    with pytest.raises(CohortError, match="is not there"):
+        protocol(study, out, tmp_path / "date", state, resume=True)
+    assert kept(out) == before
+
+
+def test_a_run_that_never_trained_is_not_removed_either_when_it_is_resumed(study: Study, tmp_path: Path) -> None:
+    RunDir(tmp_path / "run").create(study)
+    with pytest.raises(CohortError, match="is not there"):
+        simulate(study, tmp_path / "run", tmp_path / "date", tmp_path / "state", resume=True)
+    assert (tmp_path / "run" / "study.toml").exists()
+
+
+def test_a_new_run_that_is_refused_leaves_nothing_but_what_was_there(study: Study, tmp_path: Path) -> None:
+    (tmp_path / "there" / "empty").mkdir(parents=True)
+    for out in ("new", "newer/run", "there/empty", "there/new"):
+        with pytest.raises(CohortError):
+            simulate(study, tmp_path / out, tmp_path / "date", tmp_path / "state")
+    assert {path.name for path in tmp_path.iterdir()} - {"state"} == {"data", "there"}
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["empty"]
+    assert list((tmp_path / "there" / "empty").iterdir()) == []
+
+
+@pytest.mark.parametrize("trained", ["checkpoints", "holdout"])
+def test_what_a_new_run_has_trained_stays_whatever_then_is_refused(trained: str, study: Study, tmp_path: Path) -> None:
+    with pytest.raises(CohortError), claimed(RunDir(tmp_path / "run"), study, resume=False):
+        (tmp_path / "run" / trained).mkdir()
+        raise CohortError("a site has no labels", "give it some")
+    assert (tmp_path / "run" / trained).exists()
+
+
+def test_a_folder_that_another_process_fills_meanwhile_is_left_alone(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run begins and ends between the first look and the lock."""
+    lock = module.locked
+
+    def late(path: Path) -> Any:
+        path.mkdir(exist_ok=True)
+        (path / "study.toml").write_text("theirs")
+        return lock(path)
+
+    monkeypatch.setattr(module, "locked", late)
+    with pytest.raises(Refused, match="is not empty"):
+        run(study, tmp_path)
+    assert (tmp_path / "run" / "study.toml").read_text() == "theirs"
+
+
+def test_a_run_of_the_other_kind_is_not_resumed(study: Study, tmp_path: Path) -> None:
+    where = tmp_path / "data", tmp_path / "state"
+    run(study, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        leave_one_site_out(study, tmp_path / "left", *where, listen=stopped)
+    before = kept(tmp_path / "run") | kept(tmp_path / "left")
+    with pytest.raises(Refused, match="a run that leaves no site out"):
+        leave_one_site_out(study, tmp_path / "run", *where, resume=True)
+    with pytest.raises(Refused, match="a run that leaves one site out") as caught:
+        simulate(study, tmp_path / "left", *where, resume=True)
+    assert "--leave-one-site-out" in caught.value.fix
+    assert kept(tmp_path / "run") | kept(tmp_path / "left") == before
+
+
+def test_what_only_going_on_would_need_goes_and_nothing_else(study: Study, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    theirs = [out / "another" / "checkpoints" / "round-0001.safetensors", elsewhere / "theirs", out / "notes" / "mine"]
+
+    def listen(event: Mapping[str, Any]) -> None:
+        if event["event"] == "run_started" and "row" not in event:
+            for path in theirs:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("theirs")
+            (out / "rows").mkdir()
+            for link in (out / "checkpoints-elsewhere", out / "rows" / "checkpoints"):
+                link.symlink_to(elsewhere)
+
+    plain = {**study.model_dump(mode="json"), "evaluation": {**LABELS, "rows": ["scratch"]}}
+    some = tiny_study(**{**plain, "stages": [{**SIMCLR, "rounds": 1}, {**TUNE, "rounds": 6, "patience": 3}]})
+    run(some, tmp_path, listen=listen)
+    assert all(path.read_text() == "theirs" for path in theirs)
+    weights = {path.relative_to(out).as_posix() for path in out.rglob("*.safetensors")}
+    mine = {"encoder.safetensors", "classifier.safetensors", "checkpoints/round-0007.safetensors"}
+    assert weights == {*mine, "another/checkpoints/round-0001.safetensors"}
+    assert run(some, tmp_path, resume=True)["comparison"]
+
+
+def test_one_answer_for_all_is_noted(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module.row
+
+    def constant(name: str, *rest: Any) -> Any:
+        probed, classified = made(name, *rest)
+        return replace(probed, one_answer=True), replace(classified, one_answer=name != "federated")
+
+    monkeypatch.setattr(module, "row", constant)
+    summary = run(study, tmp_path)
+    notes = summary["notes"]
+    [note] = [note for note in notes if "same answer" in note]
+    assert note.startswith("row federated: the probe gives every test image the same answer")
+    assert note in (tmp_path / "run" / "report.html").read_text()
+    assert module._constant("pooled", None, Scores(1, 1, 1, 1, 9, 9)) == []
+    sites = {name: open_site(tmp_path / "run" / "sites" / name) for name in SITES}
+    assert summary["test_patients"] == who_is_tested(sites, study)
+
+
+def test_copies_in_training_and_test_are_warned_of(study: Study, tmp_path: Path) -> None:
+    north = tmp_path / "data" / "north"
+    for number in range(20):  # all the same but for one corner
+        image = draw(1, "clear")
+        image[0, 0] = number
+        Image.fromarray(image).save(north / f"{number}.png")
+    told: list[str] = []
+    summary = run(
+        study, tmp_path, listen=lambda event: told.append(event["text"]) if event["event"] == "warning" else None
+    )
+    [warning] = [text for text in summary["warnings"] if "in training and in test" in text]
+    assert warning in told
+    assert warning in (tmp_path / "run" / "report.html").read_text()
+    train, test = open_site(tmp_path / "run" / "sites" / "north").split(study)
+    assert warning.startswith(f"north: {len(train) * len(test)} pairs of nearly equal images stand")
+
+
+def write_split(folder: Path, test: int) -> Path:
+    """Twelve patients, of whom the first `test` are tested by their own split column."""
+    write_cohort(folder, 12)
+    rows = list(csv.reader((folder / "labels.csv").read_text().splitlines()))
+    with (folder / "labels.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([*rows[0], "split"])
+        table.writerows([[*row, "test" if k // 2 < test else "train"] for k, row in enumerate(rows[1:])])
+    return folder
+
+
+def test_runs_have_the_same_test_patients_where_their_digests_agree(tmp_path: Path) -> None:
+    """Whatever made them: seed, fraction, labels, split column, names of sites, where the cohort is kept."""
+    found: list[tuple[str, frozenset[bytes]]] = []
+
+    def look(study: Study, folder: Path, dealt: bool = False, state: str = "state") -> None:
+        cohort = build_cohort(folder, study.images, tmp_path / state, workers=1)
+        tested = np.unique(cohort.patients[cohort.splits == "test"])
+        trained = np.setdiff1d(np.arange(cohort.n_patients), tested)
+        parts = [[*tested[::2], *trained[::2]], [*tested[1::2], *trained[1::2]]]
+        chosen = [cohort.select(part) for part in parts] if dealt else [cohort]
+        sites = {f"site-{k}": Site(f"site-{k}", part, tmp_path) for k, part in enumerate(chosen)}
+        tests = [site.split(study)[1] for site in sites.values()]
+        images = {test.pixels([k]).numpy().tobytes() for test in tests for k in range(len(test))}
+        found.append((who_is_tested(sites, study), frozenset(images)))
+
+    drawn, column = write_cohort(tmp_path / "drawn", 12, seed=1), write_split(tmp_path / "column", 4)
+    labels = [LABELS["labels"], {"all": ["spot", "clear"]}, {"spot": ["spot"], "ignore": ["clear"]}]
+    for seed in (1, 2):
+        for fraction in (0.3, 0.5):
+            for mapping in labels:
+                rule = {"labels": mapping, "test_fraction": fraction}
+                look(tiny_study(study={"seed": seed}, evaluation=rule), drawn)
+                look(tiny_study(study={"seed": seed}, evaluation={**rule, "split": "column"}), column)
+    by_column = tiny_study(evaluation={"split": "column"})
+    look(by_column, column, dealt=True)
+    look(by_column, column, state="elsewhere")
+    look(by_column, write_split(tmp_path / "fewer", 3))
+    assert 4 < len({images for _, images in found}) < len(found) - 8
+    for one, images in found:
+        for other, others in found:
+            assert (one == other) == (images == others)
