@@ -15,15 +15,12 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from polyclinic import __version__, wire
-from polyclinic.errors import PolyclinicError
+from polyclinic.errors import PolyclinicError, StorageError
 from polyclinic_client.hospital import Hospital
 from polyclinic_client.site import Site, open_site
 from polyclinic_client.work import Progress, answer
 
 log = logging.getLogger(__name__)
-
-SITE_ERROR = 1000
-"""Error code of a reply that says why a site did not do what it was asked."""
 
 
 class Member(Protocol):
@@ -43,7 +40,10 @@ class Member(Protocol):
         ...
 
     def leaving(self, kind: str, content: RecordDict | str) -> None:
-        """Note what leaves in answer to a message of a kind: a reply, or the reason why there is none."""
+        """Note what leaves in answer to a message of a kind: a reply, or the reason why there is none.
+
+        It may take figures out of the reply that may not leave.
+        """
         ...
 
 
@@ -84,6 +84,7 @@ def _guarded(find_site: Callable[[Context], Member], handler: Handler) -> Callab
         except Exception:
             log.debug("no site", exc_info=True)
             return _failed(message, "the site's cohort cannot be opened")
+        code = wire.SITE_ERROR
         try:
             content = handler(message, member)
             member.leaving(message.metadata.message_type, content)
@@ -91,20 +92,21 @@ def _guarded(find_site: Callable[[Context], Member], handler: Handler) -> Callab
         except Exception as error:
             ours = isinstance(error, PolyclinicError | wire.Malformed)
             reason = wire.plain(error.args[0]) if ours else type(error).__name__
+            code = wire.SITE_LATER if isinstance(error, StorageError) else code  # a full disk is seen to
             log.debug("where it failed", exc_info=True)
         try:
             member.leaving(message.metadata.message_type, reason)
         except Exception:
             log.debug("the ledger", exc_info=True)
             reason = "the site cannot write its ledger: nothing leaves"
-        return _failed(message, reason)
+        return _failed(message, reason, code)
 
     return replying
 
 
-def _failed(message: Message, reason: str) -> Message:
+def _failed(message: Message, reason: str, code: int = wire.SITE_ERROR) -> Message:
     log.error("a message could not be carried out: %s", reason)
-    return Message(Error(code=SITE_ERROR, reason=reason), reply_to=message)
+    return Message(Error(code=code, reason=reason), reply_to=message)
 
 
 def _of(context: Context) -> Member:

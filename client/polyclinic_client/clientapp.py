@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SITE_ERROR = 1000
-"""As in app.py, which is imported only where a message is carried out."""
-
 REPLACED = ("install_from_fab", "get_load_client_app_fn")
 """In flwr.supernode.runtime.run_clientapp."""
 
@@ -85,6 +82,8 @@ def installed() -> Any:
 def _plain(app: Any) -> Any:
     """The app, whose own errors (a message of a kind that it does not know) leave as their kind, without text."""
     from flwr.app import Error, Message
+
+    from polyclinic.wire import SITE_ERROR
 
     def answering(message: "Message", context: "Context") -> "Message":
         try:

@@ -46,6 +46,10 @@ METRICS = frozenset(TRAINING) | frozenset(EVALUATION)
 LONGEST_TEXT = 200
 """Characters of a text that another machine sends and that is written or shown here."""
 
+SITE_ERROR, SITE_LATER = 1000, 1001
+"""Error codes of a reply that says why a site has not done what it was asked; with the second, it may be asked again
+in the same round."""
+
 LONGEST_HEADER = 1 << 22
 """Bytes before the tensors' values: one of a thousand tensors has a hundredth."""
 

@@ -24,13 +24,14 @@ LOST = (
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     ErrorCode.NODE_UNAVAILABLE,
     ErrorCode.CLIENT_APP_CRASHED,
+    wire.SITE_LATER,
 )
-"""Errors by which Flower says that a node, or the process that worked for it, is gone: what it was asked is asked again
-once it is back. It answers from what it has stored, or goes on from the state of the round before."""
+"""Errors by which Flower says that a node, or the process that worked for it, is gone, or by which a site says that its
+disk is full: what it was asked is asked again. It answers from what it has stored, or goes on from there."""
 AGAIN = 20
 """How often a site is asked again in one round."""
-AGAIN_S = 2.0
-"""Seconds between looks for nodes that are back."""
+AGAIN_S, AGAIN_LONGEST_S = 2.0, 60.0
+"""Seconds until it is asked again, if it is back: doubled from time to time, up to the second."""
 GRACE_S = 600.0
 """Seconds after a round's deadline at which its messages expire: a node that comes back later gets none of them."""
 
@@ -138,23 +139,24 @@ class Mail:
         pending = self._send(round, round.orders)
         missing = set(round.orders)
         again = Counter[str]()
-        lost: set[str] = set()
+        lost: dict[str, float] = {}
         looked, late = time.monotonic(), False
         while (pending or lost) and not late:
-            late = time.monotonic() > deadline
-            if lost and time.monotonic() - looked > AGAIN_S:
-                online = set(self._grid.get_node_ids())
-                looked, back = time.monotonic(), {site for site in lost if self.nodes[site] in online}
-                lost -= back
+            now = time.monotonic()
+            late = now > deadline
+            if lost and now - looked > AGAIN_S:
+                online, looked = set(self._grid.get_node_ids()), now
+                back = sorted(site for site, due in lost.items() if now > due and self.nodes[site] in online)
                 again.update(back)
-                pending |= self._send(round, sorted(back))
+                pending |= self._send(round, back)
+                lost = {site: due for site, due in lost.items() if site not in back}
             seen = False
             for message in _arrived(self._grid, list(pending)):
                 seen = True
                 if (sender := _sender(message, pending)) is not None:
                     site = self._names[sender]
                     if _is_lost(message) and again[site] < AGAIN:
-                        lost.add(site)
+                        lost[site] = time.monotonic() + min(AGAIN_S * 2 ** again[site], AGAIN_LONGEST_S)
                         self._run.event("site_lost", round=round.number, site=site, reason=_error(message))
                         continue
                     missing.discard(site)

@@ -15,4 +15,5 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(ENCODERS, "resnet18", lambda encoder, images: TinyEncoder(images.channels))
     monkeypatch.setattr(mail, "POLL_S", 0.01)
     monkeypatch.setattr(mail, "AGAIN_S", 0.02)
+    monkeypatch.setattr(mail, "AGAIN_LONGEST_S", 0.04)
     yield

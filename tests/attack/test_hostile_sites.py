@@ -220,7 +220,7 @@ def test_a_replayed_update_is_refused(tmp_path: Path) -> None:
     assert tensors
 
 
-@pytest.mark.parametrize("code", [3, 4, 5, 8])
+@pytest.mark.parametrize("code", [3, 4, 5, 8, wire.SITE_LATER])
 def test_a_site_whose_node_went_away_is_asked_again_and_changes_nothing(code: int, tmp_path: Path) -> None:
     """Flower answers in the stead of a node that is gone; the site's own answer comes when it is back."""
     gone = {"questions": 1, "updates": 2}

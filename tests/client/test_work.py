@@ -14,11 +14,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, M
 
 from polyclinic import training, wire
 from polyclinic.cohort import Cohort
-from polyclinic.errors import CohortError, PolyclinicError, Refused, StudyError
+from polyclinic.errors import CohortError, PolyclinicError, Refused, StorageError, StudyError
 from polyclinic.model import initial_tensors
 from polyclinic.wire import Malformed, Order, Tensors, digest
 from polyclinic_client import work
-from polyclinic_client.app import SITE_ERROR, make_app
+from polyclinic_client.app import make_app
 from polyclinic_client.site import Site
 from polyclinic_client.work import answer
 from polyclinic_simulations.engines.local import LocalGrid
@@ -323,6 +323,7 @@ def test_nothing_leaves_but_what_is_listed_here(site: Site) -> None:
         (CohortError("cannot read '/data/Jane Doe/1.dcm'", "look"), "cannot read '..."),
         (PolyclinicError("the training loss is no longer a number", "x"), "the training loss is no longer a number"),
         (MemoryError(), "MemoryError"),
+        (StorageError("the disk is full: /data/Jane Doe", "make room"), "the disk is full: ..."),
     ],
 )
 def test_an_error_leaves_as_its_kind_or_our_own_words_without_paths(
@@ -335,7 +336,8 @@ def test_an_error_leaves_as_its_kind_or_our_own_words_without_paths(
     order, tensors = start()
     with caplog.at_level(logging.INFO):
         reply = Node(lambda context: site).ask(wire.pack_order(order, wire.pack_tensors(tensors)), MessageType.TRAIN)
-    assert (reply.error.code, reply.error.reason) == (SITE_ERROR, said)
+    code = wire.SITE_LATER if isinstance(error, StorageError) else wire.SITE_ERROR
+    assert (reply.error.code, reply.error.reason) == (code, said)
     assert said in caplog.text
     assert not any(secret in caplog.text for secret in ("Jane", "Doe"))
 

@@ -94,10 +94,10 @@ class Consortium:
 
         return read_file(self.folder / name / "request.json", Request).fingerprint
 
-    def command(self, *words: object, code: int = 0) -> str:
-        """What `polyclinic ...` prints, run as its user would."""
+    def command(self, *words: object, code: int = 0, python: str = "") -> str:
+        """What `polyclinic ...` prints, run as its user would; or what a Python text in its stead does."""
         done = subprocess.run(
-            [sys.executable, "-m", "polyclinic", *map(str, words)],
+            [sys.executable, *(("-c", python) if python else ("-m", "polyclinic")), *map(str, words)],
             cwd=self.folder,
             capture_output=True,
             text=True,
@@ -140,7 +140,7 @@ class Consortium:
         said = self.command("coordinator", "launch", study, "--yes", "--no-follow")
         return Path(said.rpartition("launched: ")[2].strip())
 
-    def simulate(self, study: Path) -> Path:
+    def simulate(self, study: Path, python: str = "") -> Path:
         """The run directory of the same study in simulation."""
         text = study.read_text() + "".join(
             f'\n[[simulation.site]]\nname = "{name}"\ncohort = "images/{name}"\n' for name in SITES
@@ -148,7 +148,8 @@ class Consortium:
         rehearsal = study.with_name(f"rehearsal-{study.name}")
         rehearsal.write_text(text)
         out = self.folder / f"rehearsal-{study.stem}"
-        self.command("simulate", rehearsal, "--data", self.folder, "--state", "state", "--out", out)
+        told = ("--data", self.folder, "--state", "state", "--out", out)
+        self.command("simulate", rehearsal, *told, python=python)
         return out
 
     def log(self, name: str) -> str:

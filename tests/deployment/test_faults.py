@@ -4,6 +4,7 @@ Each fault strikes in round 2 at a moment that is read from what the parties wri
 chaos`, which shows how long each recovery took.
 """
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -151,3 +152,60 @@ def test_a_sites_network_is_cut_for_two_minutes(moment: str, honest: tuple[Path,
         consortium.relay.mend()
     recovered(run, "network cut 2 min", moment, struck, seen, honest)
     follower.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_sites_disk_is_full_for_a_while(honest: tuple[Path, Path], consortium: Consortium, tmp_path: Path) -> None:
+    state = consortium.folder / SITE / "state"
+    consortium.stop(SITE)
+    shutil.copytree(state, tmp_path / "state")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", state], capture_output=True)
+    if mounted.returncode:
+        consortium.start(SITE)
+        pytest.skip("a small disk cannot be mounted here: it takes root")
+    try:
+        shutil.copytree(tmp_path / "state", state, dirs_exist_ok=True)
+        consortium.start(SITE)
+        run, follower = launch(consortium)
+        until(lambda: MOMENTS["training"](run, consortium), 180, "round 2")
+        seen, struck = len(events(run)), time.monotonic()
+        with contextlib.suppress(OSError), (state / "ballast").open("wb", buffering=0) as ballast:
+            while ballast.write(bytes(1 << 20)):
+                pass
+        until(lambda: "full" in "".join(line["reason"] for line in events(run, "site_lost")), 120, "a full disk")
+        (state / "ballast").unlink()
+        recovered(run, "full disk", "training", struck, seen, honest)
+        follower.wait(timeout=60)
+    finally:
+        consortium.stop(SITE)
+        subprocess.run(["umount", "--lazy", state], check=True)
+        consortium.start(SITE)
+
+
+LEAVING = f"""
+from polyclinic_client import app
+work = app.answer
+def answer(order, tensors, site, progress=None):
+    if site.name == "{SITE}" and order.round >= 2:
+        raise RuntimeError("gone")
+    return work(order, tensors, site, progress)
+app.answer = answer
+from polyclinic.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_site_that_leaves_for_good_is_missed_once_and_the_rest_go_on(consortium: Consortium) -> None:
+    study = consortium.study("leaving", deadline=60.0)
+    consortium.approve(study)
+    run = consortium.launch(study)
+    until(lambda: _of(run, "round_started"), 180, "round 2")
+    consortium.stop(SITE)
+    try:
+        finished(run)
+    finally:
+        consortium.start(SITE)
+    assert [(line["round"], line["site"]) for line in events(run, "site_missing")] == [(2, SITE)]
+    assert [line["accepted"] for line in events(run, "round_closed")] == [3, 2, 2]
+    assert same_bits(run, consortium.simulate(study, python=LEAVING))
