@@ -14,7 +14,8 @@ demo: $(READY) ## train a consortium of hospitals with synthetic patients; write
 	$(BIN)/polyclinic demo
 
 test: $(READY) ## run the tests
-	$(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(BIN)/pytest -m "alone and not deployed"
+	$(BIN)/pytest -m "not alone and not deployed" --numprocesses 2 --dist worksteal
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 FOLDER = Path(__file__).parents[3] / "simulations" / "benchmarks"
 
 

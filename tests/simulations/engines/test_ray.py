@@ -13,6 +13,8 @@ from ...tiny import events, measured
 
 pytest.importorskip("ray")
 
+pytestmark = pytest.mark.alone
+
 SCRIPT = Path(__file__).with_name("ray_script.py")
 
 
