@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,26 @@ pytestmark = pytest.mark.alone
 SCRIPT = Path(__file__).with_name("ray_script.py")
 
 
-def script(what: str, folder: Path) -> "subprocess.Popen[str]":
-    """The script in a process of its own, in a home of its own."""
-    (folder / "home").mkdir()
-    command = [sys.executable, "-W", "error", "-W", "default::ResourceWarning", SCRIPT, what, folder]
-    environment = {**os.environ, "HOME": str(folder / "home")}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Callable[[str], "subprocess.Popen[str]"]]:
+    """Starts the script in a process and a home of its own; what a failed test leaves of its session is ended."""
+    sessions = []
+
+    def start(what: str) -> "subprocess.Popen[str]":
+        (tmp_path / "home").mkdir()
+        command = [sys.executable, "-W", "error", "-W", "default::ResourceWarning", SCRIPT, what, tmp_path]
+        environment = {**os.environ, "HOME": str(tmp_path / "home")}
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
+        sessions.append(process)
+        return process
+
+    yield start
+    for process in sessions:
+        subprocess.run(["pkill", "-KILL", "--session", str(process.pid)], check=False)
+        process.communicate(timeout=20)
 
 
 def without_resource_warnings(printed: str) -> str:
@@ -46,8 +59,10 @@ def left_behind(session: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_has_the_local_engines_bits_and_errors_and_makes_no_noise(tmp_path: Path) -> None:
-    process = script("engines", tmp_path)
+def test_has_the_local_engines_bits_and_errors_and_makes_no_noise(
+    script: Callable[[str], "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    process = script("engines")
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     assert left_behind(process.pid) == []
@@ -68,8 +83,8 @@ def test_has_the_local_engines_bits_and_errors_and_makes_no_noise(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_round_loop_and_sites(tmp_path: Path) -> None:
-    process = script("endless", tmp_path)
+def test_ctrl_c_ends_round_loop_and_sites(script: Callable[[str], "subprocess.Popen[str]"], tmp_path: Path) -> None:
+    process = script("endless")
     log = tmp_path / "ray" / "events.jsonl"
     while process.poll() is None and not (log.exists() and "round_started" in log.read_text()):
         time.sleep(0.2)
