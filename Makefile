@@ -26,7 +26,7 @@ e2e: $(READY) ## run the tests with real processes on loopback: coordinator, gat
 	$(BIN)/pytest -m "deployed and not slow" tests/deployment
 
 chaos: $(READY) ## the same, and everything killed that can be
-	$(BIN)/pytest -m deployed tests/deployment
+	$(BIN)/pytest -m deployed tests/deployment tests/deploy/test_restore.py
 
 check: lint test ## what CI runs: style, types, tests with warnings as errors
 

@@ -17,6 +17,7 @@ from polyclinic_client import caps
 from polyclinic_client.hospital import Hospital
 from polyclinic_client.monitor import Meter, note_health
 from polyclinic_client.network import direct_to_loopback
+from polyclinic_client.warm import SOCKET
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def run_agent(hospital: Hospital) -> None:
             keep_running(_programs(hospital), meter)
         finally:
             meter.write(up=False)
+            (hospital.path / "bin" / SOCKET).unlink(missing_ok=True)
 
 
 def write_guard(home: Path) -> Path:

@@ -207,6 +207,8 @@ def make_home(path: Path, settings: Settings) -> Home:
 
 def renew(home: Path, settings: Settings) -> None:
     """A new key and certificate for the machine, from the same authority: sites need not be told."""
+    if not (home / "authority.key").exists():
+        raise Refused("the authority's key is not here", f"put authority.key back into {home} for as long as it takes")
     own: Sequence[str] = [*settings.hosts, "localhost", "127.0.0.1"]
     authority_key, authority = ((home / f"authority.{kind}").read_bytes() for kind in ("key", "crt"))
     key, certificate = make_server(authority_key, authority, settings.name, list(dict.fromkeys(own)))

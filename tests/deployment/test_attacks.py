@@ -116,6 +116,7 @@ def test_connections_that_say_nothing_are_closed_and_hold_up_nobody(consortium: 
                     except (ConnectionError, ssl.SSLError):
                         closed = True
                     if closed:
+                        connection.close()
                         slow.remove(connection)
         assert not slow
         assert time.monotonic() - began < 30  # however slowly a header comes, it has ten seconds

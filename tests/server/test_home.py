@@ -66,6 +66,14 @@ def test_settings_written_before_there_was_a_page_are_still_read(home: Home) -> 
     assert (found.page, found.health_address) == ("http://127.0.0.1:9000", "127.0.0.1:9001")
 
 
+def test_nothing_is_renewed_without_the_authoritys_key(home: Home) -> None:
+    before = (home.path / "server.crt").read_bytes()
+    (home.path / "authority.key").unlink()
+    with pytest.raises(Refused, match="the authority's key is not here"):
+        renew(home.path, home.settings)
+    assert (home.path / "server.crt").read_bytes() == before
+
+
 def test_a_renewed_certificate_is_of_the_same_authority(home: Home) -> None:
     authority, certificate = ((home.path / name).read_bytes() for name in ("authority.crt", "server.crt"))
     renew(home.path, home.settings)
