@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line; what went wrong goes to stderr. Returns the exit code that polyclinic.errors lists."""
     try:
         command = typer.main.get_command(build())
-        code = command.main(list(arguments), prog_name="polyclinic", standalone_mode=False)
+        code = command.main(list(arguments), prog_name=program(), standalone_mode=False)
         sys.stdout.flush()
         if code == 130:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
@@ -43,9 +45,29 @@ def run(arguments: Sequence[str]) -> int:
         return _usage(error)
     except PolyclinicError as error:
         return _fail(error.problem, error.fix, error.exit_code)
+    except PermissionError as error:
+        problem = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        return _fail(problem, "see that you may read and write there, or give another path", 1)
     except Exception as error:
-        fix = f"see the traceback with `polyclinic --debug ...` or {DEBUG}=1, and report it with this message"
+        fix = f"see the traceback with `{program()} --debug ...` or {DEBUG}=1, and report it with this message"
         return _fail(f"unexpected {type(error).__name__}: {error}", fix, 1)
+
+
+def program() -> str:
+    """The command as it was called, for a shell: what to type to call it again from the same folder."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":  # python -m polyclinic
+        return f"{_from_here(Path(sys.executable))} -m polyclinic"
+    if called.name != "polyclinic" or shutil.which("polyclinic") == str(called):
+        return "polyclinic"
+    return _from_here(called)
+
+
+def _from_here(path: Path) -> str:
+    """A path, relative if below the working folder, quoted for a shell."""
+    below = path.is_absolute() and path.is_relative_to(Path.cwd())
+    text = str(path.relative_to(Path.cwd()) if below else path)
+    return shlex.quote(text if os.sep in text else f"./{text}")
 
 
 def _fail(problem: str, fix: str, code: int) -> int:
@@ -60,7 +82,7 @@ def _usage(error: click.UsageError) -> int:
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
         return error.exit_code
-    path = error.ctx.command_path if error.ctx else "polyclinic"
+    path = error.ctx.command_path if error.ctx else program()
     return _fail(error.format_message(), f"`{path} --help` shows what it takes", error.exit_code)
 
 

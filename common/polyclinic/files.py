@@ -28,6 +28,23 @@ def storage(path: Path) -> Iterator[None]:
         raise
 
 
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Make a folder that a person named at a terminal, and those above it, where it is not yet.
+
+    Raises:
+        StorageError: it cannot be made. It names the whole path: it is for that terminal, not for what leaves a site.
+    """
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(f"{path} is not a directory, or lies in a file", "give another directory") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"no space left to make {path}", "free some space and run again") from error
+        fix = "give another directory, or make the one above it writable"
+        raise StorageError(f"cannot make the directory {path}: {error.strerror}", fix) from error
+
+
 @contextmanager
 def atomic(path: Path, durable: bool = True, recycle: Path | None = None) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` when the block ends without an error.

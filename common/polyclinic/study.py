@@ -116,7 +116,8 @@ class Evaluation(Settings):
     neighbours: int = Field(default=10, ge=1, le=1_000)
     """k of the kNN probe."""
     rows: list[Row] = Field(default_factory=lambda: list(get_args(Row)))
-    """Rows beside `federated`; alone and pooled exist in simulation only."""
+    """Rows beside `federated`; alone and pooled exist in simulation only. They take time: `pooled` as long as the
+    federation, `alone` all sites together as long again, `scratch` its fine-tuning; pixels and random train nothing."""
 
     @model_validator(mode="after")
     def _one_class_a_word(self) -> Self:

@@ -74,12 +74,14 @@ def simulate(
     """
     from polyclinic.errors import Refused
     from polyclinic.study import load_study
+    from polyclinic_simulations.checks import check
 
     if resume and out is None:
         raise Refused("--resume needs the run to go on with", "give its folder: --out runs/<study>-<n> --resume")
     if holding_out and engine is Engine.RAY:
         raise Refused("sites are left out on the local engine only", "leave --engine out")
     read = load_study(study)
+    check(read, data or study.parent, holding_out)
     with _place(out, read.name) as folder:
         _run(read, folder, data or study.parent, state, engine, resume, as_json, holding_out)
 
@@ -114,14 +116,14 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Run directories.")]
     """
     from polyclinic_simulations.display import classifier_table, comparison_table, holdout_table
 
-    shows = {"comparison": comparison_table, "classifier": classifier_table, "leave_one_site_out": holdout_table}
+    kinds = ("comparison", "classifier", "leave_one_site_out")
     found = {run: _summary(run) for run in runs}
     tables = {
         kind: {f"{run} {row}": scores for run, made in found.items() for row, scores in made.get(kind, {}).items()}
-        for kind in shows
+        for kind in kinds
     }
     for run, made in found.items():
-        if not any(made.get(kind) for kind in shows):
+        if not any(made.get(kind) for kind in kinds):
             why = "; ".join(made.get("notes", [])) or "nothing was measured"
             print(f"warning: {run} has no rows: {why}", file=sys.stderr)
     tested = {made.get("test_patients") for made in found.values()}
@@ -133,9 +135,15 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Run directories.")]
         asked = {kind: rows for kind, rows in tables.items() if rows or kind != "leave_one_site_out"}
         print(json.dumps(asked, indent=2))
         return
-    for kind, show in shows.items():
+    for kind, show in (("comparison", comparison_table), ("classifier", classifier_table)):
         if tables[kind]:
-            Console().print(show(tables[kind]))
+            told = [made.get("measured", {}).get(kind) for made in found.values() if made.get(kind)]
+            alike = all(other == told[0] for other in told)
+            Console().print(show(tables[kind], told[0] if alike else None))
+            if not alike:
+                print("warning: the rows above are not all of the same classes and patients", file=sys.stderr)
+    if tables["leave_one_site_out"]:
+        Console().print(holdout_table(tables["leave_one_site_out"]))
 
 
 def evaluate(
@@ -151,9 +159,13 @@ def evaluate(
 ) -> None:
     """Probe a run's encoder on another cohort, beside an untrained encoder and plain pixels.
 
-    Example:
+    The figures are printed and kept nowhere: to keep them, send --json to a file.
+
+    Examples:
 
       polyclinic evaluate runs/cxr-1 --cohort ../images/other-hospital
+
+      polyclinic evaluate runs/cxr-1 --cohort ../images/other-hospital --json > other-hospital.json
     """
     from polyclinic_simulations.display import comparison_table
     from polyclinic_simulations.outside import evaluate_outside
@@ -167,8 +179,10 @@ def evaluate(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    Console().print(comparison_table(rows))
-    learnt, tested = rows["federated"]["n_train"], rows["federated"]["n_test"]
+    ours = rows["federated"]
+    measured = {"classes": ours["classes"], "patients": ours["n_test"], "images": ours["test_images"]}
+    Console().print(comparison_table(rows, measured))
+    learnt, tested = ours["n_train"], ours["n_test"]
     print(f"probes learnt on {learnt} images and measured on {tested} other patients of {cohort.name}")
 
 
@@ -187,19 +201,20 @@ def export(
     import shutil
 
     from polyclinic.artifacts import CLASSIFIER
+    from polyclinic.cli import program
     from polyclinic.errors import Refused
-    from polyclinic.files import write_atomic
+    from polyclinic.files import make_folder, write_atomic
     from polyclinic.report import render_shared
     from polyclinic.study import load_study
 
     _summary(run)
     files = ("encoder.safetensors", "MODEL_CARD.md")
     if missing := [name for name in files if not (run / name).is_file()]:
-        raise Refused(f"{run} has no {missing[0]}", "make it again: polyclinic simulate ... --resume")
+        raise Refused(f"{run} has no {missing[0]}", f"make it again: {program()} simulate ... --resume")
     if to.exists():
         raise Refused(f"{to} exists already", "give a folder that does not")
     study = load_study(run / "study.toml")
-    to.mkdir(parents=True)
+    make_folder(to)
     for name in files:
         shutil.copyfile(run / name, to / name)
     if (run / CLASSIFIER).exists():
@@ -219,14 +234,15 @@ def _run(
     as_json: bool,
     holding_out: bool = False,
 ) -> None:
+    from polyclinic.cli import program
     from polyclinic.errors import Interrupted, PolyclinicError, Refused
     from polyclinic_simulations.display import Display, classifier_table, comparison_table, holdout_table
     from polyclinic_simulations.holdout import leave_one_site_out
     from polyclinic_simulations.simulate import simulate as run_it
 
-    again = ["polyclinic", "simulate", out / "study.toml", "--data", data, "--state", state, "--engine", engine.value]
+    again = ["simulate", out / "study.toml", "--data", data, "--state", state, "--engine", engine.value]
     again += ["--leave-one-site-out"] if holding_out else []
-    how = shlex.join([*map(str, again), "--out", str(out), "--resume"])
+    how = f"{program()} {shlex.join([*map(str, again), '--out', str(out), '--resume'])}"
     try:
         with Display() as display:
             shown: dict[str, Any] = {"listen": display.event, "reading": display.reading, "progress": display.steps}
@@ -253,9 +269,9 @@ def _run(
         )
         return
     if summary["comparison"]:
-        console.print(comparison_table(summary["comparison"]))
+        console.print(comparison_table(summary["comparison"], summary["measured"]["comparison"]))
     if summary["classifier"]:
-        console.print(classifier_table(summary["classifier"]))
+        console.print(classifier_table(summary["classifier"], summary["measured"]["classifier"]))
     for note in summary["notes"]:
         console.print(note, markup=False)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
@@ -290,9 +306,10 @@ def _place(out: Path | None, name: str) -> Iterator[Path]:
 
 def _made(path: Path) -> bool:
     """Whether a folder could be made, as it did not exist."""
-    from polyclinic.files import storage
+    from polyclinic.files import make_folder
 
-    with storage(path), suppress(FileExistsError):
-        path.mkdir(mode=0o700, parents=True)
+    make_folder(path.parent)
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
         return True
     return False

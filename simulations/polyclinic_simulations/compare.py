@@ -75,7 +75,7 @@ def row(
     Raises:
         NotMeasurable: the labels allow neither.
     """
-    folder = run / "rows" / name.replace(":", "-")
+    folder = row_folder(run, name)
     if (path := folder / "scores.json").exists():
         probed, classified = json.loads(path.read_text())
         return probed and Scores(**probed), classified and ClassifierScores(**classified)
@@ -92,6 +92,11 @@ def row(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps([found and asdict(found) for found in scores]))
     return scores
+
+
+def row_folder(run: Path, name: str) -> Path:
+    """Where a row of a run trains and keeps its scores."""
+    return run / "rows" / name.replace(":", "-")
 
 
 def trained_row(

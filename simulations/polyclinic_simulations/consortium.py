@@ -14,6 +14,7 @@ from polyclinic.stages import Finetune
 from polyclinic.study import SimulatedSite, Simulation, Study
 from polyclinic_client.site import Site, open_site, write_site
 from polyclinic_server.rundir import RunDir
+from polyclinic_simulations.checks import find, sources
 from polyclinic_simulations.partition import partition
 
 Progress = Callable[[str, int, int], None]
@@ -39,15 +40,10 @@ def gather(study: Study, data: Path, state: Path, progress: Progress) -> list[Me
     Raises:
         StudyError: the study names no cohort. CohortError: a cohort is missing or cannot be used.
     """
-    wanted = study.simulation
-    if wanted.site:
-        return [Member(s.name, _build(s.name, s, study, data, state, progress), None) for s in wanted.site]
-    if not wanted.cohort:
-        raise StudyError(
-            "the study has no [simulation]: there is no cohort to play the sites",
-            'add [simulation] with sites = 3 and cohort = "DIR", or one [[simulation.site]] a hospital',
-        )
-    cohort = _build("all", wanted, study, data, state, progress)
+    cohorts = {name: _build(name, source, study, data, state, progress) for name, source in sources(study).items()}
+    if study.simulation.site:
+        return [Member(name, cohort, None) for name, cohort in cohorts.items()]
+    wanted, cohort = study.simulation, cohorts["all"]
     parts = partition(cohort, wanted.sites, wanted.partition, seed_for(study.seed, "partition"))
     return [Member(f"site-{number}", cohort, part.tolist()) for number, part in enumerate(parts, start=1)]
 
@@ -55,9 +51,7 @@ def gather(study: Study, data: Path, state: Path, progress: Progress) -> list[Me
 def _build(
     name: str, source: Simulation | SimulatedSite, study: Study, data: Path, state: Path, progress: Progress
 ) -> Cohort:
-    path = data / source.cohort
-    if not path.exists():
-        raise CohortError(f"the cohort of {name!r} is not there: {path}", "correct its path, or give --data DIR")
+    path = find(name, source, data)
     with _named(name):
         return build_cohort(
             path,

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from polyclinic import __version__
-from polyclinic.files import storage
+from polyclinic.files import make_folder
 from polyclinic.study import Study, load_study
 from polyclinic_simulations.phantom import write_site
 
@@ -28,8 +28,7 @@ def demo_patients(study: Study, state: Path) -> Path:
     made_from = [__version__, PATIENTS, study.seed, [site.name for site in study.simulation.site]]
     folder = state / f"phantom-{sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
     if not folder.exists():
-        with storage(state):
-            state.mkdir(parents=True, exist_ok=True)
+        make_folder(state)
         unfinished = Path(mkdtemp(prefix=".phantom-", dir=state))
         try:
             for number, site in enumerate(study.simulation.site):

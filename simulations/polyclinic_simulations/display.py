@@ -9,6 +9,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+LISTED = 8
+"""Classes named above a table."""
+
 
 class Display:
     """A context in which `reading`, `event` and `steps` draw progress on stderr."""
@@ -39,25 +42,29 @@ class Display:
         """An event of the run, as it stands in events.jsonl; those of a row's own training carry `row`."""
         name, row = event["event"], event.get("row")
         if name in ("run_started", "run_resumed"):
-            self._stage = f"training {row}" if row else "federation"
-            self._show(self._stage, self._stage, event.get("round", 0), event["rounds"])
+            self._stage = f"  training {row}" if row else "federation"
+            self._show("row" if row else "federation", self._stage, event.get("round", 0), event["rounds"])
+            if row:
+                self._bars.reset(self._tasks["row"], completed=event.get("round", 0))  # the time of this row alone
+                self._say(f"  training {row}: {event['rounds'] - event.get('round', 0)} rounds", bars=False)
         elif name == "round_closed":
-            self._show(self._stage, f"{self._stage}, loss {event['loss']:.3f}", event["round"], None)
+            text = f"{self._stage}, loss {event['loss']:.3f}"
+            self._show("row" if row else "federation", text, event["round"], None)
             if not row:
                 self._say(_round_line(event), bars=False)
         elif name == "row_started":
             self._show("rows", f"row {row}", event["made"], event["rows"])
+            self._say(f"row {event['made'] + 1} of {event['rows']}: {row}", bars=False)
         elif name == "row_finished":
             if "made" in event:
                 self._show("rows", f"row {row}", event["made"], None)
-            self._say(f"row {row}: AUC {event['auc']:.3f}", bars=False)
+            self._say(_row_line(event), bars=False)
         elif name in ("update_refused", "site_missing"):
             why = event.get("reason", "no answer")
             self._say(f"[yellow]round {event['round']}: {event['site']} left out: {escape(why)}[/yellow]")
         elif name == "stopped_early":
-            self._say(
-                f"round {event['round']}: no better on validation patients for {event['patience']} rounds, stopped"
-            )
+            patience = f"{event['patience']} round{'s' * (event['patience'] != 1)}"
+            self._say(f"round {event['round']}: no better on validation patients for {patience}, stopped")
         elif name == "warning":
             self._say(f"[yellow]{escape(event['text'])}[/yellow]")
 
@@ -79,9 +86,23 @@ def _round_line(event: Mapping[str, Any]) -> str:
     return f"round {event['round']}: loss {event['loss']:.3f}, {event['accepted']} sites, {event['seconds']:.1f} s{auc}"
 
 
-def comparison_table(comparison: Mapping[str, Mapping[str, float]]) -> Table:
-    """The rows of a run, AUC with its 95 % interval over patients."""
-    table = Table(title="Linear probe on the frozen encoder", title_justify="left")
+def _row_line(event: Mapping[str, Any]) -> str:
+    took = f", {event['seconds']:.1f} s" if "seconds" in event else ""
+    return f"row {event['row']}: AUC {event['auc']:.3f}{took}"
+
+
+def _titled(what: str, measured: Mapping[str, Any] | None) -> Table:
+    """An empty table, whose title says of which classes and patients it is."""
+    if measured:
+        classes = measured["classes"]
+        names = ", ".join(classes[:LISTED]) + (f" and {len(classes) - LISTED} more" if len(classes) > LISTED else "")
+        what += f"\n{names}: {measured['patients']} test patients, {measured['images']} images"
+    return Table(title=escape(what), title_justify="left")
+
+
+def comparison_table(comparison: Mapping[str, Mapping[str, float]], measured: Mapping[str, Any] | None = None) -> Table:
+    """The rows of a run, AUC with its 95 % interval over patients; `measured` says on what."""
+    table = _titled("Linear probe on the frozen encoder", measured)
     for column, side in (("row", "left"), ("AUC", "right"), ("95 % interval", "right"), ("balanced accuracy", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     for name, scores in comparison.items():
@@ -92,9 +113,9 @@ def comparison_table(comparison: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-def classifier_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
-    """The fine-tuned classifiers of a run on all test patients."""
-    table = Table(title="Fine-tuned classifier", title_justify="left")
+def classifier_table(rows: Mapping[str, Mapping[str, float]], measured: Mapping[str, Any] | None = None) -> Table:
+    """The fine-tuned classifiers of a run on all test patients; `measured` says of which classes."""
+    table = _titled("Fine-tuned classifier", measured)
     table.add_column("row")
     for column in ("AUC", "95 % interval", "accuracy", "balanced accuracy", "calibration error"):
         table.add_column(column, justify="right")

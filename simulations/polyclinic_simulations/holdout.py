@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from polyclinic.artifacts import save_encoder
-from polyclinic.errors import QuorumLost, StudyError
+from polyclinic.errors import CohortError, StudyError
 from polyclinic.evaluation import ClassifierScores
 from polyclinic.files import write_atomic
 from polyclinic.model import encoder_of
@@ -30,6 +30,7 @@ from polyclinic.study import Study, load_study, resolve
 from polyclinic_client.site import Site
 from polyclinic_client.work import Progress
 from polyclinic_server.rundir import Listener, RunDir
+from polyclinic_simulations.checks import check_stages
 from polyclinic_simulations.compare import classify, train_row, without_pretraining
 from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, settle
@@ -58,7 +59,7 @@ def leave_one_site_out(
         StudyError: the study has no pretrain stage, does not end in fine-tuning, or has too few sites.
         Refused: as `simulate`.
     """
-    _check(study)
+    check_stages(study)
     run = RunDir(out, listen)
     with claimed(run, study, resume, holding_out=True):
         if (out / "summary.json").exists():
@@ -83,14 +84,6 @@ def leave_one_site_out(
         write_atomic(out / "summary.json", json.dumps(summary, indent=2))
         tidy(out / "sites", out / HOLDOUT)
         return summary
-
-
-def _check(study: Study) -> None:
-    if not isinstance(study.stages[-1], Finetune) or isinstance(study.stages[0], Finetune):
-        raise StudyError(
-            "leaving one site out compares pretraining, then fine-tuning, with fine-tuning alone",
-            'give the study a [[stages]] of kind "pretrain" and a last one of kind "finetune"',
-        )
 
 
 def _hold_out(
@@ -119,10 +112,10 @@ def _hold_out(
     return rows, notes
 
 
-def _wrong(scores: ClassifierScores | QuorumLost | None) -> str:
+def _wrong(scores: ClassifierScores | str | None) -> str:
     """What to note of a row."""
-    if isinstance(scores, QuorumLost):
-        return f"could not be fine-tuned: {scores.problem}"
+    if isinstance(scores, str):
+        return f"could not be fine-tuned: {scores}"
     if scores is None:
         return "could not be measured on the test patients"
     return "gives every test image the same answer" if scores.one_answer else ""
@@ -130,17 +123,16 @@ def _wrong(scores: ClassifierScores | QuorumLost | None) -> str:
 
 def _start(
     name: str, start: str, study: Study, sites: Mapping[str, Site], folder: Path, progress: Progress | None
-) -> Iterator[tuple[str, float, ClassifierScores | QuorumLost | None]]:
+) -> Iterator[tuple[str, float, ClassifierScores | str | None]]:
     """(scope, fraction of the held-out site's labels, scores or why there are none) of one start, as they are made."""
     others = {site: member for site, member in sites.items() if site != name}
     known = others if start == "pretrained" else sites
     encoder = None if start == "supervised" else _pretrain(study, known, folder / "pretraining", progress)
     tuned = _finetuning(study, encoder, folder)
-    try:
-        tensors = train_row(tuned, others, folder / "finetuning", None, progress)
-    except QuorumLost as error:  # too many of the others have no labels
-        yield "in-distribution", 0.0, error
+    if reason := _unlabelled(tuned, others):
+        yield "in-distribution", 0.0, reason
         return
+    tensors = train_row(tuned, others, folder / "finetuning", None, progress)
     yield "in-distribution", 0.0, classify(tuned, tensors, others)
     home = {name: sites[name]}
     yield "held-out", 0.0, classify(tuned, tensors, home)
@@ -148,12 +140,27 @@ def _start(
     for fraction in FRACTIONS[1:]:
         here = folder / f"labels-{fraction}"
         own = _finetuning(tuned, folder / "encoder.safetensors", here, fraction)
-        try:
-            scores = classify(own, train_row(own, home, here, None, progress), home)
-        except QuorumLost as error:  # the site has no labels to train on
-            yield "held-out", fraction, error
+        if reason := _unlabelled(own, home):
+            yield "held-out", fraction, reason
         else:
-            yield "held-out", fraction, scores
+            yield "held-out", fraction, classify(own, train_row(own, home, here, None, progress), home)
+
+
+def _unlabelled(study: Study, sites: Mapping[str, Site]) -> str:
+    """Why too few of some sites have labels for fine-tuning, in their own words; "" where enough have."""
+    reasons = {}
+    stages = [stage for stage in study.stages if isinstance(stage, Finetune)]
+    for name, site in sites.items():
+        try:
+            for stage in stages:
+                site.labelled(study, stage)
+        except CohortError as error:
+            reasons[name] = error.problem
+    able, needed = len(sites) - len(reasons), min(study.aggregation.min_sites, len(sites))
+    if able >= needed:
+        return ""
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return f"only {able} of at least {needed} sites can be trained on ({why})"
 
 
 def _pretrain(study: Study, sites: Mapping[str, Site], folder: Path, progress: Progress | None) -> Path:

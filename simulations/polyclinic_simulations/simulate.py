@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,22 +20,23 @@ from polyclinic.artifacts import write_model_card
 from polyclinic.cohort import open_cohort
 from polyclinic.cohort.card import make_card
 from polyclinic.cohort.index import read_meta
-from polyclinic.errors import QuorumLost, Refused, StudyError
-from polyclinic.evaluation import ClassifierScores, NotMeasurable, Scores, classes_of, unmapped
-from polyclinic.files import locked, storage, tentative, write_atomic
+from polyclinic.errors import QuorumLost, Refused, StorageError, StudyError
+from polyclinic.evaluation import ClassifierScores, NotMeasurable, Scores, classes_of, targets_of, unmapped
+from polyclinic.files import locked, make_folder, tentative, write_atomic
 from polyclinic.methods.base import Batch
 from polyclinic.model import build_stage
 from polyclinic.report import embedding_table, read_run, render_report, save_views_figure
 from polyclinic.seeding import seed_for, torch_generator
 from polyclinic.stages import Finetune
 from polyclinic.study import Study
+from polyclinic.wire import Tensors
 from polyclinic_client.app import make_app
 from polyclinic_client.site import Site
 from polyclinic_client.work import Progress
 from polyclinic_server import checkpoints
 from polyclinic_server.app import lead
 from polyclinic_server.rundir import Listener, RunDir
-from polyclinic_simulations.compare import encoder_features, row, row_names
+from polyclinic_simulations.compare import encoder_features, row, row_folder, row_names
 from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, settle
 from polyclinic_simulations.engines.local import LocalGrid
@@ -68,6 +70,8 @@ def simulate(
     run = RunDir(out, listen)
     with claimed(run, study, resume):
         sites = settle(gather(study, data, state, reading), study, run)
+        before = _seconds_before(out)
+        run.event("cohorts_read", seconds=round(time.monotonic() - started, 1))
         _keep_cards(run, study, sites, warn=not resume)
         seats = {name: site.cohort.n_patients for name, site in sites.items()}
         write_atomic(out / "seats.json", json.dumps(seats))
@@ -77,7 +81,7 @@ def simulate(
             run_ray(run, [site.state for site in sites.values()], study.compute.threads)
         else:
             lead(LocalGrid({name: make_app(partial(_given, site), progress) for name, site in sites.items()}), run)
-        summary = _conclude(study, run, sites, engine, listen, progress, started)
+        summary = _conclude(study, run, sites, engine, listen, progress, started - before)
         run.event("report_written")
         tidy(out / "sites", out / "rows")
         keep_newest(run.checkpoints)
@@ -92,13 +96,13 @@ def _given(site: Site, context: object) -> Site:
 def claimed(run: RunDir, study: Study, resume: bool, holding_out: bool = False) -> Iterator[None]:
     """The run directory, locked: empty for a new run, of the same study and kind for one that is resumed.
 
-    A new run that is refused before any round leaves nothing behind; of one that is resumed, nothing is removed.
+    A new run that ends before any round, refused or for want of a disk, leaves nothing behind; of one that is resumed,
+    nothing is removed.
     """
     if run.path.exists() and not run.path.is_dir():
         raise Refused(f"{run.path} is a file", "give a folder as --out")
     made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
-    with storage(run.path):
-        run.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # its report shows images
+    make_folder(run.path, mode=0o700)  # its report shows images
     with tentative(made), locked(run.path) as free:
         if not free:
             raise Refused(f"another process is working in {run.path}", "wait for it, or give another --out")
@@ -106,7 +110,7 @@ def claimed(run: RunDir, study: Study, resume: bool, holding_out: bool = False) 
         run.create(study)
         try:
             yield
-        except Refused:
+        except (Refused, StorageError):
             if not resume and not run.checkpoints.exists() and not (run.path / HOLDOUT).exists():
                 for path in run.path.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -142,7 +146,7 @@ def _keep_cards(run: RunDir, study: Study, sites: Mapping[str, Site], warn: bool
     (run.path / "report").mkdir(exist_ok=True)
     write_atomic(run.path / "report" / "cards.json", json.dumps(cards))
     words = [word for site in sites.values() for word in site.cohort.labels]
-    for text in unmapped(study.evaluation.labels, words) if warn else ():
+    for text in [*unmapped(study.evaluation.labels, words), *_left_out(study, words)] if warn else ():
         run.event("warning", text=text)
     micle = any(stage.method == "micle" for stage in study.stages)
     for name, card in cards.items() if warn else ():
@@ -156,6 +160,17 @@ def _keep_cards(run: RunDir, study: Study, sites: Mapping[str, Site], warn: bool
             run.event("warning", text=f"{name}: {text}")
 
 
+def _left_out(study: Study, words: list[str]) -> list[str]:
+    """What to warn of where a classifier of one class an image passes over labels; `words` are those of all images."""
+    if not any(isinstance(stage, Finetune) and not stage.multi_label for stage in study.stages):
+        return []
+    labels, mapping = np.array(words), study.evaluation.labels
+    labelled = classes_of(labels, mapping) != ""
+    count = int((labelled & np.isnan(targets_of(labels, mapping, multi_label=False)).any(axis=1)).sum())
+    text = f"the classifier leaves out {count} of {labelled.sum()} labelled images, whose words [evaluation] labels "
+    return [text + "does not name"] if count else []
+
+
 def _conclude(
     study: Study,
     run: RunDir,
@@ -165,35 +180,14 @@ def _conclude(
     progress: Progress | None,
     started: float,
 ) -> dict[str, Any]:
-    """Rows, pictures, summary, model card and report of a run whose rounds are made."""
+    """Rows, pictures, summary, model card and report of a run whose rounds are made.
+
+    `started` is when it began by the monotonic clock, had there been no pause between its attempts.
+    """
     newest = checkpoints.newest(run.checkpoints, study.hash, lambda text: run.event("warning", text=text))
     assert newest is not None  # the rounds are made
     federated = newest[1]
-    bare = "scratch" in study.evaluation.rows and all(isinstance(stage, Finetune) for stage in study.stages)
-    comparison: dict[str, dict[str, float]] = {}
-    classifier: dict[str, dict[str, float]] = {}
-    operating: list[dict[str, Any]] = []
-    notes: list[str] = []
-    for number, name in enumerate(names := row_names(study, sites)):
-        run.event("row_started", row=name, made=number, rows=len(names))
-        try:
-            probed, classified = row(name, study, sites, run.path, federated, _of_row(name, listen), progress)
-        except NotMeasurable as reason:  # of the labels, which all rows share
-            notes += [note] if (note := f"no comparison: {reason}") not in notes else []
-            if isinstance(study.stages[-1], Finetune):
-                continue  # of the rows that are trained, the classifier may still be measured
-            break
-        except QuorumLost:  # a site that could not train has cost the study nothing but its own row
-            notes.append(f"no row {name}: the study could not be trained on it; see rows/ for the reason")
-            continue
-        if probed is not None:
-            comparison[name] = probed.row()
-        if classified is not None:
-            classifier[name] = classified.row()
-            operating = classified.operating if name == "federated" else operating
-        notes += _constant(name, probed, classified)
-        found = comparison.get(name) or classifier[name]
-        run.event("row_finished", row=name, made=number + 1, **found)
+    measured = _rows(study, run, sites, federated, listen, progress)
     _pictures(study, run.path, sites, federated)
     summary = {
         "study": study.name,
@@ -202,10 +196,7 @@ def _conclude(
         "sites": {n: {"patients": s.cohort.n_patients, "images": len(s.cohort)} for n, s in sites.items()},
         "rounds": study.rounds,
         "test_patients": who_is_tested(sites, study),
-        "comparison": comparison,
-        "classifier": classifier,
-        "operating": operating,
-        "notes": notes + (["no row scratch: the study pretrains nothing, and is that row itself"] if bare else []),
+        **measured,
         "warnings": _warnings(run.path),
         "wall_s": round(time.monotonic() - started, 1),
         "bytes_sent": _bytes_sent(run.path),
@@ -216,6 +207,96 @@ def _conclude(
     write_model_card(run.path)
     render_report(run.path)
     return summary
+
+
+def _rows(
+    study: Study,
+    run: RunDir,
+    sites: Mapping[str, Site],
+    federated: Tensors,
+    listen: Listener | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """What the rows leave in the summary: `comparison` and `classifier` by row, `measured` (on what), and the rest."""
+    comparison: dict[str, dict[str, float]] = {}
+    classifier: dict[str, dict[str, float]] = {}
+    measured: dict[str, dict[str, Any]] = {}
+    operating: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for number, name in enumerate(names := row_names(study, sites)):
+        run.event("row_started", row=name, made=number, rows=len(names))
+        began = time.monotonic()
+        try:
+            probed, classified = row(name, study, sites, run.path, federated, _of_row(name, listen), progress)
+        except NotMeasurable as reason:  # of the labels, which all rows share
+            notes += [note] if (note := f"no comparison: {reason}") not in notes else []
+            if isinstance(study.stages[-1], Finetune):
+                continue  # of the rows that are trained, the classifier may still be measured
+            break
+        except QuorumLost:  # a site that could not train has cost the study nothing but its own row
+            notes.append(f"no row {name}: the study could not be trained on it: {_why_not(row_folder(run.path, name))}")
+            continue
+        if probed is not None:
+            comparison[name], measured["comparison"] = probed.row(), _tested(probed)
+        if classified is not None:
+            classifier[name], measured["classifier"] = classified.row(), _tested(classified)
+            operating = classified.operating if name == "federated" else operating
+        notes += _constant(name, probed, classified)
+        found = comparison.get(name) or classifier[name]
+        run.event("row_finished", row=name, made=number + 1, seconds=round(time.monotonic() - began, 1), **found)
+    if "scratch" in study.evaluation.rows and all(isinstance(stage, Finetune) for stage in study.stages):
+        notes.append("no row scratch: the study pretrains nothing, and is that row itself")
+    notes += _cautions(classifier, measured)
+    return {
+        "measured": measured,
+        "comparison": comparison,
+        "classifier": classifier,
+        "operating": operating,
+        "notes": notes,
+    }
+
+
+def _tested(scores: Scores | ClassifierScores) -> dict[str, Any]:
+    """On what a row was measured, as are all rows of its table."""
+    return {"classes": scores.classes, "patients": scores.n_test, "images": scores.test_images}
+
+
+def _why_not(folder: Path) -> str:
+    """Why the only site of a row could not train, in its own words."""
+    events = read_run(folder).happened("update_refused")
+    return str(events[-1]["reason"]) if events else "it did not answer"
+
+
+def _cautions(classifier: Mapping[str, Mapping[str, float]], measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader of both tables should not miss: other classes in each, and pretraining that has not helped."""
+    texts = []
+    told = [measured[table]["classes"] for table in ("comparison", "classifier") if table in measured]
+    if len(told) == 2 and sorted(told[0]) != sorted(told[1]):
+        texts.append(
+            f"the probe tells {len(told[0])} classes apart and the classifier {len(told[1])}: their AUCs do not compare"
+        )
+    ours, other = classifier.get("federated"), classifier.get("scratch")
+    if ours and other and ours["auc_low"] <= other["auc"]:
+        verdict = "not surely better than" if ours["auc"] > other["auc"] else "no better than"
+        texts.append(
+            f"fine-tuning after pretraining is {verdict} without it: AUC {ours['auc']:.3f} "
+            f"({ours['auc_low']:.3f} to {ours['auc_high']:.3f}) against {other['auc']:.3f} of the row scratch"
+        )
+    return texts
+
+
+def _seconds_before(run: Path) -> float:
+    """Seconds of all earlier attempts, each from its start to its last event."""
+    spent: list[float] = []
+    began = 0.0
+    for event in read_run(run).events:
+        now = datetime.fromisoformat(event["time"]).timestamp()
+        if event["event"] == "cohorts_read":
+            began = now - event["seconds"]
+            spent.append(event["seconds"])
+        elif spent:
+            spent[-1] = now - began
+    return sum(spent)
 
 
 def _of_row(name: str, listen: Listener | None) -> Listener | None:

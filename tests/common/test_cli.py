@@ -74,6 +74,11 @@ def installed(monkeypatch: pytest.MonkeyPatch, *groups: Group | BrokenGroup) -> 
     [
         (StudyError("rounds is -1", "give at least 1"), 2, "error: rounds is -1\n  fix: give at least 1\n"),
         (QuorumLost("all features are equal", "lower the rate"), 1, "error: all features are equal\n  fix: lower the"),
+        (
+            PermissionError(13, "Permission denied", "/x/y"),
+            1,
+            "error: Permission denied: /x/y\n  fix: see that you may",
+        ),
         (KeyboardInterrupt(), 130, "error: interrupted; what was finished is kept"),
         (typer.Abort(), 130, "error: interrupted"),
         (
@@ -130,6 +135,28 @@ def test_a_group_that_does_not_load_is_reported_and_the_others_work(
     printed = capsys.readouterr()
     assert printed.out == "done\n"
     assert "the commands of 'broken' did not load: ModuleNotFoundError: No module named 'gone'" in printed.err
+
+
+def test_the_command_is_named_as_it_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "on-path"))
+    for folder in ("on-path", ".venv/bin", "with blank"):
+        script = tmp_path / folder / "polyclinic"
+        script.parent.mkdir(parents=True)
+        script.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    for called, said in (
+        (".venv/bin/polyclinic", ".venv/bin/polyclinic"),
+        (str(tmp_path / ".venv/bin/polyclinic"), ".venv/bin/polyclinic"),
+        (str(tmp_path / "with blank/polyclinic"), "'with blank/polyclinic'"),
+        ("/opt/polyclinic", "/opt/polyclinic"),
+        (str(tmp_path / "on-path/polyclinic"), "polyclinic"),
+        ("/lib/polyclinic/__main__.py", ".venv/bin/python -m polyclinic"),
+        ("polyclinic", "./polyclinic"),
+        ("-c", "polyclinic"),
+    ):
+        monkeypatch.setattr(sys, "argv", [called])
+        assert cli.program() == said
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from polyclinic.errors import StorageError
-from polyclinic.files import atomic, storage, tentative, write_atomic
+from polyclinic.files import atomic, make_folder, storage, tentative, write_atomic
 
 
 def test_writing_replaces_the_whole_file(tmp_path: Path) -> None:
@@ -99,6 +99,22 @@ def test_tentative_folders_go_with_an_error_that_leaves_them_empty(tmp_path: Pat
     with tentative([inner, outer]):
         pass
     assert inner.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can make one")
+def test_a_folder_that_cannot_be_made_is_named_whole() -> None:
+    with pytest.raises(StorageError, match="cannot make the directory /proc/y/deep") as caught:
+        make_folder(Path("/proc/y/deep"))
+    assert "give another directory" in caught.value.fix
+
+
+def test_a_folder_is_made_with_those_above_it_and_a_file_is_none(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(StorageError, match=f"{path} is not a directory"):
+            make_folder(path)
 
 
 def test_other_errors_of_the_operating_system_pass_unchanged(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """The commands in this process: what they leave when they refuse, and what they say of runs side by side."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from polyclinic import cli
+
+from ..tiny import write_cohort
 
 ROW = {"auc": 0.8, "auc_low": 0.7, "auc_high": 0.9, "balanced_accuracy": 0.7}
 LEFT_OUT = {
@@ -55,6 +59,52 @@ def test_what_is_refused_leaves_no_folder(more: list[str], tmp_path: Path, capsy
         assert cli.run(["simulate", "study.toml", *more]) == 2
         assert "fix:" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == [*there, "study.toml"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("", "the cohort of 'north' is not there: mistyped"),
+        ("--leave-one-site-out", "compares pretraining"),
+        ("--data elsewhere", "elsewhere/mistyped"),
+    ],
+)
+def test_what_the_study_alone_tells_is_refused_before_torch_is_loaded(more: str, said: str) -> None:
+    code = "import sys\nfrom polyclinic.cli import run\ncode = run(sys.argv[1:])\nprint(code, 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "simulate", "study.toml", *more.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "2 False\n"
+    assert said in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can make one")
+@pytest.mark.parametrize(
+    "command", ["simulate there.toml --out /proc/y", "simulate there.toml --state /proc/y", "phantom /proc/y"]
+)
+def test_a_folder_that_cannot_be_made_is_named_whole(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("north", "south")):
+        write_cohort(Path(name), 4, number)
+    Path("there.toml").write_text(STUDY.replace("mistyped", "north"))
+    assert cli.run(command.split()) == 1
+    error = capsys.readouterr().err
+    assert "cannot make the directory /proc/y" in error
+    assert "fix: give another directory" in error
+    assert not Path("runs").exists()
+
+
+def test_tables_of_other_classes_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    of = {"classes": ["a", "b"], "patients": 48, "images": 96}
+    finished("one", comparison={"federated": ROW}, test_patients="x", measured={"comparison": of})
+    finished("two", comparison={"federated": ROW}, test_patients="x", measured={"comparison": of})
+    finished("other", comparison={"federated": ROW}, test_patients="x", measured={"comparison": {**of, "images": 9}})
+    assert cli.run(["compare", "one", "two"]) == 0
+    printed = capsys.readouterr()
+    assert "a, b: 48 test patients, 96 images" in printed.out
+    assert printed.err == ""
+    assert cli.run(["compare", "one", "other"]) == 0
+    printed = capsys.readouterr()
+    assert "test patients" not in printed.out
+    assert "not all of the same classes" in printed.err
 
 
 def test_a_run_that_is_refused_leaves_those_before_it(tmp_path: Path) -> None:
@@ -107,7 +157,7 @@ def test_compare_says_of_a_run_without_rows_that_it_has_none(capsys: pytest.Capt
 def test_evaluate_warns_of_a_probe_that_gives_one_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scores = {**ROW, "n_train": 9, "n_test": 9, "one_answer": False}
+    scores = {**ROW, "n_train": 9, "n_test": 9, "one_answer": False, "classes": ["a", "b"], "test_images": 9}
     rows = {"random": scores, "federated": {**scores, "one_answer": True}}
     monkeypatch.setattr("polyclinic_simulations.outside.evaluate_outside", lambda *_: (rows, 0))
     assert cli.run(["evaluate", "run", "--cohort", "images"]) == 0

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from polyclinic.encoders import ENCODERS
-from polyclinic.errors import StudyError
+from polyclinic.errors import QuorumLost, StudyError
 from polyclinic.study import Study
 from polyclinic.wire import Tensors
 from polyclinic_simulations import holdout
@@ -157,6 +157,7 @@ def test_a_site_without_labels_costs_only_the_rows_that_need_them(
     note = facts["west"]["note"]
     assert "pretrained, held-out, could not be fine-tuned: only 0 of at least 1 sites" in note
     assert "(with 50%, 100% of the site's labels)" in note
+    assert "west: no training patient has a label" in note  # the site's own reason
     assert "pretrained, held-out, could not be measured on the test patients (with 0% of the site's labels)" in note
     assert any(text.startswith("west held out: pretrained, held-out, could not be fine-tuned") for text in told)
     if min_sites == 2:
@@ -167,6 +168,21 @@ def test_a_site_without_labels_costs_only_the_rows_that_need_them(
     page = (tmp_path / "run" / "holdout.html").read_text()
     assert "could not be fine-tuned" in page
     assert "not measurable" in page
+
+
+def test_what_fails_for_another_reason_than_labels_is_not_taken_for_that(
+    few: tuple[float, ...], study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = holdout.train_row
+
+    def failing(study: Study, sites: Any, folder: Path, *rest: Any) -> Tensors:
+        if folder.name == "labels-0.5":
+            raise QuorumLost("only 0 of at least 1 sites were found", "bring them back")
+        return train(study, sites, folder, *rest)
+
+    monkeypatch.setattr(holdout, "train_row", failing)
+    with pytest.raises(QuorumLost):
+        leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state")
 
 
 @pytest.mark.parametrize("stages", [[SIMCLR], [TUNE]])

@@ -3,7 +3,9 @@
 import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from polyclinic.errors import CohortError, Refused
 from polyclinic.evaluation import Scores
 from polyclinic.study import Study
 from polyclinic_client.site import Site, open_site
+from polyclinic_server import rundir
 from polyclinic_server.rundir import RunDir
 from polyclinic_simulations import simulate as module
 from polyclinic_simulations.holdout import leave_one_site_out
@@ -151,6 +154,88 @@ def test_what_only_going_on_would_need_goes_and_nothing_else(study: Study, tmp_p
     mine = {"encoder.safetensors", "classifier.safetensors", "checkpoints/round-0007.safetensors"}
     assert weights == {*mine, "another/checkpoints/round-0001.safetensors"}
     assert run(some, tmp_path, resume=True)["comparison"]
+
+
+def test_both_tables_say_on_what_they_were_measured(study: Study, tmp_path: Path) -> None:
+    for name in SITES:  # a third word, which the study does not name: a class to the probe alone
+        path = tmp_path / "data" / name / "labels.csv"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join(line.replace("spot", "odd") if k % 12 == 3 else line for k, line in enumerate(lines)))
+    summary = run(study, tmp_path)
+    probe, classifier = summary["measured"]["comparison"], summary["measured"]["classifier"]
+    sites = {name: open_site(tmp_path / "run" / "sites" / name) for name in SITES}
+    tests = [site.split(study)[1] for site in sites.values()]
+    words = [str(word) for test in tests for word in test.labels]
+    assert probe["classes"] == ["clear", "odd", "spot"]
+    assert classifier["classes"] == ["clear", "spot"]
+    assert probe["images"] == len(words)
+    assert classifier["images"] == len(words) - words.count("odd") < probe["images"]
+    assert probe["patients"] == sum(test.n_patients for test in tests)
+    for table, measured in (("comparison", probe), ("classifier", classifier)):
+        assert {row["n_test"] for row in summary[table].values()} == {measured["patients"]}
+    whole = [str(word) for site in sites.values() for word in site.cohort.labels]
+    assert any(
+        text.startswith(f"the classifier leaves out {whole.count('odd')} of {len(whole)} labelled images")
+        for text in summary["warnings"]
+    )
+    assert any("3 classes apart and the classifier 2" in note for note in summary["notes"])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Classes: clear, odd and spot" in page
+    assert "Classes: clear and spot" in page
+    assert "the classifier leaves out" in page
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "said"),
+    [
+        ((0.9, 0.85), 0.8, []),
+        ((0.9, 0.75), 0.8, ["not surely better than"]),
+        ((0.8, 0.75), 0.8, ["no better than"]),
+        ((0.7, 0.65), 0.8, ["no better than"]),
+    ],
+)
+def test_pretraining_that_has_not_helped_is_noted(ours: tuple[float, float], other: float, said: list[str]) -> None:
+    rows = {"federated": {"auc": ours[0], "auc_low": ours[1], "auc_high": 0.95}, "scratch": {"auc": other}}
+    notes = module._cautions(rows, {})
+    assert len(notes) == len(said)
+    assert all(words in note and f"against {other:.3f}" in note for words, note in zip(said, notes, strict=True))
+    assert module._cautions({"federated": rows["federated"]}, {}) == []
+
+
+def test_words_that_no_classifier_is_for_are_not_counted_where_it_takes_several(study: Study) -> None:
+    several = tiny_study(stages=[{**TUNE, "multi_label": True}], evaluation=LABELS)
+    assert module._left_out(several, ["spot", "odd"]) == []
+    assert module._left_out(tiny_study(), ["spot", "odd"]) == []
+    [text] = module._left_out(study, ["spot", "odd", "", "clear", "odd"])
+    assert "leaves out 2 of 4 labelled images" in text
+
+
+def test_seconds_are_those_of_all_attempts(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(rundir, "datetime", SimpleNamespace(now=lambda zone: datetime.fromtimestamp(clock[0], zone)))
+    gather = module.gather
+
+    def reading(*arguments: Any) -> Any:
+        clock[0] += 5.0
+        return gather(*arguments)
+
+    monkeypatch.setattr(module, "gather", reading)
+
+    def ticking(event: Mapping[str, Any]) -> None:
+        clock[0] += 1.0 if event["event"] == "update_accepted" and "row" not in event else 0.0
+
+    def stop(event: Mapping[str, Any]) -> None:
+        ticking(event)
+        stopped(event)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(study, tmp_path, listen=stop)  # 5 s of reading, 3 updates
+    clock[0] += 1000.0
+    assert run(study, tmp_path, resume=True, listen=ticking)["wall_s"] == 8.0 + 5.0 + 6.0  # a round was made again
+    clock[0] += 1000.0
+    assert run(study, tmp_path, resume=True, listen=ticking)["wall_s"] == 19.0 + 5.0
+    assert "24 s in 3 attempts" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_one_answer_for_all_is_noted(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from polyclinic.cohort import limits
+from polyclinic.cohort.columns import passed_over
 from polyclinic.cohort.identity import keyed
 from polyclinic.cohort.index import Member
 from polyclinic.cohort.quarantine import Entry, Reason
-from polyclinic.cohort.scan import Scan, Source
+from polyclinic.cohort.scan import LABELS, Scan, Source
 from polyclinic.cohort.store import Record
 
 CLASSES_WARNING = "sub-directories are taken as classes, and every image as a patient of its own"
 NO_PATIENTS_WARNING = "the CSV names no patients: every image counts as a patient of its own"
 MANY_FOLDERS_WARNING = f"more than {limits.MAX_CLASSES} sub-directories: they are not taken as classes"
+COHORTS_WARNING = f"a sub-directory has a {LABELS} of its own, which is not read here: is each one a cohort by itself?"
 ONE_PATIENT_WARNING = "more than half of the images carry one patient identifier: was it blanked on de-identification?"
 
 
@@ -81,12 +83,14 @@ def _warnings(found: Scan, admission: Admission, too_many: bool) -> list[str]:
         warnings.append(NO_PATIENTS_WARNING if found.from_csv else CLASSES_WARNING)
     if too_many and not found.from_csv:
         warnings.append(MANY_FOLDERS_WARNING)
+    if not found.from_csv and any(source.relative.endswith(f"/{LABELS}") for source in found.sources):
+        warnings.append(COHORTS_WARNING)
     images = Counter[str]()
     for member in admission.members:
         images[member.patient] += member.record.count
     if len(images) > 1 and 2 * max(images.values()) > images.total() > 10:
         warnings.append(ONE_PATIENT_WARNING)
-    return warnings
+    return [*warnings, *filter(None, [passed_over(found.columns)])]
 
 
 def summary(quarantine: Sequence[Entry]) -> str:

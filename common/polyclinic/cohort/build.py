@@ -160,11 +160,13 @@ def _conclude(folder: Path, found: Scan, store: Store, unread: dict[int, Reason]
             contents.append((sha, store.records[sha]))
     admission = admit(found, contents, key)
     write_quarantine(folder / QUARANTINE, admission.quarantine)
+    if not found.sources:
+        what = "the CSV of the cohort lists no files" if found.from_csv else "the folder of the cohort holds no files"
+        raise CohortError(what, "give a folder of DICOM, PNG or JPEG files, or a CSV file that lists some")
     if not admission.members:
         problem = f"none of the {len(found.sources)} files of the cohort can be used: {summary(admission.quarantine)}"
         burned_in = sum(entry.reason in BURNED_IN_REASONS for entry in admission.quarantine)
-        fix = _ALLOW if 2 * burned_in > len(admission.quarantine) else _FIX
-        raise CohortError(problem if found.sources else "the cohort holds no files", fix)
+        raise CohortError(problem, _ALLOW if 2 * burned_in > len(admission.quarantine) else _FIX)
     meta = {
         "intake": asdict(intake),
         "files": len(found.sources),

@@ -16,6 +16,8 @@ from polyclinic.cohort.index import open_cohort, read_facts, read_meta
 BINS = 32
 HISTOGRAM_IMAGES = 2_000
 """Enough for a histogram; evenly spaced over the cohort."""
+COLOUR = ("RGB", "YBR", "CMYK", "P")
+"""How the photometric interpretation of colour begins: DICOM's, and Pillow's modes."""
 MOST = 20
 """Words listed of a kind; the others are summed up as "other"."""
 
@@ -124,8 +126,7 @@ def card_html(card: Mapping[str, Any]) -> str:
         "patients": card["patients"],
         "images per patient": f"{per['mean']} on average, at most {per['most']}",
         "original size": f"{size_text(sizes)} pixels",
-        "near-duplicates": f"{duplicates['pairs']} pairs, {duplicates['across_patients']} across patients, "
-        f"{duplicates['across_labels']} across labels",
+        "near-duplicates": near_text(duplicates),
     }
     tables = [
         _table("cohort", numbers),
@@ -135,6 +136,22 @@ def card_html(card: Mapping[str, Any]) -> str:
     ]
     warnings = "".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in card["warnings"])
     return f'<div class="card">{warnings}{"".join(tables)}{_svg(card["histogram"])}</div>'
+
+
+def near_text(twins: Mapping[str, int]) -> str:
+    """
+    >>> near_text({"pairs": 1, "across_patients": 1, "across_labels": 0})
+    '1 pair: 1 across patients, 0 across labels'
+    """
+    pairs = f"{twins['pairs']} pair{'s' * (twins['pairs'] != 1)}"
+    return f"{pairs}: {twins['across_patients']} across patients, {twins['across_labels']} across labels"
+
+
+def in_colour(card: Mapping[str, Any]) -> bool:
+    """Whether most of a cohort's images are stored in colour, and are read as grey."""
+    kinds: Mapping[str, int] = card["photometric"]
+    colour = sum(count for kind, count in kinds.items() if kind.startswith(COLOUR))
+    return bool(card["tensor"][0] == 1) and 2 * colour > sum(kinds.values())
 
 
 def size_text(sizes: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import click
 import typer
 
 from polyclinic.errors import Refused
@@ -56,12 +57,18 @@ def inspect(
 ) -> None:
     """Build a cohort and print its data-fitness card: what is in it, what was put aside, and why.
 
+    A cohort is a folder with labels.csv, a folder whose sub-folders are
+    classes, or a tree of DICOM files. Columns of the CSV, all but the first
+    optional, separated by commas, semicolons or tabs: image (or file), a path
+    within its folder; label, several with | between them; patient; site; view;
+    split: train, val or test. Others are not read, and a warning names them.
+
     Files that cannot be used stop nothing: they are listed, by reason, in quarantine.csv under the state directory.
     A second call reads only files that are new or changed.
     """
     from polyclinic.cohort.build import build_cohort
     from polyclinic.cohort.card import card_html, make_card
-    from polyclinic.files import write_atomic
+    from polyclinic.files import make_folder, write_atomic
     from polyclinic.study import resolve
 
     images = {"size": size, "channels": channels, "window": _window(window)}
@@ -73,14 +80,14 @@ def inspect(
         )
     card = make_card(cohort.folder)
     if html:
-        html.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(html.parent)
         write_atomic(html, _PAGE.format(card=card_html(card)))
     if as_json:
         print(json.dumps(card, indent=2, ensure_ascii=False))
     else:
         from polyclinic.cohort.show import show_card
 
-        show_card(card, cohort.folder)
+        show_card(card, cohort.folder, click.get_current_context().find_root().info_name or "polyclinic")
 
 
 def which(

@@ -6,7 +6,7 @@ import secrets
 from pathlib import Path
 
 from polyclinic.errors import StorageError
-from polyclinic.files import storage
+from polyclinic.files import make_folder, storage
 
 KEY_BYTES = 32
 
@@ -20,13 +20,14 @@ def load_key(state: Path) -> bytes:
         StorageError: it cannot be written, `state` is no directory, or what stands there is not a key.
     """
     path = state / "identity.key"
+    make_folder(state, mode=0o700)
     with storage(path):
-        try:
-            state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise StorageError(f"the state {state.name} is not a directory", "give another directory") from error
         if not path.exists():
-            _make_key(path)
+            try:
+                _make_key(path)
+            except (PermissionError, FileNotFoundError) as error:  # the latter in /proc
+                problem = f"nothing can be written into the state directory {state}: {error.strerror}"
+                raise StorageError(problem, "give another directory, or make it writable") from error
         key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise StorageError(

@@ -4,10 +4,11 @@ import csv
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from polyclinic.cohort import limits
+from polyclinic.cohort.columns import meant_as, separator
 from polyclinic.cohort.quarantine import Reason
 from polyclinic.errors import CohortError
 
@@ -45,12 +46,14 @@ class Scan:
         root: the folder that relative paths start from.
         from_csv: labels come from a CSV file rather than from sub-directories.
         has_patients: the CSV names at least one patient.
+        columns: of the CSV, as its header names them.
     """
 
     root: Path
     sources: list[Source]
     from_csv: bool
     has_patients: bool
+    columns: list[str] = field(default_factory=list)
 
 
 def locate(source: Path, state: Path) -> Path:
@@ -78,8 +81,10 @@ def scan(path: Path) -> Scan:
     """The files of a located cohort; states and runs in its directory are left out. Takes a stat a file, reads none."""
     if path.is_dir():
         return Scan(path, sorted(_walk(path), key=lambda s: s.relative), from_csv=False, has_patients=False)
-    sources = sorted(_read_csv(path), key=lambda s: s.relative)
-    return Scan(path.parent, sources, from_csv=True, has_patients=any(s.patient for s in sources))
+    rows, columns = _rows(path)
+    sources = sorted(_sources(rows, path.parent), key=lambda s: s.relative)
+    named = [clean(column) for column in columns]
+    return Scan(path.parent, sources, from_csv=True, has_patients=any(s.patient for s in sources), columns=named)
 
 
 def clean(text: str, longest: int = limits.MAX_TEXT) -> str:
@@ -113,35 +118,40 @@ def _walk(root: Path) -> Iterator[Source]:
         yield Source(os.path.relpath(folder, root), reason=Reason.UNREADABLE)
 
 
-def _read_csv(path: Path) -> Iterator[Source]:
+def _sources(rows: list[dict[str, str]], root: Path) -> Iterator[Source]:
     seen: set[str] = set()
-    for row in _rows(path):
+    for row in rows:
         relative = os.path.normpath((row.get("image") or row.get("file") or "").strip().replace("\0", ""))
         label = "|".join(clean(word) for word in (row.get("label") or "").split("|")[: limits.MAX_LABELS])
         site, view, split = (clean(row.get(name) or "") for name in ("site", "view", "split"))
         source = Source(relative, (row.get("patient") or "").strip(), label, site, view, split.lower())
-        yield replace(source, reason=Reason.LISTED_TWICE) if relative in seen else _with_stat(path.parent, source)
+        yield replace(source, reason=Reason.LISTED_TWICE) if relative in seen else _with_stat(root, source)
         seen.add(relative)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header.
+def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows and columns of a CSV file with a header; its columns are separated by commas, semicolons or tabs.
 
     Raises:
         CohortError: it is not a UTF-8 CSV file with an `image` (or `file`) column.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            rows, columns = list(reader), reader.fieldnames or []
+            delimiter = separator(file.readline())
+            file.seek(0)
+            reader = csv.DictReader(file, restval="", delimiter=delimiter)
+            rows, columns = list(reader), list(reader.fieldnames or [])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CohortError(f"cannot read {path.name}: {type(error).__name__}", "save it as a UTF-8 CSV file") from error
     if not {"image", "file"} & set(columns):
         found = ", ".join(clean(c) for c in columns[:8]) or "none"
+        near = next((clean(column) for column in columns if meant_as(column, ["image"])), "")
         raise CohortError(
-            f"{path.name} has no `image` column (found: {found})", "name the column of file paths `image`"
+            f"{path.name} has no `image` column (found: {found})",
+            f"name the column of file paths `image`{f' rather than {near!r}' if near else ''}; "
+            "columns are separated by commas, semicolons or tabs",
         )
-    return rows
+    return rows, columns
 
 
 def _with_stat(root: Path, source: Source) -> Source:

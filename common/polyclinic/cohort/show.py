@@ -10,17 +10,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyclinic.cohort.build import QUARANTINE
-from polyclinic.cohort.card import size_text
+from polyclinic.cohort.card import in_colour, near_text, size_text
 from polyclinic.cohort.quarantine import MEANING, Reason
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 LISTED = 8
 
 
-def show_card(card: Mapping[str, Any], folder: Path) -> None:
-    """Print a card to standard output, for terminals of 80 columns or more."""
+def show_card(card: Mapping[str, Any], folder: Path, program: str = "polyclinic") -> None:
+    """Print a card to standard output, for terminals of 80 columns or more; `program` is how the command is called."""
     console = Console(highlight=False)
-    per, sizes, twins = card["images_per_patient"], card["sizes"], card["near_duplicates"]
+    per, sizes = card["images_per_patient"], card["sizes"]
     summary = Table.grid(padding=(0, 2))
     for name, value in (
         ("files", f"{card['files']}, of which {card['files_used']} used"),
@@ -28,8 +28,7 @@ def show_card(card: Mapping[str, Any], folder: Path) -> None:
         ("patients", f"{card['patients']}, with {per['mean']} images on average, at most {per['most']}"),
         ("original size", size_text(sizes)),
         ("intensities", f"dark {bars(card['histogram'])} bright"),
-        ("near-duplicates", f"{twins['pairs']} pairs: {twins['across_patients']} across patients, "
-                            f"{twins['across_labels']} across labels"),
+        ("near-duplicates", near_text(card["near_duplicates"])),
     ):  # fmt: skip
         summary.add_row(f"[bold]{name}[/bold]", value)
     console.print(summary)
@@ -42,7 +41,12 @@ def show_card(card: Mapping[str, Any], folder: Path) -> None:
     if card["quarantine"]:
         console.print(_quarantine(card["quarantine"]))
         console.print(f"each by its id: [bold]{escape(str(folder / QUARANTINE))}[/bold]", soft_wrap=True)
-        console.print("the file of an id: [bold]polyclinic cohort which DIR ID[/bold]")
+        console.print(f"the file of an id: [bold]{escape(program)} cohort which DIR ID[/bold]")
+    if in_colour(card):
+        console.print(
+            "most images are stored in colour and read as grey; if colour tells something: --channels 3 here, "
+            "channels = 3 under \\[images] in a study"
+        )
     for warning in card["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
 

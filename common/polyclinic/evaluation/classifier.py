@@ -1,7 +1,7 @@
 """How good a fine-tuned classifier is on test patients: ranking, decisions, calibration, operating points."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,10 @@ class ClassifierScores:
         ece: expected calibration error, mean gap between confidence and accuracy over 15 bins.
         operating: a row for each class and wanted sensitivity. Thresholds are chosen on the same test patients, so
             that the table describes the curve; it does not predict another hospital's.
+        n_test: labelled patients that it was measured on.
         one_answer: whether every test image was given the same class (multi-label: the same answers at 0.5).
+        test_images: those patients' labelled images.
+        classes: that enough test patients have for the AUC.
     """
 
     auc: float
@@ -50,10 +53,13 @@ class ClassifierScores:
     n_test: int
     operating: list[dict[str, Any]]
     one_answer: bool = False
+    test_images: int = 0
+    classes: list[str] = field(default_factory=list)
 
     def row(self) -> dict[str, float]:
-        """The figures without the operating points."""
-        return {name: value for name, value in vars(self).items() if name not in ("operating", "one_answer")}
+        """The figures of a row of `classifier` in summary.json."""
+        others = ("operating", "one_answer", "test_images", "classes")
+        return {name: value for name, value in vars(self).items() if name not in others}
 
 
 def classifier_scores(
@@ -107,6 +113,8 @@ def classifier_scores(
             for wanted in SENSITIVITIES
         ],
         one_answer=len(np.unique(_called(probabilities, multi_label), axis=0)) == 1,
+        test_images=len(truth),
+        classes=[classes[k] for k in measurable],
     )
 
 

@@ -46,7 +46,7 @@ def linear_probe(
     with threadpool_limits(1):  # such small products gain nothing from more threads, which would change their last bits
         model = _logistic(_choose_strength(x, y, patients, seed)).fit(x, y)
         probabilities = model.predict_proba(queries)
-    return score(probabilities, truth, clusters, seed=seed, n_train=len(y))
+    return score(probabilities, truth, clusters, seed=seed, n_train=len(y), classes=classes)
 
 
 def knn_probe(
@@ -61,7 +61,7 @@ def knn_probe(
     x, y, _ = _chosen(classes, train_x, train_y, np.zeros(len(train_y), np.int64))
     queries, truth, clusters = _chosen(classes, test_x, test_y, test_patients)
     votes = _votes(_unit(x), np.eye(len(classes))[y], _unit(queries), min(neighbours, len(y)))
-    return score(votes, truth, clusters, seed=0, n_train=len(y))
+    return score(votes, truth, clusters, seed=0, n_train=len(y), classes=classes)
 
 
 def _chosen(classes: list[str], x: Features, y: Words, patients: Patients) -> tuple[Floats, NDArray[np.intp], Patients]:

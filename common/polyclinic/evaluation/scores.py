@@ -1,7 +1,7 @@
 """How well probabilities tell classes apart: AUC, balanced accuracy, and 95 % intervals over patients."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ class Scores:
         n_train: labelled images that the probe learnt from.
         n_test: labelled patients that it was measured on.
         one_answer: whether every test image was given the same class.
+        test_images: those patients' labelled images.
+        classes: that it tells apart, sorted.
     """
 
     auc: float
@@ -37,15 +39,23 @@ class Scores:
     n_train: int
     n_test: int
     one_answer: bool = False
+    test_images: int = 0
+    classes: list[str] = field(default_factory=list)
 
     def row(self) -> dict[str, float]:
-        """The four figures of a row of `comparison` in summary.json."""
-        figures = ("auc", "auc_low", "auc_high", "balanced_accuracy")
-        return {name: float(getattr(self, name)) for name in figures}
+        """The figures of a row of `comparison` in summary.json."""
+        figures = ("auc", "auc_low", "auc_high", "balanced_accuracy", "n_test")
+        return {name: getattr(self, name) for name in figures}
 
 
 def score(
-    probabilities: Floats, truth: NDArray[np.intp], patients: NDArray[np.integer], *, seed: int, n_train: int
+    probabilities: Floats,
+    truth: NDArray[np.intp],
+    patients: NDArray[np.integer],
+    *,
+    seed: int,
+    n_train: int,
+    classes: Sequence[str] = (),
 ) -> Scores:
     """Scores of (images, classes) probabilities against (images,) class indices; every class must occur.
 
@@ -66,6 +76,8 @@ def score(
         n_train=n_train,
         n_test=len(numbers),
         one_answer=len(np.unique(probabilities.argmax(axis=1))) == 1,
+        test_images=len(truth),
+        classes=list(classes),
     )
 
 

@@ -18,7 +18,8 @@ def what_was_trained(run: Run) -> str:
     """The first sentence: stages, encoder, sites."""
     study = run.study
     stages = ", then ".join(
-        f"{words.named(words.METHODS, stage.method)} ({words.plural(stage.rounds, 'round')})" for stage in study.stages
+        f"{words.named(words.METHODS, stage.method)} ({rounds})"
+        for stage, rounds in zip(study.stages, rounds_of(run), strict=True)
     )
     images = f"{study.images.size} × {study.images.size} {'grey' if study.images.channels == 1 else 'colour'} images"
     encoder = f"{words.named(words.ENCODERS, study.encoder.name)} for {images}"
@@ -29,6 +30,17 @@ def what_was_trained(run: Run) -> str:
     ]
     whose = f" with {words.listed(counts)}" if counts else ""
     return f"{stages} of a {encoder}, across {words.plural(len(run.sites), 'site')}{whose}."
+
+
+def rounds_of(run: Run) -> list[str]:
+    """How long each stage trained, in words."""
+    planned = [stage.rounds for stage in run.study.stages]
+    return [
+        f"stopped after {run.stopped[k]} of {words.plural(rounds, 'round')}"
+        if k in run.stopped
+        else words.plural(rounds, "round")
+        for k, rounds in enumerate(planned)
+    ]
 
 
 def how_it_was_trained(run: Run) -> str:
@@ -48,12 +60,37 @@ def result(run: Run) -> list[tuple[str, str]]:
     if "federated" not in rows:
         return []
     ours = rows["federated"]["auc"]
-    against = {} if run.mean_alone is None else {"the mean single site": run.mean_alone}
+    against = {} if run.mean_alone is None else {f"the mean single site{_best_alone(run)}": run.mean_alone}
     against |= {name: rows[row]["auc"] for row, name in words.AGAINST.items() if row in rows}
     low_high = interval(rows["federated"], " to ")
     meaning = f"95 % interval {low_high}" if low_high else "mean of the sites' own probes"
     gains = [(f"{ours - auc:+.3f}".replace("-", "−"), f"against {name}") for name, auc in against.items()]
     return [(f"{ours:.3f}", f"federated AUC, {meaning}"), *gains]
+
+
+def _best_alone(run: Run) -> str:
+    """Of several single sites, the one that did best, which the mean hides."""
+    if len(run.alone) < 2:
+        return ""
+    best, row = max(run.alone.items(), key=lambda item: item[1]["auc"])
+    return f"; the best, {best.removeprefix(words.ALONE)}, has {row['auc']:.3f}"
+
+
+def tested_on(run: Run, table: str) -> str:
+    """Of which classes and patients a table of the summary is; "" where that was not noted."""
+    measured = run.summary.get("measured", {}).get(table)
+    if not measured:
+        return ""
+    patients, images = words.plural(measured["patients"], "test patient"), words.plural(measured["images"], "image")
+    return f"Classes: {words.listed(measured['classes'])}; {patients} with {images}."
+
+
+def as_long(run: Run) -> str:
+    """How long the rows that train were trained; "" where there are none."""
+    rows = [name for name, there in (("single sites", run.alone), ("all pooled", "pooled" in run.comparison)) if there]
+    own = ", each by its own early stopping" if any(getattr(s, "patience", 0) for s in run.study.stages) else ""
+    told = f"{words.listed(rows)} trained for the same rounds and epochs as the federation{own}."
+    return told[0].upper() + told[1:] if rows else ""
 
 
 def interval(row: Mapping[str, float], between: str = " – ") -> str:

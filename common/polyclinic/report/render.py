@@ -33,7 +33,7 @@ def render_report(run: Path) -> Path:
 
 def render_shared(run: Path) -> str:
     """The report as it may leave the house: without the pictures of images and without the sites' cards."""
-    shown = context(read_run(run)) | {"views": None, "cards": []}
+    shown = context(read_run(run)) | {"views": None, "cards": [], "load": _BESIDE}
     return _environment().get_template("report.html.j2").render(shown)
 
 
@@ -55,6 +55,9 @@ def context(run: Run) -> dict[str, Any]:
         "lede": [facts.what_was_trained(run), facts.how_it_was_trained(run)],
         "result": facts.result(run),
         "comparison": facts.comparison(run),
+        "tested": {table: facts.tested_on(run, table) for table in ("comparison", "classifier")},
+        "as_long": facts.as_long(run),
+        "load": _loading(run.path),
         "intervals": facts.intervals(run),
         "classifier": facts.classifier(run),
         "operating": run.summary.get("operating", []),
@@ -74,6 +77,18 @@ def context(run: Run) -> dict[str, Any]:
         "study": tomli_w.dumps(_without_paths(run)),
         "encoder": (run.path / "encoder.safetensors").exists(),
     }
+
+
+_BESIDE = ("encoder.safetensors", "beside this page")
+
+
+def _loading(path: Path) -> tuple[str, str]:
+    """What `load_encoder` takes and from where: the run as it was given, unless that would tell where a home is."""
+    return (
+        (path.name, "in the folder that holds this run")
+        if path.is_absolute()
+        else (str(path), "where the run was made")
+    )
 
 
 def _without_paths(run: Run) -> dict[str, Any]:

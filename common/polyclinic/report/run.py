@@ -57,6 +57,16 @@ class Run:
         return max((event.get("round", 0) for event in self.happened("round_closed")), default=0)
 
     @cached_property
+    def stopped(self) -> dict[int, int]:
+        """{stage: the round of it after which it was stopped early}, both as the study counts them, rounds from 1."""
+        return {e["stage"]: self.study.stage_of(e["round"] - 1)[1] + 1 for e in self.happened("stopped_early")}
+
+    @property
+    def attempts(self) -> int:
+        """How often it was begun or gone on with."""
+        return len(self.happened("run_started")) + len(self.happened("run_resumed"))
+
+    @cached_property
     def comparison(self) -> dict[str, dict[str, float]]:
         """The rows whose figures are all finite, in reading order: floors, sites, federated, pooled.
 

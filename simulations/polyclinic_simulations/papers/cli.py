@@ -44,7 +44,7 @@ def papers(
 
     import torch
 
-    from polyclinic.files import storage, write_atomic
+    from polyclinic.files import make_folder, write_atomic
     from polyclinic_simulations.display import Display
     from polyclinic_simulations.papers.page import render_page
     from polyclinic_simulations.papers.plans import TIERS, Plan, plans
@@ -53,8 +53,7 @@ def papers(
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     wanted = [plan for plan in plans() if not table or plan.table in table]
     results: dict[Plan, dict[str, Any]] = {}
-    with storage(out):
-        out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     started, folder = time.monotonic(), work / f"{tier.value}-{TIERS[tier.value].digest}"
     with Display() as display:
         at = Workshop(

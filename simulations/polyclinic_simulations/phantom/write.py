@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from polyclinic.errors import Refused
-from polyclinic.files import storage, write_atomic
+from polyclinic.files import make_folder, storage, write_atomic
 from polyclinic.seeding import numpy_generator, seed_for
 from polyclinic_simulations.phantom.anatomy import Anatomy, Pose
 from polyclinic_simulations.phantom.difficulty import LATERAL
@@ -83,8 +83,7 @@ def _empty(folder: Path) -> None:
     """Make `folder`, or refuse it when there is something in it."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Refused(f"{folder} is not an empty folder", "name a new or empty folder; nothing was written")
-    with storage(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
 
 
 def _write_patient(

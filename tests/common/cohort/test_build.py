@@ -108,6 +108,30 @@ def test_many_folders_are_no_classes(
     assert set(cohort.labels) == {""} and len(read_meta(cohort.folder)["warnings"]) == 2
 
 
+def test_a_folder_of_cohorts_is_told(tmp_path: Path, png: Write, images: Images) -> None:
+    for site in ("north", "south"):
+        png(tmp_path / "sites" / site / "1.png", len(site))
+        (tmp_path / "sites" / site / "labels.csv").write_text("image\n1.png\n")
+    warnings = read_meta(build_cohort(tmp_path / "sites", images, tmp_path / "state").folder)["warnings"]
+    assert any("is each one a cohort by itself?" in text for text in warnings)
+
+
+def test_columns_that_are_not_read_are_warned_of(tmp_path: Path, png: Write, images: Images) -> None:
+    """Each image is its own patient, so that one patient may be trained on and tested: that must not be silent."""
+    for k in range(4):
+        png(tmp_path / "a" / f"{k}.png", k)
+    lines = ["image,Diagnosis,patient_id", *(f"{k}.png,ill,P{k // 2}" for k in range(4))]
+    (tmp_path / "a" / "labels.csv").write_text("\n".join(lines))
+    cohort = build_cohort(tmp_path / "a", images, tmp_path / "state")
+    assert (cohort.n_patients, set(cohort.labels)) == (4, {""})
+    [warning] = [text for text in read_meta(cohort.folder)["warnings"] if "not read" in text]
+    assert "'Diagnosis' (if it is meant as `label`" in warning
+    assert "'patient_id' (if it is meant as `patient`" in warning
+    (tmp_path / "a" / "labels.csv").write_text("\n".join(["image,label,patient", *lines[1:]]))
+    cohort = build_cohort(tmp_path / "a", images, tmp_path / "state")
+    assert (cohort.n_patients, read_meta(cohort.folder)["warnings"]) == (2, [])
+
+
 def test_dicom_tree_beside_labels(tmp_path: Path, dicom: Write, images: Images) -> None:
     folder, rows = tmp_path / "archive", ["image,label,view"]
     for k in range(10):
@@ -173,8 +197,9 @@ def test_one_image(tmp_path: Path, png: Write, images: Images) -> None:
 
 def test_nothing_to_use_is_an_error_with_counts(tmp_path: Path, images: Images) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CohortError, match="holds no files"):
+    with pytest.raises(CohortError, match="holds no files") as caught:
         build_cohort(tmp_path / "empty", images, tmp_path / "state")
+    assert "quarantine" not in caught.value.fix
     for k in range(3):
         (tmp_path / "empty" / f"{k}.txt").write_text("text")
     os.mkfifo(tmp_path / "empty" / "pipe")

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+from PIL import Image
 
 from polyclinic.cli import run
 from polyclinic.cohort import build, store
+from polyclinic.cohort.columns import READ
 from polyclinic.cohort.scan import Scan, scan
 
 Write = Callable[..., Path]
@@ -56,6 +58,35 @@ def test_a_file_that_cannot_be_read_is_put_aside(
     assert run(["cohort", "inspect", str(scans), "--json", "--state", str(tmp_path / "state")]) == 0
     card = json.loads(capfd.readouterr().out)
     assert (card["files"], card["files_used"], card["quarantine"]) == (20, 19, {"unreadable": 1})
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can make one")
+@pytest.mark.parametrize("state", ["/proc/y", "/proc"])
+def test_a_state_that_cannot_be_written_is_named_whole(
+    scans: Path, state: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["cohort", "inspect", str(scans), "--state", state]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and f" {state}" in err and "unexpected" not in err and "fix: give another directory" in err
+
+
+def test_colour_that_is_read_as_grey_is_told_of(
+    tmp_path: Path, scans: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for path in (scans / "x").iterdir():
+        Image.open(path).convert("RGB").save(path)
+    command = ["cohort", "inspect", str(scans), "--state", str(tmp_path / "state")]
+    assert run(command) == 0
+    assert "stored in colour and read as grey" in capfd.readouterr().out
+    assert run([*command, "--channels", "3"]) == 0
+    assert "read as grey" not in capfd.readouterr().out
+
+
+def test_the_help_names_the_columns_of_a_csv(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["cohort", "inspect", "--help"]) == 0
+    shown = capfd.readouterr().out
+    assert all(name in shown for name in READ)
 
 
 @pytest.mark.parametrize("command", [["inspect", "."], ["which", ".", "0" * 32]])

@@ -33,6 +33,22 @@ def test_missing_columns_are_empty_and_file_is_image(tmp_path: Path, png: Png) -
     assert table(tmp_path, "file\n1.png\n")["1.png"] == Source("1.png", stat=scan_stat(tmp_path / "1.png"))
 
 
+@pytest.mark.parametrize("by", [",", ";", "\t"])
+def test_columns_are_separated_by_commas_semicolons_or_tabs(tmp_path: Path, png: Png, by: str) -> None:
+    png(tmp_path / "1.png")
+    text = f'image{by}label{by}patient\n1.png{by}"x{by} y"{by}P\n'
+    source = table(tmp_path, text)["1.png"]
+    assert (source.label, source.patient, source.reason) == (f"x{by} y".replace("\t", ""), "P", None)
+
+
+def test_a_header_without_images_says_what_was_found_and_what_separates(tmp_path: Path) -> None:
+    with pytest.raises(CohortError) as caught:
+        table(tmp_path, "Path|label\na.png|x\n")
+    assert "found: Path|label" in caught.value.problem and "semicolons or tabs" in caught.value.fix
+    with pytest.raises(CohortError, match="rather than 'Image Index'"):
+        table(tmp_path, "Image Index,label\na.png,x\n")
+
+
 def scan_stat(path: Path) -> tuple[int, int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -90,13 +90,13 @@ def test_a_thousand_resamples_of_500_images_take_well_below_a_second():
 def test_a_perfect_and_a_blind_probe():
     truth = np.arange(40) % 2
     perfect = score(np.eye(2)[truth], truth, np.arange(40), seed=0, n_train=7)
-    assert perfect == Scores(1.0, 1.0, 1.0, 1.0, 7, 40)
+    assert perfect == Scores(1.0, 1.0, 1.0, 1.0, 7, 40, test_images=40)
     assert not perfect.one_answer
     blind = score(np.full((40, 2), 0.5), truth, np.arange(40), seed=0, n_train=7)
     assert (blind.auc, blind.auc_low, blind.auc_high, blind.balanced_accuracy) == (0.5, 0.5, 0.5, 0.5)
     assert blind.one_answer
     assert score(np.array([[0.6, 0.4], [0.9, 0.1]])[truth], truth, np.arange(40), seed=0, n_train=7).one_answer
-    assert blind.row() == {"auc": 0.5, "auc_low": 0.5, "auc_high": 0.5, "balanced_accuracy": 0.5}
+    assert blind.row() == {"auc": 0.5, "auc_low": 0.5, "auc_high": 0.5, "balanced_accuracy": 0.5, "n_test": 40}
 
 
 def test_classes_that_resamples_nearly_always_lack_end_with_a_reason():

@@ -5,8 +5,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from polyclinic.artifacts import write_model_card
 from polyclinic.errors import StudyError
-from polyclinic.report import render_report
+from polyclinic.report import render_report, render_shared
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 HOSTILE = (
@@ -138,6 +139,56 @@ def test_torn_last_lines_are_left_out(make_run):
         with (run / name).open("a") as file:
             file.write(torn)
     assert_finite(Page(render_report(run)))
+
+
+def test_a_stage_that_was_stopped_early_says_so(make_run):
+    run = make_run()
+    assert "stopped" not in Page(render_report(run)).text
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "stopped_early", "stage": 1, "round": 9, "patience": 2}) + "\n")
+    text = Page(render_report(run)).text
+    assert "SimCLR (6 rounds), then MAE (stopped after 3 of 4 rounds) of a ViT-Ti" in text
+    assert "10 of 10, stopped early" in text
+    assert "| 2 | MAE | stopped after 3 of 4 |" in write_model_card(run).read_text()
+
+
+ROW = {"auc": 0.9, "auc_low": 0.8, "auc_high": 1.0, "accuracy": 0.7, "balanced_accuracy": 0.6, "ece": 0.1}
+
+
+def test_each_table_says_of_which_classes_and_patients_it_is(make_run):
+    run = make_run()
+    facts = json.loads((run / "summary.json").read_text())
+    facts["measured"] = {
+        "comparison": {"classes": ["a", "b", "c"], "patients": 48, "images": 96},
+        "classifier": {"classes": ["<a>", "b"], "patients": 30, "images": 60},
+    }
+    (run / "summary.json").write_text(json.dumps(facts | {"classifier": {"federated": ROW}}))
+    for text in (Page(render_report(run)).text, write_model_card(run).read_text().replace("\\", "")):
+        assert "Classes: a, b and c; 48 test patients with 96 images." in text
+        assert "Classes: <a> and b; 30 test patients with 60 images." in text
+        assert "Single sites and all pooled trained for the same rounds and epochs as the federation." in text
+
+
+def test_the_tile_of_the_mean_single_site_names_the_best(make_run):
+    assert "against the mean single site; the best, university, has 0.724" in Page(render_report(make_run())).text
+
+
+def test_the_snippet_loads_the_run_from_where_it_was_made(make_run, monkeypatch):
+    run = make_run()
+    assert 'load_encoder("run") # in the folder that holds this run' in Page(render_report(run)).text
+    monkeypatch.chdir(run.parent.parent)
+    given = run.relative_to(run.parent.parent)
+    assert f'load_encoder("{given}")' in render_report(given).read_text().replace("&#34;", '"')
+    shared = render_shared(given)
+    assert "encoder.safetensors" in shared and str(given) not in shared
+
+
+def test_a_run_of_several_attempts_says_so(make_run):
+    run = make_run()
+    assert "attempts" not in Page(render_report(run)).text
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "run_resumed", "round": 3}) + "\n")
+    assert "7 min 11 s in 2 attempts" in Page(render_report(run)).text
 
 
 def test_what_is_not_finite_is_not_drawn(make_run):

@@ -1,0 +1,49 @@
+"""What can be told of a study before anything is loaded or read: torch alone takes seconds to import."""
+
+from pathlib import Path
+
+from polyclinic.errors import CohortError, StudyError
+from polyclinic.stages import Finetune
+from polyclinic.study import SimulatedSite, Simulation, Study
+
+
+def check(study: Study, data: Path, holding_out: bool) -> None:
+    """Refuse a study that cannot be simulated. `data` is the folder that relative cohort paths start from.
+
+    Raises:
+        StudyError: it names no cohort, or leaves one site out and has nothing to compare. CohortError: one is missing.
+    """
+    if holding_out:
+        check_stages(study)
+    for name, source in sources(study).items():
+        find(name, source, data)
+
+
+def check_stages(study: Study) -> None:
+    """Refuse a study that has no pretraining to compare, or no fine-tuning to compare it by."""
+    if not isinstance(study.stages[-1], Finetune) or isinstance(study.stages[0], Finetune):
+        raise StudyError(
+            "leaving one site out compares pretraining, then fine-tuning, with fine-tuning alone",
+            'give the study a [[stages]] of kind "pretrain" and a last one of kind "finetune"',
+        )
+
+
+def sources(study: Study) -> dict[str, Simulation | SimulatedSite]:
+    """What names a cohort, by the name of its site; the one cohort that is dealt to sites is `all`."""
+    wanted = study.simulation
+    if wanted.site:
+        return {site.name: site for site in wanted.site}
+    if wanted.cohort:
+        return {"all": wanted}
+    raise StudyError(
+        "the study has no [simulation]: there is no cohort to play the sites",
+        'add [simulation] with sites = 3 and cohort = "DIR", or one [[simulation.site]] a hospital',
+    )
+
+
+def find(name: str, source: Simulation | SimulatedSite, data: Path) -> Path:
+    """Where a cohort lies."""
+    path = data / source.cohort
+    if not path.exists():
+        raise CohortError(f"the cohort of {name!r} is not there: {path}", "correct its path, or give --data DIR")
+    return path
