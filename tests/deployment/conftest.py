@@ -23,6 +23,8 @@ from polyclinic_simulations.phantom import write_site
 from .relay import Relay
 
 SITES = ("alpha", "beta", "gamma")
+ELSEWHERE = "127.1.1.1"
+"""An address of the coordinator's that is no site's own loopback address, which is reached without a proxy."""
 RELAYED = "beta"
 """The site whose network can be cut."""
 STUDY = """
@@ -67,6 +69,10 @@ class Consortium:
         self.superlink = f"https://127.0.0.1:{superlink}"
         ports = ("--listen", address, "--superlink-port", superlink, "--web-port", free_port())
         self.command("coordinator", "init", "--address", address, *ports)
+        settings = self.home / "coordinator.toml"
+        assert 'hosts = [\n    "127.0.0.1",' in settings.read_text()
+        settings.write_text(settings.read_text().replace("hosts = [", f'hosts = [\n    "{ELSEWHERE}",'))
+        self.command("coordinator", "renew")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.relay = Relay(self.port)
         for number, name in enumerate(SITES):

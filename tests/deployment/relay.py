@@ -9,9 +9,9 @@ from contextlib import suppress
 class Relay:
     """Forwards TCP connections on loopback. While it is cut, nothing passes in either direction and nobody is told."""
 
-    def __init__(self, to: int) -> None:
+    def __init__(self, to: int, host: str = "127.0.0.1") -> None:
         self._to = to
-        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._listening = socket.create_server((host, 0))
         self.port = int(self._listening.getsockname()[1])
         self._whole = threading.Event()
         self._whole.set()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Consortium, events, finished, free_port, until
+from .conftest import ELSEWHERE, Consortium, events, finished, free_port, until
+from .relay import Relay
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore:GitWildMatchPattern")]
 
@@ -16,12 +17,20 @@ SITE = "gamma"
 
 
 @pytest.fixture
-def proxy(consortium: Consortium, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+def gateway(consortium: Consortium) -> Iterator[int]:
+    """The gateway's port at the address elsewhere."""
+    relay = Relay(consortium.port, ELSEWHERE)
+    yield relay.port
+    relay.close()
+
+
+@pytest.fixture
+def proxy(gateway: int, tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """(address, log) of a proxy that lets through to the gateway, and nowhere else."""
     assert shutil.which("tinyproxy"), "tinyproxy is not installed"
     port, log, settings = free_port(), tmp_path / "proxy.log", tmp_path / "proxy.conf"
     settings.write_text(
-        f'Port {port}\nListen 127.0.0.1\nAllow 127.0.0.1\nConnectPort {consortium.port}\nLogFile "{log}"\n'
+        f'Port {port}\nListen 127.0.0.1\nAllow 127.0.0.1\nConnectPort {gateway}\nLogFile "{log}"\n'
         "LogLevel Connect\nMaxClients 50\nTimeout 600\n"
     )
     process = subprocess.Popen(["tinyproxy", "-d", "-c", settings], stdout=subprocess.DEVNULL)
@@ -38,17 +47,23 @@ def _listens(port: int) -> bool:
         return found.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_site_takes_part_through_a_forward_proxy(proxy: tuple[str, Path], consortium: Consortium) -> None:
+def test_a_site_takes_part_through_a_forward_proxy(
+    proxy: tuple[str, Path], gateway: int, consortium: Consortium
+) -> None:
     address, log = proxy
+    joined = consortium.folder / SITE / "join.json"
+    direct = joined.read_text()
     study = consortium.study("proxied", rounds=1)
     consortium.approve(study)
     consortium.stop(SITE)
+    joined.write_text(direct.replace(f'"127.0.0.1:{consortium.port}"', f'"{ELSEWHERE}:{gateway}"'))
     consortium.start(SITE, environment={"HTTPS_PROXY": address, "NO_PROXY": "", "no_proxy": ""})
     try:
         run = consortium.launch(study)
         finished(run)
         assert {event["round"] for event in events(run, "update_accepted") if event["site"] == SITE} == {1, 2}
-        assert f"CONNECT 127.0.0.1:{consortium.port}" in log.read_text()
+        assert f"CONNECT {ELSEWHERE}:{gateway}" in log.read_text()
     finally:
         consortium.stop(SITE)
+        joined.write_text(direct)
         consortium.start(SITE)
