@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from machine import RESULTS, describe, keep
 from numpy.typing import NDArray
@@ -59,7 +60,7 @@ def polyclinic(sites: int, model: Mapping[str, NDArray[np.float32]], memory: Mem
     def answer(message: Message, context: Context) -> Message:
         name = str(context.node_config["site"])
         if message.metadata.message_type == MessageType.QUERY:
-            return Message(RecordDict({"site": ConfigRecord({"site": name})}), reply_to=message)
+            return Message(wire.pack_presence(wire.Presence(name, "0", True, time.time())), reply_to=message)
         content = wire.pack_reply(wire.Reply(study.hash, 0, 1, name, 1, {"loss": 0.0}, {}), None)
         content["update"] = wire.pack_tensors(dict.fromkeys(model, ones))
         return Message(content, reply_to=message)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import urllib.request
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def engines(folder: Path) -> None:
 
 def endless(folder: Path) -> None:
     """Rounds that nobody waits for: the parent sends SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs behind ignore it
     run, folders = prepare(folder, "ray", local_epochs=1_000)
     try:
         run_ray(run, folders, 1)
