@@ -88,7 +88,7 @@ def _programs(hospital: Hospital) -> list[Program]:
         port, health = _free_port(), _free_port()
         note_health(home, port, health)
         return [
-            str(BIN / "flower-supernode"),
+            *(sys.executable, "-P", "-m", "polyclinic_client.supernode"),
             *("--superlink", joined.address, "--root-certificates", str(home / "authority.crt")),
             *("--auth-supernode-private-key", str(home / "node.key")),
             *("--node-config", f'home="{home}"', "--host", "127.0.0.1", "--port", str(port)),

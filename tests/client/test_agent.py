@@ -57,7 +57,7 @@ def test_flower_understands_what_it_is_started_with(hospital: Hospital, monkeypa
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.local:3128")
     monkeypatch.setenv("NO_PROXY", "example.org")
     program = agent._programs(hospital)[-1]
-    found = _parse_args_run_supernode().parse_args(list(program._command())[1:])
+    found = _parse_args_run_supernode().parse_args(list(program._command())[4:])
     health = json.loads((hospital.path / "health.json").read_text())
     assert found.health_server_address == health["grpc"]
     assert health["http"] == f"http://{found.host}:{found.port}/health"

@@ -40,7 +40,7 @@ VICTIMS = {
     "ServerApp": ("flwr-serverapp",),
     "gateway": ("nginx: master",),
     "gateway's worker": ("nginx: worker",),
-    "SuperNode": ("flower-supernode", SITE),
+    "SuperNode": ("polyclinic_client.supernode", f"/{SITE}/"),
     "warm process": ("polyclinic_client.warm", f"/{SITE}/"),
     "agent": ("site", "start", SITE),
     "coordinator": ("coordinator", "start"),
