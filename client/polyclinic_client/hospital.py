@@ -12,8 +12,10 @@ state/             cohorts, the key of the patient hashes, and what a study keep
 import getpass
 import json
 import math
+import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +33,7 @@ from polyclinic.enrolment import Join, Request, read_file
 from polyclinic.errors import CohortError, Refused
 from polyclinic.explain import explain
 from polyclinic.files import locked, storage, write_atomic, write_secret
+from polyclinic.stages import Finetune
 from polyclinic.study import Name, Study, parse_canonical
 from polyclinic.wire import describe
 from polyclinic_client import policy as limits
@@ -153,12 +156,15 @@ class Hospital:
         """
         leaves = what_leaves(study)
         self.permit(study, leaves, cohort)
+        before, digest = self.approvals(study.hash).get(study.hash), read_meta(cohort.folder)["digest"]
+        if before is None or before.digest != digest:  # what it keeps was made from other patients
+            shutil.rmtree(self.path / "state" / study.hash[:16], ignore_errors=True)
         approval = Approval(
             study=study.canonical(),
             approved=_now(),
             by=by or getpass.getuser(),
             cohort=str(cohort.folder),
-            digest=read_meta(cohort.folder)["digest"],
+            digest=digest,
             patients=cohort.n_patients,
             leaves=leaves,
         )
@@ -173,7 +179,16 @@ class Hospital:
         self.settings.policy.check(study)
         for tensors in leaves:
             self.settings.policy.check_update(tensors)
-        self.settings.policy.check_cohort(cohort.n_patients)
+        self.settings.policy.check_cohort(self.trains_on(study, cohort))
+
+    def trains_on(self, study: Study, cohort: Cohort) -> int:
+        """The patients of the stage that is trained on the fewest; a stage that nobody here has labels for, on none."""
+        site = Site(self.name, cohort, self.path / "state")
+        found = [site.split(study)[0].n_patients]
+        for stage in study.stages:
+            with suppress(CohortError):
+                found += [site.labelled(study, stage)[0].n_patients] if isinstance(stage, Finetune) else []
+        return min(found)
 
     def approved(self, study_hash: str) -> Approval | None:
         """The approval of a study; None where there is none."""
@@ -239,6 +254,8 @@ class Hospital:
             if "tensors" in facts:
                 sizes = {tensor["name"]: 4 * math.prod(tensor["shape"]) for tensor in facts["tensors"]}
                 self.settings.policy.check_update(sizes)
+                if not self.approves(facts["study"]):
+                    raise Refused("the site has withdrawn its approval meanwhile", "ask the site")
         to = self.joined.address if self.joined else ""
         self.ledger.append({"to": to, "kind": kind, **facts})
 

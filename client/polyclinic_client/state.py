@@ -14,8 +14,9 @@ from torch import Tensor
 
 from polyclinic import __version__
 from polyclinic.artifacts import load_tensors, save_tensors
-from polyclinic.errors import CheckpointError
+from polyclinic.errors import CheckpointError, StorageError
 from polyclinic.files import storage
+from polyclinic.training import pick_device
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +94,14 @@ class Midway:
         """Replace what was noted."""
         with storage(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(self.path, note, self._facts, durable=False)
+        try:
+            save_tensors(self.path, note, self._facts, durable=False)
+        except StorageError as error:
+            log.warning("how far the round has come is not noted: %s", error)
 
     @property
     def _facts(self) -> dict[str, str]:
-        return {"model": self.model, "version": __version__}
+        return {"model": self.model, "version": __version__, "device": pick_device().type}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:

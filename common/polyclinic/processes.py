@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from polyclinic.errors import StorageError
+
 log = logging.getLogger(__name__)
 
 SHORTEST_S, LONGEST_S = 1.0, 30.0
@@ -49,7 +51,12 @@ class Program:
             self._process, self._start_at = None, now + self._wait_s
             log.warning("%s ended with %d; it is started again in %.0f s", self.name, code, self._wait_s)
         if self._process is None and now >= self._start_at:
-            self._start()
+            try:
+                self._start()
+            except (OSError, StorageError) as error:  # a full disk
+                self._wait_s = min(2 * self._wait_s, LONGEST_S)
+                self._start_at = now + self._wait_s
+                log.warning("%s cannot be started: %s; it is tried again in %.0f s", self.name, error, self._wait_s)
 
     def _start(self) -> None:
         self._started = time.monotonic()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from flwr.app import Message, MessageType
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from polyclinic import wire
 from polyclinic.study import Study
@@ -28,6 +29,7 @@ LOST = (
 )
 """Errors by which Flower says that a node, or the process that worked for it, is gone, or by which a site says that its
 disk is full: what it was asked is asked again. It answers from what it has stored, or goes on from there."""
+UNREADABLE = "it answers with something that cannot be read"
 AGAIN = 20
 """How often a site is asked again in one round."""
 AGAIN_S, AGAIN_LONGEST_S = 2.0, 60.0
@@ -70,6 +72,7 @@ class Mail:
         self._question, self._patience_s = wire.pack_question(study.hash), study.aggregation.round_deadline_s
         self._names: dict[int, str] = {}
         self._asked: set[int] = set()
+        self._asked_at: dict[int, float] = {}
         self._lost: set[int] = set()
         self._failed: set[int] = set()
         self._pending: dict[str, int] = {}
@@ -96,17 +99,21 @@ class Mail:
             self._lost.clear()
         for node in [node for node in self._grid.get_node_ids() if node not in self._asked]:
             self._asked.add(node)
+            self._asked_at[node] = time.time()
             question = Message(self._question, node, MessageType.QUERY, ttl=self._patience_s + GRACE_S)
             self._pending.update(dict.fromkeys(self._grid.push_messages([question]), node))
-        answers = list(self._grid.pull_messages(list(self._pending)))
-        for answer in answers:
-            if (sender := _sender(answer, self._pending)) is None:
+        came = False
+        for number, answer in _arrived(self._grid, list(self._pending)):
+            came = True
+            if answer is None:
+                self._strange(self._pending.pop(number), UNREADABLE)
+            elif (sender := _sender(answer, self._pending)) is None:
                 continue
-            if _is_lost(answer):
+            elif _is_lost(answer):
                 self._lost.add(sender)
             else:
                 self._seat(answer, sender)
-        return bool(answers)
+        return came
 
     def _seat(self, reply: Message, node: int) -> None:
         """Note which site a node says that it is; the first to claim a seat has it, unless it is another's by key."""
@@ -115,19 +122,24 @@ class Mail:
                 raise wire.Malformed(error)
             found = wire.unpack_presence(reply.content)
         except wire.Malformed as reason:
-            self._failed.add(node)
-            self._run.event("warning", text=wire.plain(f"a node does not say which site it is: {reason}"))
+            self._strange(node, reason)
             return
         site, ours = found.site, self._registered is None or self._registered.get(found.site) == node
         if site in self._seats and site not in self.nodes and ours:
             self.nodes = dict(sorted({**self.nodes, site: node}.items()))
             self._names[node] = site
-            ahead = round(found.clock - time.time(), 1)
+            now, asked = time.time(), self._asked_at[node]  # it has answered between
+            ahead = round(max(found.clock - now, 0.0) + min(found.clock - asked, 0.0), 1)
             facts = {"version": found.version, "approved": found.approved, "clock_ahead_s": ahead}
             self._run.event("site_found", site=site, **facts)
             return
         why = "is not enrolled" if site not in self._seats else "has another key" if not ours else "is taken"
         self._run.event("warning", text=wire.plain(f"a node calls itself {site[:64]!r}, a site that {why}"))
+
+    def _strange(self, node: int, reason: object) -> None:
+        """Note a node that does not say who it is; it is asked again after the next round."""
+        self._failed.add(node)
+        self._run.event("warning", text=wire.plain(f"a node does not say which site it is: {reason}"))
 
     def replies(self, round: Round) -> Iterator[tuple[str, Message]]:
         """(site, reply) as they arrive, until every site that was asked has answered or patience is at its end.
@@ -151,8 +163,13 @@ class Mail:
                 pending |= self._send(round, back)
                 lost = {site: due for site, due in lost.items() if site not in back}
             seen = False
-            for message in _arrived(self._grid, list(pending)):
+            for number, message in _arrived(self._grid, list(pending)):
                 seen = True
+                if message is None:
+                    site = self._names[pending.pop(number)]
+                    missing.discard(site)
+                    refuse(self._run, round, site, UNREADABLE)
+                    continue
                 if (sender := _sender(message, pending)) is not None:
                     site = self._names[sender]
                     if _is_lost(message) and again[site] < AGAIN:
@@ -165,7 +182,7 @@ class Mail:
                     refuse(self._run, round, site, "it answers nothing that was asked of it, or answers again")
                 else:
                     self._run.event("warning", text="a reply to nothing that was asked was dropped")
-                del message
+                del message  # or it would stay in memory until the next has come
             if not seen and not late:
                 time.sleep(POLL_S)
         for site in sorted(missing):
@@ -186,12 +203,19 @@ class Mail:
         return pending
 
 
-def _arrived(grid: Grid, asked: list[str]) -> Iterator[Message]:
-    """Replies that are there. One message is asked for at a time: for all at once, Flower would load all replies."""
+def _arrived(grid: Grid, asked: list[str]) -> Iterator[tuple[str, Message | None]]:
+    """(message that was asked, reply) of those that are there; None where Flower cannot read what a site has sent.
+
+    One message is asked for at a time: for all at once, Flower would load all replies, and one that cannot be read
+    would take the others with it.
+    """
     for number in asked:
-        found = list(grid.pull_messages([number]))
+        try:
+            found: list[Message | None] = list(grid.pull_messages([number]))
+        except (ValueError, TypeError, KeyError, IndexError, DecodeError):
+            found = [None]
         while found:
-            yield found.pop()
+            yield number, found.pop()
 
 
 def _sender(reply: Message, pending: dict[str, int]) -> int | None:

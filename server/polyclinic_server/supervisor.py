@@ -62,7 +62,7 @@ class Supervisor:
             *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
         ]
         nginx = ["nginx", "-c", str(path / "gateway" / "nginx.conf"), "-e", str(path / "gateway" / "error.log")]
-        page = [sys.executable, "-m", "polyclinic_server.web", "--home", str(path)]
+        page = [sys.executable, "-P", "-m", "polyclinic_server.web", "--home", str(path)]
         self.programs = [
             Program("superlink", lambda: superlink, path / "logs" / "superlink.log", environment(path)),
             Program("gateway", lambda: nginx, path / "logs" / "gateway.log", {}),

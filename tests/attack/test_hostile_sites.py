@@ -4,7 +4,7 @@
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -475,3 +475,24 @@ def test_nothing_but_a_refusal_comes_of_any_content(records: dict[str, Any]) -> 
         gate.check(order, "h", reply, packed, tensors)
     except (RefusedUpdate, wire.Malformed) as reason:
         assert len(str(reason)) < 300
+
+
+@pytest.mark.parametrize("kind", [MessageType.QUERY, MessageType.TRAIN])
+def test_a_reply_that_flower_cannot_read_costs_its_site_the_turn_and_nobody_else(kind: str, tmp_path: Path) -> None:
+    """Flower checks little of what a node uploads, and raises where the coordinator asks for it."""
+
+    class Torn(Mail):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            replies = list(super().pull_messages(message_ids))
+            for reply in replies:
+                if reply.metadata.message_type == kind and reply.metadata.src_node_id == list(self.get_node_ids())[-1]:
+                    raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+            return replies
+
+    study = tiny_study(aggregation={"round_deadline_s": 0.3})
+    run = open_run(tmp_path / "run", study)
+    tensors = run_study(Torn({site: honest(site) for site in SITES}, undisturbed), study, run, SEATS)
+    said = events(run, "warning" if kind == MessageType.QUERY else "update_refused")
+    assert all("it answers with something that cannot be read" in str(line) for line in said)
+    assert len(said) >= study.rounds
+    assert_as_if_absent(run, tensors, tmp_path)

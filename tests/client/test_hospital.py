@@ -1,5 +1,6 @@
 """A hospital's folder: its key, what it approves, what it refuses."""
 
+import json
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -163,10 +164,11 @@ def test_orders_at_the_same_time_are_all_counted(hospital: Hospital) -> None:
 
 def reply(**evaluation: float) -> RecordDict:
     update = {"encoder.w": np.ones((2, 3), np.float32), "head.w": np.ones(5, np.float32)}
-    return wire.pack_reply(wire.Reply("h", 0, 1, "north", 12, {"loss": 1.0, "seconds": 2.0}, evaluation), update)
+    return wire.pack_reply(wire.Reply(STUDY.hash, 0, 1, "north", 12, {"loss": 1.0, "seconds": 2.0}, evaluation), update)
 
 
 def test_what_leaves_is_entered_and_what_is_withheld_does_not_leave(hospital: Hospital) -> None:
+    approve(hospital)
     content = reply(probe_auc=0.5, knn_auc=0.5)
     change(hospital, 'metrics = ["*"]', 'metrics = ["loss", "probe_*"]').leaving("train", content)
     sent, update = wire.unpack_reply(content)
@@ -175,6 +177,28 @@ def test_what_leaves_is_entered_and_what_is_withheld_does_not_leave(hospital: Ho
     (entry,) = hospital.ledger.entries()
     assert entry["metrics"] == {"loss": 1.0, "probe_auc": 0.5}
     assert entry["patients"] == 12
+
+
+def test_an_update_does_not_leave_once_the_approval_is_withdrawn(hospital: Hospital) -> None:
+    approve(hospital)
+    hospital.withdraw(STUDY.hash)
+    with pytest.raises(Refused, match="has withdrawn its approval"):
+        hospital.leaving("train", reply())
+    assert list(hospital.ledger.entries()) == []
+
+
+def test_what_was_made_from_other_patients_goes_with_a_new_approval(hospital: Hospital, tmp_path: Path) -> None:
+    approve(hospital)
+    kept = hospital.path / "state" / STUDY.hash[:16] / "update-0001.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"an update")
+    approve(hospital)
+    assert kept.exists()
+    approval = hospital.path / "approved" / f"{STUDY.hash}.json"
+    before = json.loads(approval.read_text())
+    approval.write_text(json.dumps({**before, "digest": "of other images"}))
+    approve(hospital)
+    assert not kept.exists()
 
 
 @pytest.mark.parametrize(
@@ -263,3 +287,12 @@ def test_the_answer_is_kept_if_it_is_for_this_site_and_version(hospital: Hospita
     file.write_text(answer())
     hospital.join(file)
     assert Hospital(hospital.path).joined == read_file(file, Join)
+
+
+def test_min_patients_counts_those_that_are_trained_on(hospital: Hospital) -> None:
+    cohort = hospital.cohort_for(STUDY)
+    trained = hospital.trains_on(STUDY, cohort)
+    assert 2 <= trained < cohort.n_patients == 10
+    change(hospital, "min_patients = 2", f"min_patients = {trained}").approve(STUDY, cohort)
+    with pytest.raises(CohortError, match="too few patients"):
+        change(hospital, "min_patients = ", f"min_patients = {trained + 1} #").serve(STUDY.canonical())
