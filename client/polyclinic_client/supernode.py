@@ -1,16 +1,29 @@
-"""Flower's SuperNode, mended: it sends what is ready, whenever it is.
+"""Flower's SuperNode, mended: it sends what is ready, whenever it is, and loses nothing to a broken connection.
 
 Flower 1.41's looks for replies only after a message has come. When a message is dropped midway, since its run has ended
 meanwhile (SuperLink was killed and started again), every later reply lies there until the next message comes, which
-the coordinator sends when it has that reply.
+the coordinator sends when it has that reply. And where a connection breaks in its handshake (the gateway was killed),
+it does not try again, but forgets the reply that it was sending, or the message that it was told of.
 """
 
+import logging
+import ssl
+import time
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
+
+import httpx
 
 from polyclinic.errors import Refused
 
-PULL = "_pull_and_store_message"
-"""Of flwr.supernode.start_client_internal: gives None where no message has come, and then nothing is sent."""
+log = logging.getLogger(__name__)
+
+PULL, PUSH = "_pull_and_store_message", "_push_messages"
+"""Of flwr.supernode.start_client_internal: the first gives None where no message has come, and then nothing is sent.
+Both take the calls that they make to the coordinator as arguments."""
+LONGEST_S = 30.0
+"""Between two attempts at a call; there is no last one."""
 
 
 def main() -> None:
@@ -23,23 +36,48 @@ def main() -> None:
 
 
 def mend(node: Any) -> None:
-    """Have Flower's module `node` look for replies where no message has come, too.
+    """Have Flower's module `node` look for replies where no message has come, too, and make its calls patiently.
 
     Raises:
         Refused: the module is not the one that this was written for.
     """
-    pull = getattr(node, PULL, None)
-    if not callable(pull):
+    pull, push = (getattr(node, name, None) for name in (PULL, PUSH))
+    if not callable(pull) or not callable(push):
         raise Refused(
-            f"this version of Flower has no {PULL}: the node does not start",
+            f"this version of Flower has no {PULL} or {PUSH}: the node does not start",
             "install the version of flwr that polyclinic asks for",
         )
 
     def pull_or_send(*, state: Any, **rest: Any) -> int | None:
-        run: int | None = pull(state=state, **rest)
+        run: int | None = pull(state=state, **_patient(rest))
         return 0 if run is None and waits(state) else run
 
     setattr(node, PULL, pull_or_send)
+    setattr(node, PUSH, lambda **rest: push(**_patient(rest)))
+
+
+def _patient(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same, calls to the coordinator made again and again until the connection holds."""
+    return {name: patiently(value) if callable(value) else value for name, value in arguments.items()}
+
+
+def patiently(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, repeated while it is the connection that fails; whatever else it raises is raised."""
+
+    @wraps(call)
+    def calling(*arguments: Any, **named: Any) -> Any:
+        wait_s = 1.0
+        while True:
+            try:
+                return call(*arguments, **named)
+            except (httpx.TransportError, ssl.SSLError, ConnectionError) as error:
+                log.warning(
+                    "the connection to the coordinator broke: %s; again in %.0f s", type(error).__name__, wait_s
+                )
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_S)
+
+    return calling
 
 
 def waits(state: Any) -> bool:

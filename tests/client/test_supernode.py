@@ -1,20 +1,29 @@
 """SuperNode sends what is ready, though no message has come."""
 
+import inspect
+import ssl
 import threading
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import httpx
 import pytest
 from flwr.supernode import start_client_internal
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState, MessageEntry
 
 from polyclinic.errors import Refused
-from polyclinic_client.supernode import PULL, mend, waits
+from polyclinic_client import supernode
+from polyclinic_client.supernode import PULL, PUSH, mend, waits
 
 
 def test_the_hook_still_bites() -> None:
-    assert PULL in start_client_internal.start_client_internal.__code__.co_names
+    assert {PULL, PUSH} <= set(start_client_internal.start_client_internal.__code__.co_names)
+    for name, calls in (
+        (PULL, {"receive", "pull_object", "confirm_message_received"}),
+        (PUSH, {"send", "push_object"}),
+    ):
+        assert calls <= set(inspect.signature(getattr(start_client_internal, name)).parameters)
 
 
 def entry(reply_to: str, retrieved: bool = False) -> Any:
@@ -37,7 +46,7 @@ def entry(reply_to: str, retrieved: bool = False) -> Any:
 def test_a_reply_that_is_ready_is_sent_whether_or_not_a_message_has_come(
     came: int | None, entries: list[Any], gives: int | None
 ) -> None:
-    node = SimpleNamespace(**{PULL: lambda **rest: came})
+    node = SimpleNamespace(**{PULL: lambda **rest: came, PUSH: print})
     mend(node)
     state = SimpleNamespace(lock_msg_store=threading.RLock(), msg_store=dict(enumerate(entries)))
     assert getattr(node, PULL)(state=state, object_store=None) == gives
@@ -53,5 +62,37 @@ def test_flowers_own_state_has_what_is_read_of_it() -> None:
 
 
 def test_another_flower_does_not_start() -> None:
-    with pytest.raises(Refused, match="has no _pull_and_store_message"):
-        mend(SimpleNamespace())
+    for names in ({}, {PULL: print}, {PUSH: print}):
+        with pytest.raises(Refused, match="has no _pull_and_store_message or _push_messages"):
+            mend(SimpleNamespace(**names))
+
+
+@pytest.mark.parametrize(
+    "broken", [httpx.ConnectError("x"), ssl.SSLEOFError("x"), ConnectionResetError(), httpx.ReadTimeout("x")]
+)
+def test_what_a_broken_connection_has_kept_from_being_sent_is_sent_again(
+    broken: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(supernode.time, "sleep", waited.append)
+    sent: list[str] = []
+
+    def send(message: str) -> int:
+        if len(waited) < 7:
+            raise broken
+        sent.append(message)
+        return 3
+
+    node = SimpleNamespace(**{PULL: print, PUSH: lambda state, send: send("an update")})
+    mend(node)
+    assert getattr(node, PUSH)(state=None, send=send) == 3
+    assert sent == ["an update"]
+    assert waited == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_what_is_not_the_connections_fault_is_raised() -> None:
+    def ended() -> None:
+        raise RuntimeError("the run has ended")
+
+    with pytest.raises(RuntimeError, match="has ended"):
+        supernode.patiently(ended)()
