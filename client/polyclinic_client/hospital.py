@@ -33,7 +33,7 @@ from polyclinic.enrolment import Join, Request, read_file
 from polyclinic.errors import CohortError, Refused
 from polyclinic.explain import explain
 from polyclinic.files import locked, storage, write_atomic, write_secret
-from polyclinic.stages import Finetune
+from polyclinic.stages import Finetune, Stage
 from polyclinic.study import Name, Study, parse_canonical
 from polyclinic.wire import describe
 from polyclinic_client import policy as limits
@@ -179,16 +179,19 @@ class Hospital:
         self.settings.policy.check(study)
         for tensors in leaves:
             self.settings.policy.check_update(tensors)
-        self.settings.policy.check_cohort(self.trains_on(study, cohort))
+        trained = [training.n_patients for training in self.trains_on(study, cohort) if training is not None]
+        self.settings.policy.check_cohort(min(trained, default=cohort.n_patients))
 
-    def trains_on(self, study: Study, cohort: Cohort) -> int:
-        """The patients of the stage that is trained on the fewest; a stage that nobody here has labels for, on none."""
+    def trains_on(self, study: Study, cohort: Cohort) -> list[Cohort | None]:
+        """What each stage trains on here; None for one that needs labels where no training patient has any."""
         site = Site(self.name, cohort, self.path / "state")
-        found = [site.split(study)[0].n_patients]
-        for stage in study.stages:
+
+        def training(stage: Stage) -> Cohort | None:
             with suppress(CohortError):
-                found += [site.labelled(study, stage)[0].n_patients] if isinstance(stage, Finetune) else []
-        return min(found)
+                return site.labelled(study, stage)[0] if isinstance(stage, Finetune) else site.split(study)[0]
+            return None
+
+        return [training(stage) for stage in study.stages]
 
     def approved(self, study_hash: str) -> Approval | None:
         """The approval of a study; None where there is none."""

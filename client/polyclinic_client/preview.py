@@ -14,12 +14,17 @@ from polyclinic_client.rehearsal import Rehearsal, duration, rehearse
 
 @dataclass(frozen=True)
 class Preview:
-    """A study at a site. `leaves` holds for each stage the tensors that leave by name, each with its bytes."""
+    """A study at a site.
+
+    Attributes:
+        trains_on: the images of each stage; None where no training patient has the label that it needs.
+        leaves: for each stage, the tensors that leave by name, each with its bytes.
+    """
 
     study: Study
     policy: Policy
-    images: int
-    patients: int
+    cohort: Cohort
+    trains_on: list[Cohort | None]
     leaves: list[dict[str, int]]
     rehearsal: Rehearsal
 
@@ -29,11 +34,17 @@ class Preview:
         return {
             "study": self.study.name,
             "hash": self.study.hash,
-            "images": self.images,
-            "patients": self.patients,
+            "images": len(self.cohort),
+            "patients": self.cohort.n_patients,
             "stages": [
-                {**asdict(stage), "bytes_a_round": sum(tensors.values()), "tensors": sorted(tensors)}
-                for stage, tensors in zip(pace.stages, self.leaves, strict=True)
+                {
+                    **asdict(stage),
+                    "images": len(training) if training else 0,
+                    "patients": training.n_patients if training else 0,
+                    "bytes_a_round": sum(tensors.values()),
+                    "tensors": sorted(tensors),
+                }
+                for stage, training, tensors in zip(pace.stages, self.trains_on, self.leaves, strict=True)
             ],
             "estimate": {"seconds": pace.total_s, "memory_mb": pace.memory_mb, "device": pace.device},
             "metrics": self.policy.figures(),
@@ -45,13 +56,13 @@ class Preview:
     def words(self) -> Iterator[str]:
         """For who is to decide."""
         study, pace = self.study, self.rehearsal
-        stages = ", then ".join(
-            f"{stage.rounds} rounds of {stage.method}"
-            + f", {stage.local_epochs} passes each" * (stage.local_epochs > 1)
-            for stage in study.stages
-        )
         yield f"{study.name} ({study.hash})"
-        yield f"trains on {self.images} images of {self.patients} patients: {stages}"
+        for stage, training in zip(study.stages, self.trains_on, strict=True):
+            rounds = f"{stage.rounds} rounds of {stage.method}"
+            passes = f", {stage.local_epochs} passes each" * (stage.local_epochs > 1)
+            what = f"{_size(training)}{passes}" if training else "nothing: no patient to train on has its labels here"
+            yield f"trains {rounds} on {what}"
+        yield f"of the {_size(self.cohort)} here, some patients are for measuring only and are never trained on"
         paces = ", ".join(f"{duration(stage.round_s)} a round of {stage.method}" for stage in pace.stages)
         yield (
             f"takes about {paces}, {duration(pace.total_s)} in all, and {pace.memory_mb / 1e3:.1f} GB of memory: an "
@@ -79,7 +90,11 @@ def preview(hospital: Hospital, study: Study, cohort: Cohort) -> Preview:
     leaves = what_leaves(study)
     hospital.permit(study, leaves, cohort)
     pace = rehearse(hospital, study, cohort)
-    return Preview(study, hospital.settings.policy, len(cohort), cohort.n_patients, leaves, pace)
+    return Preview(study, hospital.settings.policy, cohort, hospital.trains_on(study, cohort), leaves, pace)
+
+
+def _size(cohort: Cohort) -> str:
+    return f"{len(cohort)} images of {cohort.n_patients} patients"
 
 
 def _parts(tensors: dict[str, int]) -> str:

@@ -3,6 +3,7 @@
 Waits are bounded, and nothing that arrives can stop the caller: what is nobody's turn is written down and dropped.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -71,12 +72,11 @@ class Mail:
         self._grid, self._run, self._seats, self._registered = grid, run, seats, registered
         self._question, self._patience_s = wire.pack_question(study.hash), study.aggregation.round_deadline_s
         self._names: dict[int, str] = {}
-        self._asked: set[int] = set()
         self._asked_at: dict[int, float] = {}
-        self._lost: set[int] = set()
-        self._failed: set[int] = set()
+        self._due: dict[int, float] = {}  # when a node is asked again; one that has not answered, never
+        self._failed = Counter[int]()
+        self._told: set[str] = set()
         self._pending: dict[str, int] = {}
-        self._looked = time.monotonic()
 
     def find(self) -> None:
         """Ask every node who it is, until all enrolled sites are found or patience is at its end."""
@@ -93,13 +93,9 @@ class Mail:
         """Ask nodes that are new who they are, unless all sites are there, and take what has come; whether it has."""
         if set(self.nodes) == set(self._seats):
             return False
-        if time.monotonic() - self._looked > AGAIN_S:
-            self._looked = time.monotonic()
-            self._asked -= self._lost
-            self._lost.clear()
-        for node in [node for node in self._grid.get_node_ids() if node not in self._asked]:
-            self._asked.add(node)
-            self._asked_at[node] = time.time()
+        now = time.monotonic()
+        for node in [node for node in self._grid.get_node_ids() if now >= self._due.get(node, now)]:
+            self._due[node], self._asked_at[node] = math.inf, time.time()
             question = Message(self._question, node, MessageType.QUERY, ttl=self._patience_s + GRACE_S)
             self._pending.update(dict.fromkeys(self._grid.push_messages([question]), node))
         came = False
@@ -110,7 +106,7 @@ class Mail:
             elif (sender := _sender(answer, self._pending)) is None:
                 continue
             elif _is_lost(answer):
-                self._lost.add(sender)
+                self._ask_later(sender)
             else:
                 self._seat(answer, sender)
         return came
@@ -137,15 +133,22 @@ class Mail:
         self._run.event("warning", text=wire.plain(f"a node calls itself {site[:64]!r}, a site that {why}"))
 
     def _strange(self, node: int, reason: object) -> None:
-        """Note a node that does not say who it is; it is asked again after the next round."""
-        self._failed.add(node)
-        self._run.event("warning", text=wire.plain(f"a node does not say which site it is: {reason}"))
+        """Note a node that does not say who it is. It is asked again: it may be well later."""
+        self._ask_later(node)
+        text = wire.plain(f"a node does not say which site it is: {reason}")
+        if text not in self._told:
+            self._told.add(text)
+            self._run.event("warning", text=text)
+
+    def _ask_later(self, node: int) -> None:
+        self._due[node] = time.monotonic() + _wait_s(self._failed[node])
+        self._failed[node] += 1
 
     def replies(self, round: Round) -> Iterator[tuple[str, Message]]:
         """(site, reply) as they arrive, until every site that was asked has answered or patience is at its end.
 
         What has arrived by then is taken, even where taking the one before lasted beyond the deadline. A site whose
-        node has gone is asked again when it is back.
+        node has gone is asked again when it is back. Who comes meanwhile is there for the next round.
         """
         deadline = time.monotonic() + self._patience_s
         pending = self._send(round, round.orders)
@@ -156,8 +159,9 @@ class Mail:
         while (pending or lost) and not late:
             now = time.monotonic()
             late = now > deadline
-            if lost and now - looked > AGAIN_S:
-                online, looked = set(self._grid.get_node_ids()), now
+            if now - looked > AGAIN_S:
+                self.look()
+                online, looked = set(self._grid.get_node_ids()) if lost else set(), now
                 back = sorted(site for site, due in lost.items() if now > due and self.nodes[site] in online)
                 again.update(back)
                 pending |= self._send(round, back)
@@ -173,7 +177,7 @@ class Mail:
                 if (sender := _sender(message, pending)) is not None:
                     site = self._names[sender]
                     if _is_lost(message) and again[site] < AGAIN:
-                        lost[site] = time.monotonic() + min(AGAIN_S * 2 ** again[site], AGAIN_LONGEST_S)
+                        lost[site] = time.monotonic() + _wait_s(again[site])
                         self._run.event("site_lost", round=round.number, site=site, reason=_error(message))
                         continue
                     missing.discard(site)
@@ -187,9 +191,7 @@ class Mail:
                 time.sleep(POLL_S)
         for site in sorted(missing):
             self._run.event("site_missing", round=round.number, site=site)
-            self._failed.add(self.nodes.pop(site))
-        self._asked -= self._failed  # they may be well again: they are asked before the next round
-        self._failed.clear()
+            self._due[self.nodes.pop(site)] = now  # it may be well again: it is asked before the next round
 
     def _send(self, round: Round, sites: Iterable[str]) -> dict[str, int]:
         """Send sites their orders: {message: node}. The messages share one copy of the tensors."""
@@ -201,6 +203,11 @@ class Mail:
             message = Message(content, node, kind, group_id=str(round.number), ttl=ttl)
             pending.update(dict.fromkeys(self._grid.push_messages([message]), node))
         return pending
+
+
+def _wait_s(times: int) -> float:
+    """Until a node is asked again that was asked again so often."""
+    return min(AGAIN_S * (1 << min(times, 10)), AGAIN_LONGEST_S)
 
 
 def _arrived(grid: Grid, asked: list[str]) -> Iterator[tuple[str, Message | None]]:

@@ -394,7 +394,10 @@ def test_a_node_with_anothers_name_or_none_has_no_seat(said: RecordDict, warned:
 
 
 @pytest.mark.parametrize("often", [1, 100])
-def test_a_node_that_raises_when_asked_who_it_is_is_asked_again_a_round_later(often: int, tmp_path: Path) -> None:
+def test_a_node_that_raises_when_asked_who_it_is_is_asked_again(
+    often: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mail, "AGAIN_S", 0.01)
     study = tiny_study(aggregation={"round_deadline_s": 0.3})
     run = open_run(tmp_path / "run", study)
     raised = 0
@@ -409,13 +412,13 @@ def test_a_node_that_raises_when_asked_who_it_is_is_asked_again_a_round_later(of
     tensors = run_study(
         Mail({"east": honest("east"), "west": node, "north": honest("north")}, undisturbed), study, run, SEATS
     )
-    assert {line["text"] for line in events(run, "warning")} == {"a node does not say which site it is: OSError"}
+    assert [line["text"] for line in events(run, "warning")] == ["a node does not say which site it is: OSError"]
     if often > 1:
-        assert raised == 1 + study.rounds
+        assert 2 <= raised < 20  # ever more seldom
         assert_as_if_absent(run, tensors, tmp_path)
     else:
         accepted = [line["round"] for line in events(run, "update_accepted") if line["site"] == "west"]
-        assert accepted == [*range(2, study.rounds + 1)]
+        assert accepted == [*range(1, study.rounds + 1)]
 
 
 def test_the_last_measurement_takes_no_stale_or_foreign_reply(tmp_path: Path) -> None:
@@ -494,5 +497,5 @@ def test_a_reply_that_flower_cannot_read_costs_its_site_the_turn_and_nobody_else
     tensors = run_study(Torn({site: honest(site) for site in SITES}, undisturbed), study, run, SEATS)
     said = events(run, "warning" if kind == MessageType.QUERY else "update_refused")
     assert all("it answers with something that cannot be read" in str(line) for line in said)
-    assert len(said) >= study.rounds
+    assert len(said) >= (study.rounds if kind == MessageType.TRAIN else 1)
     assert_as_if_absent(run, tensors, tmp_path)

@@ -86,7 +86,8 @@ def test_from_the_request_to_an_approved_study(capsys: pytest.CaptureFixture[str
     assert run(["site", "approve", "study.toml", "--yes"]) == 0  # with a real dry run
     shown = said(capsys)
     hash = load_study(Path("study.toml")).hash
-    assert "trains on 12 images of 6 patients: 2 rounds" in shown
+    assert "trains 2 rounds of mae on 8 images of 4 patients" in shown
+    assert "of the 12 images of 6 patients here, some patients are for measuring only" in shown
     assert f"approved by {Hospital(Path('site')).approved(hash).by}" in shown  # type: ignore[union-attr]
     assert run(["site", "status", "--json"]) == 0
     found = json.loads(said(capsys))

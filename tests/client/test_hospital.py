@@ -291,7 +291,9 @@ def test_the_answer_is_kept_if_it_is_for_this_site_and_version(hospital: Hospita
 
 def test_min_patients_counts_those_that_are_trained_on(hospital: Hospital) -> None:
     cohort = hospital.cohort_for(STUDY)
-    trained = hospital.trains_on(STUDY, cohort)
+    (training,) = hospital.trains_on(STUDY, cohort)
+    assert training is not None
+    trained = training.n_patients
     assert 2 <= trained < cohort.n_patients == 10
     change(hospital, "min_patients = 2", f"min_patients = {trained}").approve(STUDY, cohort)
     with pytest.raises(CohortError, match="too few patients"):

@@ -10,8 +10,8 @@ from polyclinic.cohort import Cohort
 from polyclinic.errors import CohortError, PolyclinicError
 from polyclinic.study import Study, resolve
 from polyclinic_client import caps, rehearsal
-from polyclinic_client.hospital import SETTINGS, Hospital, make_hospital
-from polyclinic_client.preview import preview
+from polyclinic_client.hospital import SETTINGS, Hospital, make_hospital, what_leaves
+from polyclinic_client.preview import Preview, preview
 from polyclinic_client.rehearsal import Pace, Rehearsal, measure, rehearse
 from polyclinic_client.site import Site
 
@@ -80,6 +80,26 @@ def test_a_study_that_cannot_be_trained_here_says_why(tmp_path: Path) -> None:
         found(tiny_study(stages=[FINETUNE], evaluation=elsewhere), in_memory(10), tmp_path)
 
 
+def test_a_stage_without_labels_here_takes_no_time(tmp_path: Path) -> None:
+    elsewhere = {"labels": {"a": ["x"], "b": ["y"]}, "rows": []}
+    study = tiny_study(stages=[{**SIMCLR, "rounds": 2}, FINETUNE], evaluation=elsewhere)
+    simclr, supervised = found(study, in_memory(10), tmp_path).stages
+    assert simclr.images_s > 0 and simclr.round_s > 0
+    assert (supervised.method, supervised.images_s, supervised.round_s) == ("supervised", 0.0, 0.0)
+
+
+def test_says_which_stage_has_no_labels_here(hospital: Hospital) -> None:
+    elsewhere = {"labels": {"a": ["x"], "b": ["y"]}, "rows": []}
+    study = tiny_study(stages=[{**SIMCLR, "rounds": 2}, FINETUNE], evaluation=elsewhere)
+    cohort = hospital.cohort_for(study)
+    trains_on = hospital.trains_on(study, cohort)
+    pace = Rehearsal([Pace("simclr", 2, 20.0, 30.0), Pace("supervised", 2, 0.0, 0.0)], 100.0, "cpu")
+    seen = Preview(study, hospital.settings.policy, cohort, trains_on, what_leaves(study), pace)
+    text = "\n".join(seen.words())
+    assert " rounds of supervised on nothing: no patient to train on has its labels here" in text
+    assert [stage["patients"] for stage in seen.plain()["stages"]] == [trains_on[0].n_patients, 0]  # type: ignore[union-attr]
+
+
 def test_what_takes_longer_than_the_coordinator_waits_is_said() -> None:
     study = tiny_study(aggregation={"round_deadline_s": 60.0})
     slow = Rehearsal([Pace("simclr", 2, 1.0, 90.0)], 100.0, "cpu")
@@ -94,7 +114,8 @@ def test_in_a_process_of_its_own_under_the_sites_caps(hospital: Hospital) -> Non
     assert files(hospital.path) == before
     text = "\n".join(seen.words())
     for said in (
-        "trains on 12 images of 6 patients: 2 rounds of mae",
+        "trains 2 rounds of mae on 8 images of 4 patients",
+        "of the 12 images of 6 patients here, some patients are for measuring only",
         "a round of mae",
         "an estimate from a few batches just now on the processor",
         "each round of mae lets out",

@@ -139,7 +139,7 @@ class Consortium:
     def approve(self, study: Path, *names: str) -> None:
         for name in names or SITES:
             said = self.command("site", "approve", study, "--yes", "--home", name)
-            assert "trains on" in said
+            assert "rounds of mae on " in said
 
     def launch(self, study: Path) -> Path:
         """The run directory of a study that has been launched."""

@@ -239,6 +239,29 @@ def test_a_site_that_is_late_or_gone_holds_up_one_wait_and_joins_a_later_round(
     assert same_bits(tensors, refused)
 
 
+def test_a_site_that_comes_during_a_round_is_in_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mail, "AGAIN_S", 0.0)
+
+    class Coming(LocalGrid):
+        """The last node is there as soon as the first has trained."""
+
+        trained = False
+
+        def get_node_ids(self) -> Iterable[int]:
+            here = list(super().get_node_ids())
+            return here if self.trained else here[:-1]
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            for message in super().pull_messages(message_ids):
+                self.trained |= message.metadata.message_type == "train"
+                yield message
+
+    study = tiny_study(aggregation={"round_deadline_s": 0.3}, stages=[{**SIMCLR, "rounds": 3}])
+    run = open_run(tmp_path, study)
+    run_study(Coming(nodes()), study, run, SEATS)
+    assert [line["round"] for line in events(run, "update_accepted") if line["site"] == "west"] == [2, 3]
+
+
 @pytest.mark.parametrize(
     ("weighting", "seats", "fits"),
     [

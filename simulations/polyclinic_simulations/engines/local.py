@@ -1,13 +1,17 @@
 """The local engine: the ServerApp's round loop and every site's ClientApp in this process, behind Flower's Grid.
 
 A message is carried out when the server looks for replies, one a look: no process starts, one update in memory,
-and a debugger steps from the round loop into a site. Sites work one after another, so none is ever late.
+and a debugger steps from the round loop into a site. Sites work one after another, each with a message's lifetime of
+its own: a site that hangs is interrupted when its message has expired, and answers nothing.
 """
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
+from typing import NoReturn
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -35,7 +39,7 @@ class LocalGrid(Grid):
             node: Context(run_id=1, node_id=node, node_config={"site": name}, state=RecordDict(), run_config={})
             for node, name in enumerate(apps, start=FIRST_NODE)
         }
-        self._waiting: deque[Message] = deque()
+        self._waiting: dict[str, Message] = {}
         self._numbers = count(1)
 
     def set_run(self, run: Run) -> None:
@@ -64,18 +68,17 @@ class LocalGrid(Grid):
         """Queue messages; the answer is worked out when it is asked for."""
         ids = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = str(next(self._numbers))
-            self._waiting.append(message)
-            ids.append(message.metadata.message_id)
+            ids.append(str(next(self._numbers)))
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            self._waiting[ids[-1]] = message
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Carry out the next waiting message, and hand back its reply."""
-        wanted = set(message_ids)
-        while self._waiting:
-            message = self._waiting.popleft()
-            if message.metadata.message_id in wanted:
-                return [self._carry_out(message)]
+        """Carry out the first of these that waits, and hand back its reply, if it comes in the message's lifetime."""
+        for number in message_ids:
+            if message := self._waiting.pop(number, None):
+                with _interrupted(message.metadata.ttl):
+                    return [self._carry_out(message)]
         return []
 
     def _carry_out(self, message: Message) -> Message:
@@ -94,3 +97,28 @@ class LocalGrid(Grid):
         """All replies, in the order of the messages."""
         ids = list(self.push_messages(messages))
         return [reply for _ in ids for reply in self.pull_messages(ids)]
+
+
+class _Expired(BaseException):
+    """Nothing that a site catches: it is not the site's to deal with."""
+
+
+@contextmanager
+def _interrupted(seconds: float) -> Iterator[None]:
+    """Stop what lasts longer, and go on after it. Where there is no alarm (Windows, threads), it lasts as it lasts."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expire(number: int, frame: object) -> NoReturn:
+        raise _Expired
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _Expired:
+        log.debug("a node was interrupted: its message has expired", exc_info=True)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

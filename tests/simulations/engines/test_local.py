@@ -1,5 +1,10 @@
 """The local engine: Flower's Grid without Flower's runtime."""
 
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -7,7 +12,11 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from polyclinic_server import mail
+from polyclinic_server.rounds import run_study
 from polyclinic_simulations.engines.local import LocalGrid
+
+from ...tiny import SITES, events, honest, open_run, tiny_study
 
 
 def echo(message: Message, context: Context) -> Message:
@@ -77,3 +86,51 @@ def test_what_a_node_raises_comes_as_an_error_without_its_text() -> None:
     grid = LocalGrid({"east": node, "west": ClientApp()})
     for message in grid.send_and_receive([question(node) for node in grid.get_node_ids()]):
         assert message.error.reason == "ValueError"
+
+
+def hangs(message: Message, context: Context) -> Message:
+    """A site on storage that has gone: errors that it catches do not reach it."""
+    while True:
+        with suppress(Exception):
+            Event().wait()
+
+
+def test_a_site_that_hangs_is_interrupted_when_its_message_expires() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    grid = LocalGrid({"east": hangs, "west": echo})
+    east, west = grid.get_node_ids()
+    asked = [Message(RecordDict(), east, MessageType.QUERY, ttl=0.2), question(west)]
+    replies = list(grid.send_and_receive(asked))
+    assert [reply.content["site"]["site"] for reply in replies] == ["west"]
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_outside_the_main_thread_a_site_takes_the_time_that_it_takes() -> None:
+    def slow(message: Message, context: Context) -> Message:
+        time.sleep(0.3)
+        return echo(message, context)
+
+    grid = LocalGrid({"east": slow})
+    replies: list[Message] = []
+    message = Message(RecordDict(), next(iter(grid.get_node_ids())), MessageType.QUERY, ttl=0.1)
+    thread = Thread(target=lambda: replies.extend(grid.send_and_receive([message])))
+    thread.start()
+    thread.join()
+    assert len(replies) == 1
+
+
+def test_a_study_goes_on_without_a_site_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mail, "GRACE_S", 0.0)
+
+    def stuck(message: Message, context: Context) -> Message:
+        node = hangs if message.metadata.message_type == MessageType.TRAIN else honest(SITES[0])
+        return node(message, context)
+
+    study = tiny_study(aggregation={"round_deadline_s": 1.0, "min_sites": 2})
+    run = open_run(tmp_path, study)
+    run_study(
+        LocalGrid({SITES[0]: stuck} | {name: honest(name) for name in SITES[1:]}), study, run, dict.fromkeys(SITES, 10)
+    )
+    assert {line["site"] for line in events(run, "site_missing")} == {SITES[0]}
+    assert [line["accepted"] for line in events(run, "round_closed")] == [2] * study.rounds
