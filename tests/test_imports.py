@@ -39,6 +39,7 @@ FLWR = (
     "polyclinic.bundle",
     "polyclinic_client.app",
     "polyclinic_client.clientapp",
+    "polyclinic_client.superexec",
     "polyclinic_client.supernode",
     "polyclinic_server.app",
     "polyclinic_server.rounds",

@@ -22,8 +22,8 @@ from polyclinic_client.warm import SOCKET
 log = logging.getLogger(__name__)
 
 BIN = Path(sys.executable).parent
-GUARD = f"#!{sys.executable} -P\nfrom polyclinic_client.clientapp import main\nmain()\n"
-"""The program that SuperNode finds as `flwr-clientapp`."""
+GUARD = f"#!{sys.executable} -P\nfrom polyclinic_client.{{}} import main\nmain()\n"
+"""A program that SuperNode finds under the name of Flower's."""
 
 
 def run_agent(hospital: Hospital) -> None:
@@ -49,20 +49,20 @@ def run_agent(hospital: Hospital) -> None:
 
 
 def write_guard(home: Path) -> Path:
-    """The folder that is all of SuperNode's PATH: our own `flwr-clientapp`, and what SuperNode starts it by.
+    """The folder that is all of SuperNode's PATH: our own `flwr-clientapp`, and `flower-superexec`, which starts it.
 
-    Flower's program of that name must not be found after ours: a shell's search goes on past one that does not start.
+    Flower's programs of these names must not be found after ours: a search goes on past one that does not start.
 
     Raises:
         Refused: our program does not start from there.
     """
     folder = home / "bin"
     folder.mkdir(mode=0o700, exist_ok=True)
-    guard, other = folder / "flwr-clientapp", folder / "flower-superexec"
-    write_atomic(guard, GUARD)
-    guard.chmod(0o700)
-    other.unlink(missing_ok=True)
-    other.symlink_to(BIN / "flower-superexec")
+    guard = folder / "flwr-clientapp"
+    for path, module in ((guard, "clientapp"), (folder / "flower-superexec", "superexec")):
+        path.unlink(missing_ok=True)
+        write_atomic(path, GUARD.format(module))
+        path.chmod(0o700)
     fix = "put the site's folder where programs may run, on a path without a colon"
     try:
         works = subprocess.run([guard, "--help"], capture_output=True, timeout=120).returncode == 0  # noqa: S603
@@ -74,7 +74,7 @@ def write_guard(home: Path) -> Path:
 
 
 def _programs(hospital: Hospital) -> list[Program]:
-    """SuperNode, for which only our own `flwr-clientapp` is to be found, and the warm process that this knocks at.
+    """SuperNode, for which only our own `flwr-clientapp` is to be found, and the warm process that does its work.
 
     They inherit the environment, and with it HTTPS_PROXY and NO_PROXY, which Flower's HTTP client heeds.
     """
@@ -102,6 +102,7 @@ def _programs(hospital: Hospital) -> list[Program]:
         "FLWR_HOME": str(home / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # on loopback; Flower's own second is long
     }
     supernode = Program("supernode", command, home / "logs" / "supernode.log", environment)
     if sys.platform != "linux":  # elsewhere, a fork of a process that has imported torch cannot be relied upon

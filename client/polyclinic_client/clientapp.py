@@ -1,19 +1,17 @@
 """What runs at a site under the name `flwr-clientapp`: Flower's own program, held to the code that is installed here.
 
-Flower's node starts it for every message, downloads the bundle that the coordinator submitted and would import whatever
-that names. Here the bundle's bytes must have the hash that this installation gives its own, and the app that is run is
-the installed one, whatever the bundle says. Should Flower rename what is replaced, nothing runs.
+Flower's node starts it for every message, or has the warm process do the same (warm.py): it downloads the bundle that
+the coordinator submitted and would import whatever that names. Here the bundle's bytes must have the hash that this
+installation gives its own, and the app that is run is the installed one, whatever the bundle says. Should Flower rename
+what is replaced, nothing runs.
 """
 
 import hashlib
 import logging
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyclinic.errors import Refused
-from polyclinic_client.warm import knock
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message
@@ -25,21 +23,20 @@ REPLACED = ("install_from_fab", "get_load_client_app_fn")
 
 
 def main() -> None:
-    """As Flower's program of that name; in a worker of the warm process where there is one."""
-    code = knock(Path(sys.argv[0]).parent, sys.argv[1:])
-    if code is not None:
-        sys.exit(code)
+    """As Flower's program of that name."""
     prepare()()
 
 
 def prepare() -> Callable[[], None]:
     """Flower's program, held to what is installed, with all imported that it will need."""
+    from flwr.supercore import telemetry
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
     from flwr.supernode.runtime import run_clientapp
 
     import polyclinic_client.app  # noqa: F401
 
     hold(run_clientapp)
+    telemetry.create_event = lambda *_: "off"  # off as it is, it starts two programs to describe the machine
     return flwr_clientapp
 
 

@@ -1,7 +1,7 @@
 """A process that has imported all that a message needs, and forks a worker for each.
 
 Flower's node starts a program for every message. Importing torch takes it seconds, longer than a small round trains,
-so what is found as `flwr-clientapp` only knocks here. Where nobody opens, it does the work by itself.
+so what starts that program (superexec.py) knocks here instead. Where nobody opens, the program is started.
 """
 
 import gc
@@ -21,20 +21,20 @@ LONGEST = 1 << 16
 """Bytes of the arguments of one message's program."""
 
 
-def knock(folder: Path, arguments: list[str]) -> int | None:
-    """Have the warm process of this folder carry out a message; the exit code, or None where there is none.
+def knock(folder: Path, arguments: list[str]) -> socket.socket | None:
+    """Have the warm process of this folder carry out a message: the connection, or None where there is nobody.
 
-    The worker lives as long as the caller: it ends when the connection does.
+    The worker lives as long as the connection, and the connection no longer than the worker.
     """
-    with socket.socket(socket.AF_UNIX) as door:
-        try:
-            with chdir(folder):
-                door.connect(SOCKET)
-            door.sendall(json.dumps(arguments).encode() + b"\n")
-        except OSError:
-            return None
-        answer = door.recv(1)
-        return answer[0] if answer else 1
+    door = socket.socket(socket.AF_UNIX)
+    try:
+        with chdir(folder):
+            door.connect(SOCKET)
+        door.sendall(json.dumps(arguments).encode() + b"\n")
+    except OSError:
+        door.close()
+        return None
+    return door
 
 
 def serve(folder: Path) -> None:
@@ -50,34 +50,32 @@ def serve(folder: Path) -> None:
             listening.bind(SOCKET)
         os.umask(before)
         listening.listen()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies: workers tell their exit code themselves
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
         while True:
             caller, _ = listening.accept()
             with caller:
                 if os.fork() == 0:
                     listening.close()
-                    os._exit(_work(caller, run))
+                    _work(caller, run)
+                    os._exit(0)
 
 
-def _work(caller: socket.socket, run: Callable[[], None]) -> int:
-    """In the worker: Flower's own program, with the caller's arguments; its exit code, told to the caller."""
+def _work(caller: socket.socket, run: Callable[[], None]) -> None:
+    """In the worker: Flower's own program, with the caller's arguments."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    code = 1
     try:
         with caller.makefile("rb") as said:
             sys.argv = ["flwr-clientapp", *json.loads(said.readline(LONGEST))]
         threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
         run()
-        code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-        caller.sendall(bytes([code & 0xFF]))
-    return code
 
 
 def _end_with(caller: socket.socket) -> None:

@@ -173,25 +173,30 @@ def run(options: list[str], watch: bool) -> tuple[float, float, Times, int]:
         Its start, its end, the times it noted itself (all of CLOCK_MONOTONIC, the same in all processes), and the peak
         memory of its process tree in bytes, if watched.
     """
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt()
     environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    others, peak = _family(), 0
+    others, peak = family(), 0
     with TemporaryDirectory() as folder:
         command = [sys.executable, __file__, *options, "--out", str(Path(folder) / "times.json")]
         started = time.monotonic()
         with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
             while watch and process.poll() is None:
-                peak = max(peak, sum(proportional(pid) for pid in _family() - others))
+                peak = max(peak, sum(proportional(pid) for pid in family() - others))
                 time.sleep(SAMPLE_S)
             code = process.wait()
         ended = time.monotonic()
-        _end(others)
+        end(others)
         if code:
             raise SystemExit(f"a contender failed; run it by itself to see why: {' '.join(command)}")
         return started, ended, json.loads((Path(folder) / "times.json").read_text()), peak
 
 
-def _family() -> set[int]:
+def adopt() -> None:
+    """Become the parent of descendants that lose theirs."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def family() -> set[int]:
     """All descendants of this process."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -205,9 +210,9 @@ def _family() -> set[int]:
     return family - {os.getpid()}
 
 
-def _end(others: set[int]) -> None:
+def end(others: set[int]) -> None:
     """End what a contender has left running (Ray's daemons): it would count as the next one's memory."""
-    while left := _family() - others:
+    while left := family() - others:
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

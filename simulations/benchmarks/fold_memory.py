@@ -3,7 +3,8 @@
 Each side runs a whole round with its own code, `run_study` and `FedAvg.start`, over the same stand-in for a network:
 what is sent stays in memory as long as a message holds it, and a reply comes to be when it is asked for, so that no
 site's memory is counted. The global weights are loaded first; the figure is the largest resident set of the round
-(VmHWM, reset as it starts) above what stood then. Every figure comes from a process of its own. It needs Linux.
+(VmHWM, reset as it starts) above what stood then. Every figure comes from a process of its own, which has made a round
+of a tiny model before, so that no code is loaded for the first time meanwhile. It needs Linux.
 
 As in empty_work.py, `initial_tensors` is replaced by one that gives tensors of the wanted size.
 """
@@ -55,7 +56,7 @@ class Memory:
 def polyclinic(sites: int, model: Mapping[str, NDArray[np.float32]], memory: Memory) -> Mapping[str, Any]:
     """A round of `run_study`, measured from its first event to its last; returns the new weights."""
     study = resolve({"study": {"name": "fold"}, "stages": [{"kind": "pretrain", "method": "simclr", "rounds": 1}]})
-    ones = np.ones(VALUES, np.float32)
+    ones = np.ones_like(next(iter(model.values())))
 
     def answer(message: Message, context: Context) -> Message:
         name = str(context.node_config["site"])
@@ -101,6 +102,7 @@ CONTENDERS = {"polyclinic": polyclinic, "flower": flower}
 
 def measure(contender: str, sites: int, tensors: int) -> float:
     """Memory above the global weights, in models; the round must have added 1."""
+    CONTENDERS[contender](2, {"t": 2 * np.ones(9, np.float32)}, Memory())
     drawn = (np.random.default_rng(k).standard_normal(VALUES, np.float32) for k in range(tensors))
     model = {f"t{k:02d}": 2 * value for k, value in enumerate(drawn)}  # adding 1 to smaller ones is no honest update
     memory = Memory()

@@ -43,7 +43,7 @@ def test_the_options_are_there_and_the_version_is_this() -> None:
 
 
 def test_the_guard_is_quoted_as_the_agent_writes_it() -> None:
-    first, *rest = GUARD.splitlines()
+    first, *rest = GUARD.format("clientapp").splitlines()
     assert first.endswith("python -P") or re.search(r"python[\d.]* -P$", first)
     assert "`#!/path/to/python -P`" in NOTE
     assert all(f"`{line}`" in NOTE for line in rest)

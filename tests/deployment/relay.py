@@ -7,7 +7,11 @@ from contextlib import suppress
 
 
 class Relay:
-    """Forwards TCP connections on loopback. While it is cut, nothing passes in either direction and nobody is told."""
+    """Forwards TCP connections on loopback. While it is cut, nothing passes in either direction and nobody is told.
+
+    Attributes:
+        passed: bytes, in both directions.
+    """
 
     def __init__(self, to: int, host: str = "127.0.0.1") -> None:
         self._to = to
@@ -15,7 +19,7 @@ class Relay:
         self.port = int(self._listening.getsockname()[1])
         self._whole = threading.Event()
         self._whole.set()
-        self._open = True
+        self._open, self.passed = True, 0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
@@ -45,3 +49,4 @@ class Relay:
                     if not (data := end.recv(65_536)):
                         return
                     other[end].sendall(data)
+                    self.passed += len(data)
