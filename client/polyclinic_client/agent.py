@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 BIN = Path(sys.executable).parent
 GUARD = f"#!{sys.executable} -P\nfrom polyclinic_client.{{}} import main\nmain()\n"
-"""A program that SuperNode finds under the name of Flower's."""
+PROGRAMS = {"flwr-clientapp": "clientapp", "flower-superexec": "superexec"}
+"""What SuperNode finds under the names of Flower's programs, and the modules that they run."""
 
 
 def run_agent(hospital: Hospital) -> None:
@@ -54,22 +55,22 @@ def write_guard(home: Path) -> Path:
     Flower's programs of these names must not be found after ours: a search goes on past one that does not start.
 
     Raises:
-        Refused: our program does not start from there.
+        Refused: one of ours does not start from there.
     """
     folder = home / "bin"
     folder.mkdir(mode=0o700, exist_ok=True)
-    guard = folder / "flwr-clientapp"
-    for path, module in ((guard, "clientapp"), (folder / "flower-superexec", "superexec")):
-        path.unlink(missing_ok=True)
-        write_atomic(path, GUARD.format(module))
-        path.chmod(0o700)
     fix = "put the site's folder where programs may run, on a path without a colon"
-    try:
-        works = subprocess.run([guard, "--help"], capture_output=True, timeout=120).returncode == 0  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Refused(f"{guard} does not start: {error}", fix) from error
-    if not works or os.pathsep in str(folder):
-        raise Refused(f"{guard} does not start", fix)
+    for name, module in PROGRAMS.items():
+        program = folder / name
+        program.unlink(missing_ok=True)
+        write_atomic(program, GUARD.format(module))
+        program.chmod(0o700)
+        try:
+            works = subprocess.run([program, "--help"], capture_output=True, timeout=120).returncode == 0  # noqa: S603
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Refused(f"{program} does not start: {error}", fix) from error
+        if not works or os.pathsep in str(folder):
+            raise Refused(f"{program} does not start", fix)
     return folder
 
 

@@ -188,9 +188,14 @@ def _rehearsal(hospital: Hospital, path: Path) -> Iterator[Finding]:
     hospital.permit(study, what_leaves(study), cohort)
     yield Finding("study", "PASS", f"within the policy, on {len(cohort)} images of {cohort.n_patients} patients")
     found = rehearse(hospital, study, cohort)
+    for stage in found.stages:
+        if not stage.images_s:
+            said = f"{stage.method}: no patient to train on has its labels here; the site sits these rounds out"
+            yield Finding("labels", "WARN", said, "ask the coordinator to name the site's words in [evaluation] labels")
     paces = "; ".join(
         f"{stage.method}: {stage.images_s:.0f} images a second, {duration(stage.round_s)} a round"
         for stage in found.stages
+        if stage.images_s
     )
     said = f"{paces}; {found.memory_mb / 1e3:.1f} GB of memory, on the {found.device} (an estimate from a few batches)"
     if late := found.later_than(study):

@@ -179,16 +179,24 @@ class Hospital:
         self.settings.policy.check(study)
         for tensors in leaves:
             self.settings.policy.check_update(tensors)
-        trained = [training.n_patients for training in self.trains_on(study, cohort) if training is not None]
-        self.settings.policy.check_cohort(min(trained, default=cohort.n_patients))
+        everyone = self._site(cohort).split(study)[0]
+        trained = [training or everyone for training in self.trains_on(study, cohort)]
+        self.settings.policy.check_cohort(min(training.n_patients for training in trained))
 
     def trains_on(self, study: Study, cohort: Cohort) -> list[Cohort | None]:
-        """What each stage trains on here; None for one that needs labels where no training patient has any."""
-        site = Site(self.name, cohort, self.path / "state")
+        """What each stage trains on here; None for one that needs labels where no training patient has any.
+
+        Raises:
+            CohortError: the cohort cannot be split into patients to train on and patients to measure by.
+        """
+        site = self._site(cohort)
+        everyone = site.split(study)[0]
 
         def training(stage: Stage) -> Cohort | None:
+            if not isinstance(stage, Finetune):
+                return everyone
             with suppress(CohortError):
-                return site.labelled(study, stage)[0] if isinstance(stage, Finetune) else site.split(study)[0]
+                return site.labelled(study, stage)[0]
             return None
 
         return [training(stage) for stage in study.stages]
@@ -283,6 +291,9 @@ class Hospital:
             raise CohortError("the site's images have changed since it approved the study", "approve it again")
         self.settings.policy.check_hours()
         self._count(study)
+        return self._site(cohort)
+
+    def _site(self, cohort: Cohort) -> Site:
         return Site(self.name, cohort, self.path / "state")
 
     def _count(self, study: Study) -> None:

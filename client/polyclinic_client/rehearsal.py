@@ -41,7 +41,7 @@ class Pace:
     """Of one stage.
 
     Attributes:
-        images_s: images trained on a second.
+        images_s: images trained on a second; 0 where no patient to train on has the labels that it needs.
         round_s: seconds of a round: process start, measuring the tensors that came, training.
     """
 
@@ -142,14 +142,11 @@ def measure(study: Study, site: Site, began: float) -> Rehearsal:
     device = pick_device()
     with use_threads(study.compute):
         start_s = time.time() - began
-        stages = []
-        for number, stage in enumerate(study.stages):
-            try:
-                stages.append(_pace(study, number, site, start_s))
-            except CohortError:  # there are no labels here for this stage
-                stages.append(Pace(stage.method, stage.rounds, 0.0, 0.0))
-                if not any(pace.images_s for pace in stages) and len(stages) == len(study.stages):
-                    raise
+        stages = [_pace(study, number, site, start_s) for number in range(len(study.stages))]
+    if not any(stage.images_s for stage in stages):
+        raise CohortError(
+            "no training patient has a label, and every stage needs one", "leave the site out, or name its words"
+        )
     return Rehearsal(stages, caps.peak_mb(), device.type)
 
 
@@ -165,7 +162,10 @@ def _pace(study: Study, number: int, site: Site, start_s: float) -> Pace:
     method, module = build_stage(study, number)
     training, _ = site.split(study)
     if isinstance(stage, Finetune):
-        training, _ = site.labelled(study, stage)
+        try:
+            training, _ = site.labelled(study, stage)
+        except CohortError:
+            return Pace(stage.method, stage.rounds, 0.0, 0.0)
         targets = torch.from_numpy(targets_of(training.labels, study.evaluation.labels, stage.multi_label))
         cast("Supervised", method).balance(targets)
         stage = stage.model_copy(update={"probe_rounds": 0})  # the rounds that train the encoder are the slow ones

@@ -1,15 +1,14 @@
 """What runs at a site under the name `flower-superexec`: Flower's own program, which has the warm process do the work.
 
 Flower's node starts it once, and it starts `flwr-clientapp` for every message. Here it knocks at the warm process
-instead; where nobody opens, or Flower no longer starts programs as it did, it starts that program.
+instead; where nobody opens or listens, it starts that program.
 """
 
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,17 +29,16 @@ def divert(executor: Any, folder: Path) -> None:
     """Replace `subprocess.Popen` as Flower's module `executor` sees it."""
 
     def start(command: list[str], **settings: Any) -> None:
-        wait: Callable[[], Any]
-        if command[0] == "flwr-clientapp" and (door := knock(folder, command[1:])) is not None:
-            wait = partial(_end_of, door)
-        else:
-            wait = subprocess.Popen(command, **settings).wait  # noqa: S603 (Flower's own list of arguments)
-        threading.Thread(target=wait, daemon=True).start()
+        door = knock(folder, command[1:]) if command[0] == "flwr-clientapp" else None
+        threading.Thread(target=_finish, args=(door, command, settings), daemon=True).start()
 
-    executor.subprocess = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+    executor.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": start})
 
 
-def _end_of(door: socket.socket) -> None:
-    """Hold the connection until the worker has ended, since it ends with that."""
-    with door:
-        door.recv(1)
+def _finish(door: socket.socket | None, command: list[str], settings: dict[str, Any]) -> None:
+    """Hold the connection until the worker has ended, since it ends with that; or start the program."""
+    if door is not None:
+        with door, suppress(ConnectionResetError):  # nobody has read what was asked: it died before it could fork
+            door.recv(1)
+            return
+    subprocess.Popen(command, **settings).wait()  # noqa: S603 (Flower's own list of arguments)

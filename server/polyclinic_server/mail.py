@@ -75,7 +75,7 @@ class Mail:
         self._asked_at: dict[int, float] = {}
         self._due: dict[int, float] = {}  # when a node is asked again; one that has not answered, never
         self._failed = Counter[int]()
-        self._told: set[str] = set()
+        self._told: set[tuple[int, str]] = set()
         self._pending: dict[str, int] = {}
 
     def find(self) -> None:
@@ -124,6 +124,8 @@ class Mail:
         if site in self._seats and site not in self.nodes and ours:
             self.nodes = dict(sorted({**self.nodes, site: node}.items()))
             self._names[node] = site
+            self._told = {told for told in self._told if told[0] != node}
+            del self._failed[node]
             now, asked = time.time(), self._asked_at[node]  # it has answered between
             ahead = round(max(found.clock - now, 0.0) + min(found.clock - asked, 0.0), 1)
             facts = {"version": found.version, "approved": found.approved, "clock_ahead_s": ahead}
@@ -136,8 +138,8 @@ class Mail:
         """Note a node that does not say who it is. It is asked again: it may be well later."""
         self._ask_later(node)
         text = wire.plain(f"a node does not say which site it is: {reason}")
-        if text not in self._told:
-            self._told.add(text)
+        if (node, text) not in self._told:
+            self._told.add((node, text))
             self._run.event("warning", text=text)
 
     def _ask_later(self, node: int) -> None:

@@ -157,12 +157,12 @@ def flower(folder: Path, sites: list[str], rounds: int) -> list[dict[str, float]
     with ExitStack() as running:
         link = [BIN / "flower-superlink", "--insecure", "--disable-runtime-dependency-installation"]
         link += ["--host", "127.0.0.1", "--port", port, "--health-server-address", f"127.0.0.1:{free_port()}"]
-        running.enter_context(started(folder, "superlink", link, PATH=PATH))
+        running.enter_context(started(folder, "superlink", link, PATH=PATH, FLWR_HOME=str(folder / "flwr")))
         until_open(port)
         for name in sites:
             node = [BIN / "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{relay.port}"]
             node += ["--host", "127.0.0.1", "--port", free_port()]
-            running.enter_context(started(folder, name, node, PATH=PATH))
+            running.enter_context(started(folder, name, node, PATH=PATH, FLWR_HOME=str(folder / f"flwr-{name}")))
         watch = Watch(relay)
         config = f'model="{folder / "model.npz"}" marks="{marks}" sites={len(sites)} rounds={rounds}'
         submit = [BIN / "flwr", "run", HERE / "plain_flower", "plain", "--run-config", config]

@@ -80,7 +80,8 @@ def simulate(
 
             run_ray(run, [site.state for site in sites.values()], study.compute.threads)
         else:
-            lead(LocalGrid({name: make_app(partial(_given, site), progress) for name, site in sites.items()}), run)
+            apps = {name: make_app(partial(_given, site), progress) for name, site in sites.items()}
+            lead(LocalGrid(apps, expire=True), run)
         summary = _conclude(study, run, sites, engine, listen, progress, started - before)
         run.event("report_written")
         tidy(out / "sites", out / "rows")

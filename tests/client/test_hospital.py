@@ -289,6 +289,15 @@ def test_the_answer_is_kept_if_it_is_for_this_site_and_version(hospital: Hospita
     assert Hospital(hospital.path).joined == read_file(file, Join)
 
 
+def test_min_patients_counts_nobody_who_is_only_measured_by(hospital: Hospital) -> None:
+    elsewhere = {"labels": {"a": ["x"], "b": ["y"]}, "rows": []}
+    study = tiny_study(stages=[{"kind": "finetune", "rounds": 2}], evaluation=elsewhere)
+    cohort = hospital.cohort_for(study)
+    assert hospital.trains_on(study, cohort) == [None]
+    with pytest.raises(CohortError, match="too few patients"):
+        change(hospital, "min_patients = 2", "min_patients = 10").approve(study, cohort)
+
+
 def test_min_patients_counts_those_that_are_trained_on(hospital: Hospital) -> None:
     cohort = hospital.cohort_for(STUDY)
     (training,) = hospital.trains_on(STUDY, cohort)

@@ -88,6 +88,13 @@ def test_a_stage_without_labels_here_takes_no_time(tmp_path: Path) -> None:
     assert (supervised.method, supervised.images_s, supervised.round_s) == ("supervised", 0.0, 0.0)
 
 
+def test_a_stage_that_learns_nothing_here_is_no_stage_without_labels(tmp_path: Path) -> None:
+    plain = MAE.model_dump(mode="json")
+    study = resolve({**plain, "stages": [*plain["stages"], {**SIMCLR, "rounds": 2}]})
+    with pytest.raises(CohortError, match="no batch teaches anything"):
+        found(study, in_memory(2), tmp_path)  # of which one is trained on
+
+
 def test_says_which_stage_has_no_labels_here(hospital: Hospital) -> None:
     elsewhere = {"labels": {"a": ["x"], "b": ["y"]}, "rows": []}
     study = tiny_study(stages=[{**SIMCLR, "rounds": 2}, FINETUNE], evaluation=elsewhere)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,15 @@ def test_a_worker_ends_with_who_asked_for_it_and_who_asked_is_told_of_its_death(
         (folder / "sleep.pid").unlink()
 
 
+@contextmanager
+def listening(folder: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as door:
+        with chdir(folder):
+            door.bind(SOCKET)
+        door.listen()
+        yield door
+
+
 def _until(path: Path) -> str:
     waited = time.monotonic() + 20
     while not (path.exists() and path.read_text()):
@@ -148,6 +158,11 @@ def test_flower_has_the_warm_process_do_the_work_and_starts_the_program_where_th
         "--parent-pid",
         "1",
     ]
+    (tmp_path / "flwr-clientapp.started").unlink()
+    with listening(tmp_path) as door:
+        subprocess_executor.SubprocessExecutor().launch(spec)
+        door.accept()[0].close()  # what was asked is not read
+    assert _until(tmp_path / "flwr-clientapp.started") == said
     divert(subprocess_executor, folder)
     subprocess_executor.subprocess.Popen(["other", "way"])  # type: ignore[attr-defined]
     assert _until(tmp_path / "other.started").split() == ["way"]

@@ -10,7 +10,7 @@ import pytest
 from flwr.supercore.constant import SQLITE_PRAGMAS
 from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
 
-from polyclinic_client.agent import GUARD
+from polyclinic_client.agent import GUARD, PROGRAMS
 
 NOTE = (Path(__file__).parents[2] / "deploy" / "kubernetes.md").read_text()
 
@@ -43,6 +43,9 @@ def test_the_options_are_there_and_the_version_is_this() -> None:
 
 
 def test_the_guard_is_quoted_as_the_agent_writes_it() -> None:
+    assert all(
+        f"`{name}`" in NOTE and GUARD.format(module).splitlines()[1] in NOTE for name, module in PROGRAMS.items()
+    )
     first, *rest = GUARD.format("clientapp").splitlines()
     assert first.endswith("python -P") or re.search(r"python[\d.]* -P$", first)
     assert "`#!/path/to/python -P`" in NOTE

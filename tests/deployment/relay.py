@@ -19,7 +19,7 @@ class Relay:
         self.port = int(self._listening.getsockname()[1])
         self._whole = threading.Event()
         self._whole.set()
-        self._open, self.passed = True, 0
+        self._open, self.passed, self._counting = True, 0, threading.Lock()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
@@ -49,4 +49,5 @@ class Relay:
                     if not (data := end.recv(65_536)):
                         return
                     other[end].sendall(data)
-                    self.passed += len(data)
+                    with self._counting:
+                        self.passed += len(data)

@@ -9,7 +9,7 @@ import pytest
 
 BENCHMARK = Path(__file__).parents[2] / "simulations" / "benchmarks" / "deployment.py"
 
-pytestmark = [pytest.mark.deployed, pytest.mark.slow]
+pytestmark = [pytest.mark.deployed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_counts_seconds_processes_and_bytes_of_both_sides(tmp_path: Path) -> None:

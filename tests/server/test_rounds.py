@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -239,24 +240,41 @@ def test_a_site_that_is_late_or_gone_holds_up_one_wait_and_joins_a_later_round(
     assert same_bits(tensors, refused)
 
 
+class Coming(LocalGrid):
+    """The last node is there once the second has trained and answers at the second look; the first takes four looks."""
+
+    def __init__(self, apps: dict[str, Node]) -> None:
+        super().__init__(apps)
+        self._looks, self._trained = Counter[str](), False
+        self._slow: dict[str, int] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        here = list(super().get_node_ids())
+        return here if self._trained else here[:-1]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = list(messages)
+        ids = list(super().push_messages(sent))
+        first, *_, last = super().get_node_ids()
+        for number, message in zip(ids, sent, strict=True):
+            kind, node = message.metadata.message_type, message.metadata.dst_node_id
+            self._slow[number] = 4 if (kind, node) == ("train", first) else 2 if (kind, node) == ("query", last) else 1
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        (number,) = message_ids
+        self._looks[number] += 1
+        if self._looks[number] < self._slow[number]:
+            return []
+        found = list(super().pull_messages([number]))
+        self._trained |= any(message.metadata.message_type == "train" for message in found)
+        return found
+
+
 def test_a_site_that_comes_during_a_round_is_in_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mail, "AGAIN_S", 0.0)
-
-    class Coming(LocalGrid):
-        """The last node is there as soon as the first has trained."""
-
-        trained = False
-
-        def get_node_ids(self) -> Iterable[int]:
-            here = list(super().get_node_ids())
-            return here if self.trained else here[:-1]
-
-        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            for message in super().pull_messages(message_ids):
-                self.trained |= message.metadata.message_type == "train"
-                yield message
-
-    study = tiny_study(aggregation={"round_deadline_s": 0.3}, stages=[{**SIMCLR, "rounds": 3}])
+    monkeypatch.setattr(mail, "POLL_S", 0.01)
+    study = tiny_study(aggregation={"round_deadline_s": 1.0}, stages=[{**SIMCLR, "rounds": 3}])
     run = open_run(tmp_path, study)
     run_study(Coming(nodes()), study, run, SEATS)
     assert [line["round"] for line in events(run, "update_accepted") if line["site"] == "west"] == [2, 3]

@@ -1,17 +1,17 @@
 """The local engine: the ServerApp's round loop and every site's ClientApp in this process, behind Flower's Grid.
 
 A message is carried out when the server looks for replies, one a look: no process starts, one update in memory,
-and a debugger steps from the round loop into a site. Sites work one after another, each with a message's lifetime of
-its own: a site that hangs is interrupted when its message has expired, and answers nothing.
+and a debugger steps from the round loop into a site. Sites work one after another, so none is ever late; where a
+lifetime of messages holds here too, each site has all of it to itself, and one that hangs is interrupted at its end.
 """
 
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
-from typing import NoReturn
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -24,6 +24,8 @@ from flwr.supercore.task_identity import TaskIdentity
 log = logging.getLogger(__name__)
 
 FIRST_NODE = SUPERLINK_NODE_ID + 1
+LONGEST_S = 1e8
+"""For which an alarm can be set: three years."""
 
 Node = Callable[[Message, Context], Message]
 
@@ -31,7 +33,9 @@ Node = Callable[[Message, Context], Message]
 class LocalGrid(Grid):
     """Flower's Grid over ClientApps in this process: `{site name: app}`, each with its own node number."""
 
-    def __init__(self, apps: Mapping[str, Node | ClientApp]) -> None:
+    def __init__(self, apps: Mapping[str, Node | ClientApp], expire: bool = False) -> None:
+        """With `expire`, a site that has not answered a message when it expires never does."""
+        self._expire = expire
         # Flower's messages take their sender from this, which its own runtimes set as they start.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
         self._apps = dict(enumerate(apps.values(), start=FIRST_NODE))
@@ -74,9 +78,11 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Carry out the first of these that waits, and hand back its reply, if it comes in the message's lifetime."""
+        """Carry out the first of these that waits, and hand back its reply, if there is one."""
         for number in message_ids:
             if message := self._waiting.pop(number, None):
+                if not self._expire:
+                    return [self._carry_out(message)]
                 with _interrupted(message.metadata.ttl):
                     return [self._carry_out(message)]
         return []
@@ -105,20 +111,31 @@ class _Expired(BaseException):
 
 @contextmanager
 def _interrupted(seconds: float) -> Iterator[None]:
-    """Stop what lasts longer, and go on after it. Where there is no alarm (Windows, threads), it lasts as it lasts."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    """Stop what lasts longer, and go on after it.
+
+    It lasts as it lasts where there is no alarm (Windows), outside the main thread, and where the process has set an
+    alarm of its own that is due before.
+    """
+    alarm = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not alarm or 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= seconds:
         yield
         return
+    armed = True
 
-    def expire(number: int, frame: object) -> NoReturn:
-        raise _Expired
+    def expire(number: int, frame: object) -> None:
+        if armed:
+            raise _Expired
 
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler, since = signal.signal(signal.SIGALRM, expire), time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, min(seconds, LONGEST_S))
     try:
         yield
+        armed = False
     except _Expired:
-        log.debug("a node was interrupted: its message has expired", exc_info=True)
+        log.warning("a site has not answered in %.0f s, when its message expired, and was interrupted", seconds)
     finally:
+        armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - since), 0.001), interval)

@@ -96,14 +96,41 @@ def hangs(message: Message, context: Context) -> Message:
 
 
 def test_a_site_that_hangs_is_interrupted_when_its_message_expires() -> None:
-    before = signal.getsignal(signal.SIGALRM)
-    grid = LocalGrid({"east": hangs, "west": echo})
+    handler, (left, _) = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    assert left > 1  # pytest's own, for tests that hang
+    grid = LocalGrid({"east": hangs, "west": echo}, expire=True)
     east, west = grid.get_node_ids()
     asked = [Message(RecordDict(), east, MessageType.QUERY, ttl=0.2), question(west)]
     replies = list(grid.send_and_receive(asked))
     assert [reply.content["site"]["site"] for reply in replies] == ["west"]
-    assert signal.getsignal(signal.SIGALRM) == before
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) == handler
+    assert left - 60 < signal.getitimer(signal.ITIMER_REAL)[0] < left - 0.2
+
+
+@pytest.mark.parametrize("ttl", [1e12, 100.0])
+def test_an_alarm_that_is_due_before_stays(ttl: float) -> None:
+    seen: list[Any] = []
+
+    def node(message: Message, context: Context) -> Message:
+        seen.append(signal.getsignal(signal.SIGALRM))
+        return echo(message, context)
+
+    handler, (left, _) = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    grid = LocalGrid({"east": node}, expire=True)
+    message = Message(RecordDict(), next(iter(grid.get_node_ids())), MessageType.QUERY, ttl=ttl)
+    assert len(list(grid.send_and_receive([message]))) == 1
+    assert (seen == [handler]) == (left <= ttl)
+    assert signal.getsignal(signal.SIGALRM) == handler
+
+
+def test_a_grid_of_which_it_is_not_asked_waits() -> None:
+    def slow(message: Message, context: Context) -> Message:
+        time.sleep(0.3)
+        return echo(message, context)
+
+    grid = LocalGrid({"east": slow})
+    message = Message(RecordDict(), next(iter(grid.get_node_ids())), MessageType.QUERY, ttl=0.1)
+    assert len(list(grid.send_and_receive([message]))) == 1
 
 
 def test_outside_the_main_thread_a_site_takes_the_time_that_it_takes() -> None:
@@ -111,7 +138,7 @@ def test_outside_the_main_thread_a_site_takes_the_time_that_it_takes() -> None:
         time.sleep(0.3)
         return echo(message, context)
 
-    grid = LocalGrid({"east": slow})
+    grid = LocalGrid({"east": slow}, expire=True)
     replies: list[Message] = []
     message = Message(RecordDict(), next(iter(grid.get_node_ids())), MessageType.QUERY, ttl=0.1)
     thread = Thread(target=lambda: replies.extend(grid.send_and_receive([message])))
@@ -129,8 +156,7 @@ def test_a_study_goes_on_without_a_site_that_hangs(tmp_path: Path, monkeypatch: 
 
     study = tiny_study(aggregation={"round_deadline_s": 1.0, "min_sites": 2})
     run = open_run(tmp_path, study)
-    run_study(
-        LocalGrid({SITES[0]: stuck} | {name: honest(name) for name in SITES[1:]}), study, run, dict.fromkeys(SITES, 10)
-    )
+    apps = {name: honest(name) for name in SITES} | {SITES[0]: stuck}
+    run_study(LocalGrid(apps, expire=True), study, run, dict.fromkeys(SITES, 10))
     assert {line["site"] for line in events(run, "site_missing")} == {SITES[0]}
     assert [line["accepted"] for line in events(run, "round_closed")] == [2] * study.rounds
