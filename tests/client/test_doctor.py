@@ -205,9 +205,9 @@ def test_more_threads_than_processors_are_warned_of(site: Path) -> None:
     assert (found.level, found.fix) == ("WARN", "`threads` in site.toml is 10000: lower it")
 
 
-def tried(site: Path, pace: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Finding]:
+def tried(site: Path, pace: float, monkeypatch: pytest.MonkeyPatch, *more: Pace) -> dict[str, Finding]:
     """Findings with a study of the policy's kind whose rounds take so many seconds."""
-    made = Rehearsal([Pace("simclr", 2, 20.0, pace)], 1500.0, "cpu")
+    made = Rehearsal([Pace("simclr", 2, 20.0, pace), *more], 1500.0, "cpu")
     monkeypatch.setattr(doctor, "rehearse", lambda *_: made)
     (site.parent / "study.toml").write_text(tiny_study().to_toml())
     return {finding.check: finding for finding in examine(site, site.parent / "study.toml")}
@@ -221,6 +221,14 @@ def test_a_study_is_tried_on_the_sites_own_images(site: Path, monkeypatch: pytes
     slow = tried(site, 100.0, monkeypatch)["dry run"]  # the study waits 30 s
     assert slow.level == "WARN"
     assert "round_deadline_s" in slow.fix
+
+
+def test_a_stage_without_labels_here_is_warned_of(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tried(site, 12.0, monkeypatch, Pace("supervised", 2, 0.0, 0.0))
+    assert found["labels"].level == "WARN"
+    assert found["labels"].found.startswith("supervised: no patient to train on has its labels here")
+    assert "supervised" not in found["dry run"].found
+    assert "labels" not in tried(site, 12.0, monkeypatch)
 
 
 def test_a_study_beyond_the_policy_fails_and_the_network_is_looked_at_all_the_same(
