@@ -21,7 +21,6 @@ from polyclinic_client.warm import SOCKET
 
 log = logging.getLogger(__name__)
 
-BIN = Path(sys.executable).parent
 GUARD = f"#!{sys.executable} -P\nfrom polyclinic_client.{{}} import main\nmain()\n"
 PROGRAMS = {"flwr-clientapp": "clientapp", "flower-superexec": "superexec"}
 """What SuperNode finds under the names of Flower's programs, and the modules that they run."""
