@@ -158,7 +158,7 @@ class Hospital:
         self.permit(study, leaves, cohort)
         before, digest = self.approvals(study.hash).get(study.hash), read_meta(cohort.folder)["digest"]
         if before is None or before.digest != digest:  # what it keeps was made from other patients
-            shutil.rmtree(self.path / "state" / study.hash[:16], ignore_errors=True)
+            self._forget(study.hash)
         approval = Approval(
             study=study.canonical(),
             approved=_now(),
@@ -225,7 +225,7 @@ class Hospital:
         return self.approved(study_hash) is not None
 
     def withdraw(self, study_hash: str) -> None:
-        """Take an approval back.
+        """Take an approval back, and remove what the site has kept to go on with the study.
 
         Raises:
             Refused: there is none.
@@ -234,6 +234,10 @@ class Hospital:
             self._approval(study_hash).unlink()
         except FileNotFoundError as error:
             raise Refused(f"no study {study_hash[:16]} is approved here", "see polyclinic site status") from error
+        self._forget(study_hash)
+
+    def _forget(self, study_hash: str) -> None:
+        shutil.rmtree(self.path / "state" / study_hash[:16], ignore_errors=True)
 
     def _approval(self, study_hash: str) -> Path:
         return self.path / "approved" / f"{study_hash}.json"

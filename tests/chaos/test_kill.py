@@ -18,8 +18,6 @@ from polyclinic_client.site import write_site
 
 from ..tiny import SIMCLR, events, measured, open_run, tiny_study, write_cohort
 
-pytestmark = pytest.mark.alone
-
 SITES = {"east": 8, "north": 10, "west": 12}
 SECOND = {**SIMCLR, "rounds": 2, "projection": 4, "temperature": 0.5}
 UNLABELLED = {"labels": {"ignore": ["clear", "spot"]}}

@@ -40,7 +40,7 @@ def hospital(tmp_path: Path) -> Hospital:
     made = Hospital(tmp_path / "site")
     made.join(file)
     path = made.path / SETTINGS
-    text = path.read_text().replace("threads = 0", "threads = 1").replace("memory_gb = 0.0", "memory_gb = 3.5")
+    text = path.read_text().replace("threads = 0", "threads = 2").replace("memory_gb = 0.0", "memory_gb = 3.5")
     path.write_text(text.replace("gpu = true", "gpu = false"))
     return Hospital(made.path)
 
@@ -66,7 +66,7 @@ def test_flower_understands_what_it_is_started_with(hospital: Hospital, monkeypa
     environment = {**os.environ, **program._environment}
     assert environment["HTTPS_PROXY"] == "http://proxy.local:3128"
     assert environment["no_proxy"] == "example.org,127.0.0.1,localhost"
-    assert (environment["OMP_NUM_THREADS"], environment["CUDA_VISIBLE_DEVICES"]) == ("1", "")
+    assert (environment["OMP_NUM_THREADS"], environment["CUDA_VISIBLE_DEVICES"]) == ("2", "")
     assert environment["PATH"] == str(hospital.path / "bin")
 
 
@@ -98,7 +98,7 @@ def test_a_node_that_runs_is_capped_and_says_that_it_is_well(hospital: Hospital)
             limits = Path(f"/proc/{node}/limits").read_text()
             assert re.search(r"Max data size +3500000000 ", limits)
             environment = Path(f"/proc/{node}/environ").read_bytes().split(b"\0")
-            assert {b"OMP_NUM_THREADS=1", b"CUDA_VISIBLE_DEVICES="} <= set(environment)
+            assert {b"OMP_NUM_THREADS=2", b"CUDA_VISIBLE_DEVICES="} <= set(environment)
             until(lambda: 'up{site="north"} 1\n' in metrics.read_text())
         finally:
             running.send_signal(signal.SIGTERM)

@@ -98,7 +98,11 @@ def test_a_study_that_is_not_approved_or_was_edited_since_is_refused(hospital: H
     edited = tiny_study(stages=[{**SIMCLR, "rounds": 3}])
     with pytest.raises(Refused, match="is not approved at this site"):
         hospital.serve(edited.canonical())
+    kept = hospital.path / "state" / STUDY.hash[:16]
+    kept.mkdir()
+    (kept / "update-0001.safetensors").write_bytes(b"what going on would need")
     hospital.withdraw(STUDY.hash)
+    assert not kept.exists()
     with pytest.raises(Refused, match="is not approved at this site"):
         hospital.serve(STUDY.canonical())
     with pytest.raises(Refused, match="is approved here"):

@@ -159,7 +159,7 @@ def test_a_sites_disk_is_full_for_a_while(honest: tuple[Path, Path], consortium:
     state = consortium.folder / SITE / "state"
     consortium.stop(SITE)
     shutil.copytree(state, tmp_path / "state")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", state], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", state], capture_output=True)
     if mounted.returncode:
         consortium.start(SITE)
         pytest.skip("a small disk cannot be mounted here: it takes root")
