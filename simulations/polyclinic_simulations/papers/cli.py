@@ -4,10 +4,13 @@ import os
 import platform
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
+
+PATIENCE_S = 5.0
+"""Between two looks at what other processes make."""
 
 
 class TierName(StrEnum):
@@ -32,7 +35,8 @@ def papers(
 ) -> None:
     """Measure the four papers' methods on real images, row by row.
 
-    Rows that stand in --work are not made again: stopped at any moment, the same command goes on.
+    Rows that stand in --work are not made again: stopped at any moment, the same command goes on. A row of the cpu tier
+    keeps one core busy: the same command in a second terminal makes other rows meanwhile.
 
     Examples:
 
@@ -47,14 +51,13 @@ def papers(
     from polyclinic.files import make_folder, write_atomic
     from polyclinic_simulations.display import Display
     from polyclinic_simulations.papers.page import render_page
-    from polyclinic_simulations.papers.plans import TIERS, Plan, plans
-    from polyclinic_simulations.papers.run import Workshop, as_table, run_plan
+    from polyclinic_simulations.papers.plans import TIERS, plans
+    from polyclinic_simulations.papers.run import Workshop, as_table, finished, run_plan
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     wanted = [plan for plan in plans() if not table or plan.table in table]
-    results: dict[Plan, dict[str, Any]] = {}
     make_folder(out)
-    started, folder = time.monotonic(), work / f"{tier.value}-{TIERS[tier.value].digest}"
+    end, folder = time.monotonic() + minutes * 60, work / f"{tier.value}-{TIERS[tier.value].digest}"
     with Display() as display:
         at = Workshop(
             TIERS[tier.value],
@@ -64,16 +67,22 @@ def papers(
             lambda e: display.event({**e, "row": "this row"}),
             display.steps,
         )
-        for plan in wanted:
-            if time.monotonic() - started > minutes * 60 and not (folder / "rows" / plan.name / "result.json").exists():
-                continue
-            results[plan] = run_plan(plan, at)
+
+        def publish() -> int:
+            results = {plan: result for plan in wanted if (result := finished(plan, at)) is not None}
             found = as_table(results, f"{tier.value} tier, {where}")
             write_atomic(out / "papers.csv", found.to_csv(index=False))
             write_atomic(out / "papers.html", render_page(found, [plan for plan in wanted if plan not in results]))
-            value, *_ = results[plan]["metrics"].get("auc", [float("nan")])
-            display.event({"event": "row_finished", "row": plan.name, "auc": value})
-    Console().print(f"{len(results)} of {len(wanted)} rows: {out / 'papers.html'}", soft_wrap=True, highlight=False)
+            return len(results)
+
+        while (made := publish()) < len(wanted) and time.monotonic() < end:
+            left = (plan for plan in wanted if finished(plan, at) is None)
+            if done := next(((plan, result) for plan in left if (result := run_plan(plan, at)) is not None), None):
+                value, *_ = done[1]["metrics"].get("auc", [float("nan")])
+                display.event({"event": "row_finished", "row": done[0].name, "auc": value})
+            else:
+                time.sleep(PATIENCE_S)  # other processes make all that is left
+    Console().print(f"{made} of {len(wanted)} rows: {out / 'papers.html'}", soft_wrap=True, highlight=False)
 
 
 def _processor() -> str:

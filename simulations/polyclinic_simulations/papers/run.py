@@ -15,7 +15,7 @@ import pandas as pd
 from polyclinic.artifacts import save_encoder
 from polyclinic.cohort import Cohort, build_cohort, union
 from polyclinic.errors import CohortError
-from polyclinic.files import atomic, write_atomic
+from polyclinic.files import atomic, locked, write_atomic
 from polyclinic.model import encoder_of
 from polyclinic.seeding import seed_for
 from polyclinic.study import Dirichlet, Study, load_study, resolve
@@ -68,20 +68,38 @@ class Workshop:
     progress: Progress | None = None
 
 
-def run_plan(plan: Plan, at: Workshop) -> dict[str, Any]:
-    """{"metrics": {metric: [value, low, high]}, "seconds": s} of a row; no metrics where it cannot be measured.
+def finished(plan: Plan, at: Workshop) -> dict[str, Any] | None:
+    """{"metrics": {metric: [value, low, high]}, "seconds": s} of a row that has been made, or None; no metrics where it
+    cannot be measured.
+    """
+    kept = _kept(plan, at)
+    return dict(json.loads(kept.read_text())) if kept.exists() else None
+
+
+def run_plan(plan: Plan, at: Workshop) -> dict[str, Any] | None:
+    """The same, of a row that is made now if it was not before; None while another process trains what it needs.
 
     Raises:
         CohortError: a dataset is missing, or its test patients cannot be scored.
     """
-    kept = at.folder / "rows" / plan.name / "result.json"
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
-    result = _held_out(plan, at) if plan.table == 4 else _measured(plan, at, kept.parent)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(kept, json.dumps(result))
-    tidy(kept.parent)
-    return result
+    lock, kept = at.folder / "locks" / _shared(plan), _kept(plan, at)
+    lock.mkdir(parents=True, exist_ok=True)
+    with locked(lock) as free:
+        if free and not kept.exists():
+            result = _held_out(plan, at) if plan.table == 4 else _measured(plan, at, kept.parent)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(kept, json.dumps(result))
+            tidy(kept.parent)
+    return finished(plan, at)
+
+
+def _kept(plan: Plan, at: Workshop) -> Path:
+    return at.folder / "rows" / plan.name / "result.json"
+
+
+def _shared(plan: Plan) -> str:
+    """Names what is trained for a row and others: the pretraining, or one run of the protocol of table 4."""
+    return f"holdout-{plan.seed}" if plan.table == 4 else replace(plan, table=0, label_fraction=1.0).name
 
 
 def _measured(plan: Plan, at: Workshop, folder: Path) -> dict[str, Any]:
@@ -130,7 +148,7 @@ def _teams(plan: Plan, cohort: Cohort, folder: Path) -> dict[str, dict[str, Site
 
 def _pretrained(plan: Plan, name: str, team: Mapping[str, Site], more: Cohort | None, at: Workshop) -> str:
     """The encoder file of a team's pretraining, on its training patients and, with init = "outside", on `more`."""
-    folder = at.folder / "pretrained" / replace(plan, table=0, label_fraction=1.0).name / name
+    folder = at.folder / "pretrained" / _shared(plan) / name
     if not (file := folder / "encoder.safetensors").exists():
         study = _study(plan, at.tier, "pretrain", pretraining(plan, at.tier), "random")
         if more is not None:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from polyclinic import cli
 from polyclinic.errors import CohortError
 from polyclinic.study import Study
 from polyclinic.wire import Tensors
@@ -21,7 +22,7 @@ from polyclinic_simulations.papers import run as module
 from polyclinic_simulations.papers.goals import verdicts
 from polyclinic_simulations.papers.page import plot, render_page
 from polyclinic_simulations.papers.plans import HOSPITALS, SEEDS, TIERS, Plan, Tier, plans, pretraining
-from polyclinic_simulations.papers.run import Workshop, as_table, dataset, document, run_plan
+from polyclinic_simulations.papers.run import Workshop, as_table, dataset, document, finished, run_plan
 
 from ...tiny import draw, tiny_study
 
@@ -70,7 +71,9 @@ def data(tmp_path: Path) -> Path:
 
 
 def run(plan: Plan, data: Path, work: Path) -> dict[str, Any]:
-    return run_plan(plan, Workshop(TINY, data, work))
+    result = run_plan(plan, Workshop(TINY, data, work))
+    assert result is not None
+    return result
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,39 @@ def test_every_seed_is_pretrained_for_itself(data: Path, tmp_path: Path) -> None
     studies = sorted((tmp_path / "work" / "pretrained").glob("*/central/study.toml"))
     assert len(studies) == 2
     assert results[0]["metrics"] != results[1]["metrics"]
+
+
+def test_processes_on_one_folder_make_different_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, kin = Workshop(TINY, tmp_path, tmp_path / "work"), replace(PLAN, label_fraction=0.5)
+    other, made = replace(PLAN, method="scratch"), {"metrics": {"auc": [0.5, None, None]}, "seconds": 1.0}
+
+    def measured(plan: Plan, at: Workshop, folder: Path) -> dict[str, Any]:
+        if plan == PLAN:  # meanwhile, as other processes would:
+            assert run_plan(PLAN, at) is run_plan(kin, at) is None  # they share a pretraining
+            assert run_plan(other, at) == made
+        return made
+
+    monkeypatch.setattr(module, "_measured", measured)
+    assert finished(PLAN, at) is None
+    assert run_plan(PLAN, at) == finished(PLAN, at) == run_plan(kin, at) == made
+
+
+def test_the_command_makes_what_is_left_and_shows_all(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = [replace(PLAN, method="scratch", seed=seed) for seed in SEEDS]
+    monkeypatch.setattr("polyclinic_simulations.papers.plans.plans", lambda: iter(every))
+    monkeypatch.setitem(TIERS, "cpu", TINY)
+    work, out = tmp_path / "work", tmp_path / "out"
+    run(every[1], data, work / f"cpu-{TINY.digest}")  # by another process
+
+    def papers(*options: str) -> pd.DataFrame:
+        arguments = ["papers", "--data", data, "--work", work, "--out", out, *options]
+        assert cli.run([str(argument) for argument in arguments]) == 0
+        return pd.read_csv(out / "papers.csv")
+
+    assert papers("--minutes", "0")["seed"].unique().tolist() == [1]
+    assert papers()["seed"].unique().tolist() == list(SEEDS)
 
 
 STUDY = tiny_study(stages=[{"kind": "pretrain", "method": "simclr", "rounds": 1}])
