@@ -27,6 +27,8 @@ from polyclinic_client.rehearsal import duration, rehearse
 
 DISK_GB, MEMORY_GB = 10.0, 4.0
 """Below which a site is warned."""
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where a container finds how much memory it may take, bytes: of cgroups 2, and 1."""
 
 Check = Callable[[Hospital], Finding]
 
@@ -120,6 +122,8 @@ def _memory(hospital: Hospital) -> Finding:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 / 1e9
+        limits = [path.read_text().strip() for path in LIMITS if path.exists()]
+        free = min([free, *(int(limit) / 1e9 for limit in limits if limit.isdigit())])
     except OSError:
         return Finding("memory", "WARN", "cannot be told on this system", f"see that {MEMORY_GB:.0f} GB are free")
     if free < MEMORY_GB:

@@ -83,13 +83,17 @@ class Program:
         return self._output.with_suffix(".pid")
 
     def _end_orphans(self, name: str) -> None:
-        """End what the last start has left: the kernel ends a program with its keeper, not its children."""
+        """End what the last start has left: the kernel ends a program with its keeper, not its children.
+
+        Not what this process has started: in a container that starts again, numbers come back at once.
+        """
         with suppress(OSError, ValueError):
             group = int(self._note.read_text())
             for path in Path("/proc").glob("[0-9]*/stat"):
                 with suppress(OSError):
                     start, _, rest = path.read_text().rpartition(")")
-                    if int(rest.split()[2]) == group and start.partition("(")[2] == name[:15]:
+                    _, parent, of, *_ = rest.split()
+                    if int(of) == group and int(parent) != os.getpid() and start.partition("(")[2] == name[:15]:
                         os.kill(int(path.parent.name), signal.SIGKILL)
 
     def stop(self) -> None:

@@ -95,6 +95,23 @@ def test_programs_end_with_their_keeper_however_it_ends(number: signal.Signals, 
     assert said == ("" if number == signal.SIGKILL else "ended well\n")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_an_earlier_keeper_left_is_ended_and_nothing_of_this_one(tmp_path: Path) -> None:
+    """In a container that was started again, the number that is noted may be that of a program beside."""
+    code = "import subprocess; print(subprocess.Popen(['sleep', '60'], stdout=-3, start_new_session=True).pid)"
+    left = int(subprocess.check_output([sys.executable, "-c", code]))
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as beside:
+        for noted in (left, beside.pid):
+            assert alive(noted)
+            kept = Program("test", lambda: ["sleep", "60"], tmp_path / "log", {})
+            kept._note.write_text(str(noted))
+            kept.tend()
+            kept.stop()
+        until(lambda: not alive(left))
+        assert beside.poll() is None
+        beside.kill()
+
+
 def test_a_long_log_begins_anew_and_one_before_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "LOG_BYTES", 10)
     (tmp_path / "log").write_text("x" * 11)
