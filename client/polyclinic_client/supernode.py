@@ -3,7 +3,9 @@
 Flower 1.41's looks for replies only after a message has come. When a message is dropped midway, since its run has ended
 meanwhile (SuperLink was killed and started again), every later reply lies there until the next message comes, which
 the coordinator sends when it has that reply. And where a connection breaks in its handshake (the gateway was killed),
-it does not try again, but forgets the reply that it was sending, or the message that it was told of.
+it does not try again, but forgets the reply that it was sending, or the message that it was told of. It forgets the
+reply, too, where an object of it arrived and SuperLink's answer did not: SuperLink takes an object once, refuses the
+second attempt, and waits three minutes for the objects that were to follow.
 """
 
 import logging
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 PULL, PUSH = "_pull_and_store_message", "_push_messages"
 """Of flwr.supernode.start_client_internal: the first gives None where no message has come, and then nothing is sent.
 Both take the calls that they make to the coordinator as arguments."""
+OBJECT = "push_object"
+"""That of these calls by which a part of a reply is sent."""
 LONGEST_S = 30.0
 """Between two attempts at a call; there is no last one."""
 
@@ -58,7 +62,25 @@ def mend(node: Any) -> None:
 
 def _patient(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same, calls to the coordinator made again and again until the connection holds."""
-    return {name: patiently(value) if callable(value) else value for name, value in arguments.items()}
+    calls = {name: patiently(value) if callable(value) else value for name, value in arguments.items()}
+    return {**calls, OBJECT: once(calls[OBJECT])} if OBJECT in calls else calls
+
+
+def once(push_object: Callable[..., None]) -> Callable[..., None]:
+    """`push_object`, where a refusal ends that object and not the reply: SuperLink has it, or has given the reply up.
+
+    What was given up is missing at the coordinator, which asks for it again.
+    """
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+    @wraps(push_object)
+    def pushing(*arguments: Any, **named: Any) -> None:
+        try:
+            push_object(*arguments, **named)
+        except ObjectPushError as error:
+            log.warning("%s It was most likely taken before the connection broke", error)
+
+    return pushing
 
 
 def patiently(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,12 +3,18 @@
 import inspect
 import ssl
 import threading
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import httpx
 import pytest
+from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, push_object_contents_from_iterable
 from flwr.supernode import start_client_internal
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState, MessageEntry
 
@@ -88,6 +94,34 @@ def test_what_a_broken_connection_has_kept_from_being_sent_is_sent_again(
     assert getattr(node, PUSH)(state=None, send=send) == 3
     assert sent == ["an update"]
     assert waited == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_an_object_that_superlink_has_taken_before_does_not_end_the_reply() -> None:
+    """Flower's own way of pushing objects stops at the first refusal."""
+    taken: list[str] = []
+
+    def superlink(request: PushObjectRequest) -> PushObjectResponse:
+        taken.append(request.object_id)
+        return PushObjectResponse(stored=taken.count(request.object_id) == 1)
+
+    def push_object(run: int, session: str, name: str, content: bytes) -> None:
+        push = make_push_object_fn_protobuf(superlink, Node(node_id=1), run, session)
+        push(name, content)
+        if name == "a" and taken == ["a"]:  # the answer is lost, and Flower asks again
+            push(name, content)
+
+    def push(push_object: Callable[..., None], **_: object) -> None:
+        objects = [(name, b"x") for name in "abc"]
+        push_object_contents_from_iterable(objects, partial(push_object, 1, "session"), max_concurrent_pushes=1)
+
+    node = SimpleNamespace(**{PULL: print, PUSH: push})
+    with pytest.raises(ObjectPushError):
+        node._push_messages(push_object=push_object)
+    assert set(taken) < set("abc")
+    taken.clear()
+    mend(node)
+    node._push_messages(push_object=push_object)
+    assert taken == ["a", "a", "b", "c"]
 
 
 def test_what_is_not_the_connections_fault_is_raised() -> None:
