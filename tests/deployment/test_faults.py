@@ -52,6 +52,7 @@ FINDS: dict[str, Callable[[], list[int]]] = {
     "training process": partial(workers, SITE),
 }
 NUMBERS = count(1)
+LAUNCHED: list[Path] = []
 
 
 def _of(run: Path, event: str) -> bool:
@@ -76,7 +77,11 @@ def _launched(run: Path) -> str:
 
 
 def launch(consortium: Consortium) -> tuple[Path, subprocess.Popen[bytes]]:
-    """The honest study once more under a name of its own, and the command that follows it."""
+    """The honest study once more under a name of its own, and the command that follows it.
+
+    One that a failed test has left running is waited for: only one runs at a time.
+    """
+    until(lambda: all(events(run, "run_finished") for run in LAUNCHED), 300, "the end of the study before")
     number = next(NUMBERS)
     study = consortium.folder / f"fault-{number}.toml"
     shutil.copy(consortium.folder / "honest.toml", study)
@@ -85,6 +90,7 @@ def launch(consortium: Consortium) -> tuple[Path, subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "polyclinic", "coordinator", "launch", str(study), "--yes"]
     follower = subprocess.Popen(command, cwd=consortium.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     (run,) = until(lambda: set(runs.iterdir()) - before, 60, "the launch")
+    LAUNCHED.append(run)
     return run, follower
 
 
@@ -172,7 +178,7 @@ def test_a_sites_disk_is_full_for_a_while(honest: tuple[Path, Path], consortium:
         with contextlib.suppress(OSError), (state / "ballast").open("wb", buffering=0) as ballast:
             while ballast.write(bytes(1 << 20)):
                 pass
-        until(lambda: "full" in "".join(line["reason"] for line in events(run, "site_lost")), 120, "a full disk")
+        until(lambda: any("no space" in line["reason"] for line in events(run, "site_lost")), 120, "a full disk")
         (state / "ballast").unlink()
         recovered(run, "full disk", "training", struck, seen, honest)
         follower.wait(timeout=60)
