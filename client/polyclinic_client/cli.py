@@ -144,7 +144,7 @@ def approve(
 
 
 def withdraw(study: Annotated[str, typer.Argument(help="The study's hash.")], home: HomeDir = Path("site")) -> None:
-    """Take an approval back: the study's next message is refused, and the disk space that it took here is free."""
+    """Take an approval back: the study's next message is refused, and what was kept for it here is removed."""
     from polyclinic_client.hospital import Hospital
 
     Hospital(home).withdraw(study)

@@ -123,12 +123,13 @@ def _memory(hospital: Hospital) -> Finding:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 / 1e9
         limits = [path.read_text().strip() for path in LIMITS if path.exists()]
-        free = min([free, *(int(limit) / 1e9 for limit in limits if limit.isdigit())])
+        most = min((int(limit) / 1e9 for limit in limits if limit.isdigit()), default=free)
+        free, words = (most, "at most, in this container") if most < free else (free, "free")
     except OSError:
         return Finding("memory", "WARN", "cannot be told on this system", f"see that {MEMORY_GB:.0f} GB are free")
     if free < MEMORY_GB:
-        return Finding("memory", "WARN", f"{free:.1f} GB free", f"training wants {MEMORY_GB:.0f} GB or more")
-    return Finding("memory", "PASS", f"{free:.0f} GB free")
+        return Finding("memory", "WARN", f"{free:.1f} GB {words}", f"training wants {MEMORY_GB:.0f} GB or more")
+    return Finding("memory", "PASS", f"{free:.0f} GB {words}")
 
 
 def _compute(hospital: Hospital) -> Finding:

@@ -270,6 +270,7 @@ class Hospital:
                 sizes = {tensor["name"]: 4 * math.prod(tensor["shape"]) for tensor in facts["tensors"]}
                 self.settings.policy.check_update(sizes)
                 if not self.approves(facts["study"]):
+                    self._forget(facts["study"])  # the round that was under way has kept it
                     raise Refused("the site has withdrawn its approval meanwhile", "ask the site")
         to = self.joined.address if self.joined else ""
         self.ledger.append({"to": to, "kind": kind, **facts})

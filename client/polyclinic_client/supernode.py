@@ -67,17 +67,26 @@ def _patient(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def once(push_object: Callable[..., None]) -> Callable[..., None]:
-    """`push_object`, where a refusal ends that object and not the reply: SuperLink has it, or has given the reply up.
+    """`push_object`, where a refusal ends that object and not the reply: it was taken before the connection broke.
 
-    What was given up is missing at the coordinator, which asks for it again.
+    Only as many in a row as are under way at once. Where more are refused SuperLink has given the reply up, after three
+    minutes without a connection; where it could not store one, it will. The coordinator then asks for the reply again.
     """
+    from flwr.supercore.constant import FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES as AT_ONCE
     from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+    refused = 0
 
     @wraps(push_object)
     def pushing(*arguments: Any, **named: Any) -> None:
+        nonlocal refused
         try:
             push_object(*arguments, **named)
+            refused = 0
         except ObjectPushError as error:
+            refused += 1
+            if refused > AT_ONCE:
+                raise
             log.warning("%s It was most likely taken before the connection broke", error)
 
     return pushing

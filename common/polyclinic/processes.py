@@ -85,7 +85,7 @@ class Program:
     def _end_orphans(self, name: str) -> None:
         """End what the last start has left: the kernel ends a program with its keeper, not its children.
 
-        Not what this process has started: in a container that starts again, numbers come back at once.
+        Not a program that this process has started: in a container that starts again, numbers come back at once.
         """
         with suppress(OSError, ValueError):
             group = int(self._note.read_text())

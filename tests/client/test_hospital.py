@@ -186,9 +186,12 @@ def test_what_leaves_is_entered_and_what_is_withheld_does_not_leave(hospital: Ho
 def test_an_update_does_not_leave_once_the_approval_is_withdrawn(hospital: Hospital) -> None:
     approve(hospital)
     hospital.withdraw(STUDY.hash)
+    kept = hospital.path / "state" / STUDY.hash[:16]
+    kept.mkdir()  # by the round that was under way
     with pytest.raises(Refused, match="has withdrawn its approval"):
         hospital.leaving("train", reply())
     assert list(hospital.ledger.entries()) == []
+    assert not kept.exists()
 
 
 def test_what_was_made_from_other_patients_goes_with_a_new_approval(hospital: Hospital, tmp_path: Path) -> None:

@@ -124,6 +124,24 @@ def test_an_object_that_superlink_has_taken_before_does_not_end_the_reply() -> N
     assert taken == ["a", "a", "b", "c"]
 
 
+def test_a_reply_that_superlink_has_given_up_is_not_sent_to_its_end() -> None:
+    tried: list[str] = []
+
+    def push_object(run: int, session: str, name: str, content: bytes) -> None:
+        tried.append(name)
+        raise ObjectPushError(name, run, session)
+
+    def push(push_object: Callable[..., None], **_: object) -> None:
+        for name in "abcdef":
+            push_object(1, "session", name, b"x")
+
+    node = SimpleNamespace(**{PULL: print, PUSH: push})
+    mend(node)
+    with pytest.raises(ObjectPushError):
+        node._push_messages(push_object=push_object)
+    assert tried == ["a", "b", "c"]
+
+
 def test_what_is_not_the_connections_fault_is_raised() -> None:
     def ended() -> None:
         raise RuntimeError("the run has ended")

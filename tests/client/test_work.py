@@ -221,7 +221,8 @@ def test_threads_are_the_studys_and_come_back(site: Site, monkeypatch: pytest.Mo
     torch.set_num_threads(2)
     try:
         order, tensors = start()
-        answer(replace(order, train=False, evaluate=True), tensors, site)
+        with threadpoolctl.threadpool_limits(2):
+            answer(replace(order, train=False, evaluate=True), tensors, site)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

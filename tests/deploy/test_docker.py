@@ -150,7 +150,7 @@ def test_what_a_container_runs_is_a_command(name: str) -> None:
 def code(command: list[str], home: Path) -> int:
     """Of a health check, run as in the image but with this Python, where a proxy is set for all else."""
     assert command[0] == "python"
-    away = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")}
+    away = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9"), "no_proxy": ""}
     command = [sys.executable, *command[1:]]
     return subprocess.run(command, cwd=home, env=away, stderr=subprocess.DEVNULL, timeout=60).returncode
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from polyclinic_client.hospital import Hospital
+from polyclinic_server.rundir import ENDED
 
 from .conftest import (
     RECOVERIES,
@@ -81,7 +82,7 @@ def launch(consortium: Consortium) -> tuple[Path, subprocess.Popen[bytes]]:
 
     One that a failed test has left running is waited for: only one runs at a time.
     """
-    until(lambda: all(events(run, "run_finished") for run in LAUNCHED), 300, "the end of the study before")
+    until(lambda: all(events(run)[-1]["event"] in ENDED for run in LAUNCHED), 300, "the end of the study before")
     number = next(NUMBERS)
     study = consortium.folder / f"fault-{number}.toml"
     shutil.copy(consortium.folder / "honest.toml", study)

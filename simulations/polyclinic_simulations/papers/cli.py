@@ -68,14 +68,18 @@ def papers(
             display.steps,
         )
 
-        def publish() -> int:
+        def publish(known: int) -> int:
+            """Write all that is finished, if it is more than is known; how many rows that are."""
             results = {plan: result for plan in wanted if (result := finished(plan, at)) is not None}
+            if len(results) == known:
+                return known
             found = as_table(results, f"{tier.value} tier, {where}")
             write_atomic(out / "papers.csv", found.to_csv(index=False))
             write_atomic(out / "papers.html", render_page(found, [plan for plan in wanted if plan not in results]))
             return len(results)
 
-        while (made := publish()) < len(wanted) and time.monotonic() < end:
+        made = 0
+        while (made := publish(made)) < len(wanted) and time.monotonic() < end:
             left = (plan for plan in wanted if finished(plan, at) is None)
             if done := next(((plan, result) for plan in left if (result := run_plan(plan, at)) is not None), None):
                 value, *_ = done[1]["metrics"].get("auc", [float("nan")])
