@@ -96,6 +96,15 @@ class Program:
                     if int(of) == group and int(parent) != os.getpid() and start.partition("(")[2] == name[:15]:
                         os.kill(int(path.parent.name), signal.SIGKILL)
 
+    def has_lost_a_child(self) -> bool:
+        """Whether one of its children has ended and it has not noticed; False where the system does not say."""
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                state, parent, *_ = path.read_text().rpartition(")")[2].split()
+                if state == "Z" and int(parent) == self.pid:
+                    return True
+        return False
+
     def stop(self) -> None:
         """End it and its children: asked first, killed after GRACE_S."""
         if self._process is None:

@@ -114,6 +114,11 @@ class Supervisor:
                 self._submitted = 0.0
                 self._at_work = time.monotonic()
                 return
+        superlink = self.programs[0]
+        if superlink.has_lost_a_child():  # that which starts ServerApps; Flower 1.41 starts it once
+            log.warning("nothing starts ServerApps any more; SuperLink is started again")
+            superlink.stop()
+            return
         now = time.monotonic()
         if (self._submitted and now - self._submitted < STARTING_S) or now - self._at_work < self._pause(run):
             return

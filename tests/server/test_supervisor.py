@@ -1,6 +1,7 @@
 """What the coordinator sees to between: sites registered, runs submitted once, and again where they have died."""
 
 import http.client
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from polyclinic.errors import PolyclinicError
 from polyclinic.files import locked
+from polyclinic.processes import Program
 from polyclinic_server import supervisor as module
 from polyclinic_server.home import Home, Settings, make_home
 from polyclinic_server.rundir import REGISTERED, RunDir
@@ -71,6 +73,34 @@ def reached(port: int) -> bool:
 def look(at: Supervisor) -> None:
     at._looked = 0.0
     at.look()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_superlink_is_started_again_when_what_starts_serverapps_has_ended(
+    home: Home, asked: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    """As when it was frozen for long: its SuperExec gives up, and nobody starts that again."""
+    lives = ["60", "0"]
+
+    def command() -> list[str]:
+        code = "import subprocess, sys, time; child = subprocess.Popen(['sleep', sys.argv[1]]); time.sleep(60)"
+        return [sys.executable, "-c", code, lives.pop()]
+
+    supervisor = Supervisor(home)
+    superlink = supervisor.programs[0] = Program("superlink", command, tmp_path / "log", {})
+    superlink.tend()
+    try:
+        until(superlink.has_lost_a_child, "the child's end")
+        first = superlink.pid
+        home.want(home.path / "runs" / "s-1")
+        look(supervisor)
+        assert asked == []
+        superlink.tend()
+        assert superlink.pid not in (None, first)
+        look(supervisor)
+        assert [call[0] for call in asked] == ["run"]
+    finally:
+        superlink.stop()
 
 
 def test_a_site_is_registered_once_and_unregistered_when_revoked(home: Home, asked: list[tuple[str, ...]]) -> None:
