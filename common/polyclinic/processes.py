@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,15 @@ GRACE_S = 10.0
 LOG_BYTES = 10_000_000
 """After which a program's output goes to a new file; the one before is kept."""
 PR_SET_PDEATHSIG = 1
+
+
+def _processes() -> Iterator[tuple[int, str, str, int, int]]:
+    """(number, name, state, parent, group) of each process on the machine; of none where the system does not say."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            start, _, rest = path.read_text().rpartition(")")
+            state, parent, group, *_ = rest.split()
+            yield int(path.parent.name), start.partition("(")[2], state, int(parent), int(group)
 
 
 class Program:
@@ -89,21 +98,14 @@ class Program:
         """
         with suppress(OSError, ValueError):
             group = int(self._note.read_text())
-            for path in Path("/proc").glob("[0-9]*/stat"):
-                with suppress(OSError):
-                    start, _, rest = path.read_text().rpartition(")")
-                    _, parent, of, *_ = rest.split()
-                    if int(of) == group and int(parent) != os.getpid() and start.partition("(")[2] == name[:15]:
-                        os.kill(int(path.parent.name), signal.SIGKILL)
+            for number, found, _, parent, of in _processes():
+                if of == group and parent != os.getpid() and found == name[:15]:
+                    with suppress(OSError):
+                        os.kill(number, signal.SIGKILL)
 
     def has_lost_a_child(self) -> bool:
         """Whether one of its children has ended and it has not noticed; False where the system does not say."""
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):
-                state, parent, *_ = path.read_text().rpartition(")")[2].split()
-                if state == "Z" and int(parent) == self.pid:
-                    return True
-        return False
+        return any(state == "Z" and parent == self.pid for _, _, state, parent, _ in _processes())
 
     def stop(self) -> None:
         """End it and its children: asked first, killed after GRACE_S."""
