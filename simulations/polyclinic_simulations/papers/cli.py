@@ -28,15 +28,16 @@ def register(app: typer.Typer) -> None:
 def papers(
     data: Annotated[Path, typer.Option(help="The folder that holds the datasets, each with its labels.csv.")],
     tier: Annotated[TierName, typer.Option(help="cpu: small, for two cores; gpu: full size.")] = TierName.CPU,
-    table: Annotated[list[int] | None, typer.Option(help="Only these tables.")] = None,
+    table: Annotated[list[int] | None, typer.Option(help="Make rows of these tables only.")] = None,
     out: Annotated[Path, typer.Option(help="Where papers.csv and papers.html go.")] = Path("papers"),
     work: Annotated[Path, typer.Option(help="Cohorts, encoders and finished rows.")] = Path(".polyclinic/papers"),
     minutes: Annotated[float, typer.Option(help="Begin no row after so many minutes.", min=0.0)] = 1e6,
 ) -> None:
     """Measure the four papers' methods on real images, row by row.
 
-    Rows that stand in --work are not made again: stopped at any moment, the same command goes on. A row of the cpu tier
-    keeps one core busy: the same command in a second terminal makes other rows meanwhile.
+    Rows that stand in papers.csv or in --work are not made again: stopped at any moment, the same command goes on, on
+    another machine too if it is given papers.csv. A row of the cpu tier keeps one core busy: the same command in a
+    second terminal makes other rows meanwhile.
 
     Examples:
 
@@ -52,17 +53,20 @@ def papers(
     from polyclinic_simulations.display import Display
     from polyclinic_simulations.papers.page import render_page
     from polyclinic_simulations.papers.plans import TIERS, plans
-    from polyclinic_simulations.papers.run import Workshop, as_table, finished, run_plan
+    from polyclinic_simulations.papers.run import Workshop, as_table, finished, run_plan, take_back
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    wanted = [plan for plan in plans() if not table or plan.table in table]
+    settings = TIERS[tier.value]
+    every = list(plans())
+    wanted = [plan for plan in every if not table or plan.table in table]
     make_folder(out)
-    end, folder = time.monotonic() + minutes * 60, work / f"{tier.value}-{TIERS[tier.value].digest}"
+    end = time.monotonic() + minutes * 60
     with Display() as display:
         at = Workshop(
-            TIERS[tier.value],
+            settings,
             data,
-            folder,
+            work / f"{tier.value}-{settings.digest}",
+            f"{tier.value} tier {settings.digest}, {where}",
             display.reading,
             lambda e: display.event({**e, "row": "this row"}),
             display.steps,
@@ -70,23 +74,28 @@ def papers(
 
         def publish(known: int) -> int:
             """Write all that is finished, if it is more than is known; how many rows that are."""
-            results = {plan: result for plan in wanted if (result := finished(plan, at)) is not None}
-            if len(results) == known:
-                return known
-            found = as_table(results, f"{tier.value} tier, {where}")
-            write_atomic(out / "papers.csv", found.to_csv(index=False))
-            write_atomic(out / "papers.html", render_page(found, [plan for plan in wanted if plan not in results]))
+            results = {plan: result for plan in every if (result := finished(plan, at)) is not None}
+            if len(results) > known:
+                found = as_table(results)
+                write_atomic(out / "papers.csv", found.to_csv(index=False))
+                write_atomic(out / "papers.html", render_page(found, [plan for plan in every if plan not in results]))
             return len(results)
 
+        if (out / "papers.csv").exists():
+            take_back(out / "papers.csv", at)
         made = 0
-        while (made := publish(made)) < len(wanted) and time.monotonic() < end:
-            left = (plan for plan in wanted if finished(plan, at) is None)
+        while True:
+            made = publish(made)
+            left = [plan for plan in wanted if finished(plan, at) is None]
+            if not left or time.monotonic() >= end:
+                break
             if done := next(((plan, result) for plan in left if (result := run_plan(plan, at)) is not None), None):
                 value, *_ = done[1]["metrics"].get("auc", [float("nan")])
                 display.event({"event": "row_finished", "row": done[0].name, "auc": value})
             else:
                 time.sleep(PATIENCE_S)  # other processes make all that is left
-    Console().print(f"{made} of {len(wanted)} rows: {out / 'papers.html'}", soft_wrap=True, highlight=False)
+    seen = f": {out / 'papers.html'}" if made else ""
+    Console().print(f"{made} of {len(every)} rows{seen}", soft_wrap=True, highlight=False)
 
 
 def _processor() -> str:

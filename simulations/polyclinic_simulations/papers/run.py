@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pandas as pd
 
 from polyclinic.artifacts import save_encoder
 from polyclinic.cohort import Cohort, build_cohort, union
-from polyclinic.errors import CohortError
+from polyclinic.errors import CohortError, Refused
 from polyclinic.files import atomic, locked, write_atomic
 from polyclinic.model import encoder_of
 from polyclinic.seeding import seed_for
@@ -36,6 +36,7 @@ from polyclinic_simulations.papers.plans import (
     STARTS,
     Plan,
     Tier,
+    plans,
     pretraining,
 )
 from polyclinic_simulations.partition import partition
@@ -44,6 +45,7 @@ from polyclinic_simulations.tidy import tidy
 BORDER = 0.15
 """Width of the rim that the border-only control sees, fraction of the side: no lung reaches it."""
 METRICS = ("auc", "accuracy", "balanced_accuracy", "ece")
+PLAN_COLUMNS = [field.name for field in fields(Plan)]
 _FIGURES = {f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")}
 
 Reading = Callable[[str, int, int], None]
@@ -57,20 +59,24 @@ class Workshop:
         tier: how large, how long.
         data: the folder that holds the datasets.
         folder: where cohorts, encoders and finished rows are kept.
+        machine: what makes the rows, in words; up to the first comma those of its tier, without which rows of two
+            machines are no comparison.
         reading, listen, progress: are told of files, events and batches.
     """
 
     tier: Tier
     data: Path
     folder: Path
+    machine: str = ""
     reading: Reading = lambda what, done, total: None
     listen: Listener | None = None
     progress: Progress | None = None
 
 
 def finished(plan: Plan, at: Workshop) -> dict[str, Any] | None:
-    """{"metrics": {metric: [value, low, high]}, "seconds": s} of a row that has been made, or None; no metrics where it
-    cannot be measured.
+    """{"metrics": {metric: [value, low, high]}, "seconds": s, "machine": words} of a row that has been made, or None.
+
+    It has no metrics where it cannot be measured.
     """
     kept = _kept(plan, at)
     return dict(json.loads(kept.read_text())) if kept.exists() else None
@@ -87,10 +93,36 @@ def run_plan(plan: Plan, at: Workshop) -> dict[str, Any] | None:
     with locked(lock) as free:
         if free and not kept.exists():
             result = _held_out(plan, at) if plan.table == 4 else _measured(plan, at, kept.parent)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(kept, json.dumps(result))
+            _keep(kept, {**result, "machine": at.machine})
             tidy(kept.parent)
     return finished(plan, at)
+
+
+def take_back(path: Path, at: Workshop) -> None:
+    """Take the rows of a papers.csv for finished: they were made on another machine, or in a folder that is gone.
+
+    Raises:
+        Refused: they were made with other settings, or are no rows of these tables.
+    """
+    tier, fix = at.machine.partition(",")[0], "give another folder as --out"
+    try:
+        groups = list(pd.read_csv(path).groupby(PLAN_COLUMNS, sort=False))
+    except (ValueError, KeyError) as error:
+        raise Refused(f"{path} is no table of such rows: {error}", fix) from error
+    known = {astuple(plan): plan for plan in plans()}
+    for values, row in groups:
+        machine, plan = str(row["machine"].iloc[0]), known.get(values)
+        if plan is None or machine.partition(",")[0] != tier:
+            raise Refused(f"{path} holds rows that are not of the {tier}: {values}, {machine}", fix)
+        ends = row[["value", "low", "high"]].astype(object).where(row[["value", "low", "high"]].notna(), None)
+        metrics = dict(zip(row["metric"], ends.to_numpy().tolist(), strict=True))
+        if finished(plan, at) is None:
+            _keep(_kept(plan, at), {"metrics": metrics, "seconds": float(row["seconds"].iloc[0]), "machine": machine})
+
+
+def _keep(kept: Path, result: dict[str, Any]) -> None:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(kept, json.dumps(result))
 
 
 def _kept(plan: Plan, at: Workshop) -> Path:
@@ -285,12 +317,12 @@ def document(source_file: str) -> str:
     return found[1] if found else source_file.rpartition(".")[0]
 
 
-def as_table(rows: dict[Plan, dict[str, Any]], machine: str) -> pd.DataFrame:
+def as_table(rows: dict[Plan, dict[str, Any]]) -> pd.DataFrame:
     """papers.csv: one line a row and metric."""
     lines = [
         {**asdict(plan), "metric": metric, "value": value, "low": low, "high": high}
-        | {"seconds": result["seconds"], "machine": machine}
+        | {"seconds": result["seconds"], "machine": result["machine"]}
         for plan, result in rows.items()
         for metric, (value, low, high) in result["metrics"].items()
     ]
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=[*PLAN_COLUMNS, "metric", "value", "low", "high", "seconds", "machine"])

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from polyclinic_simulations.papers import run as module
 from polyclinic_simulations.papers.goals import verdicts
 from polyclinic_simulations.papers.page import plot, render_page
 from polyclinic_simulations.papers.plans import HOSPITALS, SEEDS, TIERS, Plan, Tier, plans, pretraining
-from polyclinic_simulations.papers.run import Workshop, as_table, dataset, document, finished, run_plan
+from polyclinic_simulations.papers.run import Workshop, as_table, dataset, document, finished, run_plan, take_back
 
 from ...tiny import draw, tiny_study
 
@@ -70,8 +71,12 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def row_of(value: list[float | None], metric: str = "auc") -> dict[str, Any]:
+    return {"metrics": {metric: value}, "seconds": 1.0, "machine": f"cpu tier {TINY.digest}, paper"}
+
+
 def run(plan: Plan, data: Path, work: Path) -> dict[str, Any]:
-    result = run_plan(plan, Workshop(TINY, data, work))
+    result = run_plan(plan, Workshop(TINY, data, work, row_of([])["machine"]))
     assert result is not None
     return result
 
@@ -90,7 +95,7 @@ def test_a_row_is_trained_scored_and_not_made_twice(
 ) -> None:
     plan = replace(PLAN, method=method, init=init, dataset=name)
     result = run(plan, data, tmp_path / "work")
-    found = as_table({plan: result}, "a machine")
+    found = as_table({plan: result})
     assert list(found.columns) == COLUMNS
     assert found["metric"].tolist() == ["auc", "accuracy", "balanced_accuracy", "ece"]
     assert found["value"].between(0, 1).all()
@@ -108,8 +113,9 @@ def test_every_seed_is_pretrained_for_itself(data: Path, tmp_path: Path) -> None
 
 
 def test_processes_on_one_folder_make_different_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at, kin = Workshop(TINY, tmp_path, tmp_path / "work"), replace(PLAN, label_fraction=0.5)
-    other, made = replace(PLAN, method="scratch"), {"metrics": {"auc": [0.5, None, None]}, "seconds": 1.0}
+    at = Workshop(TINY, tmp_path, tmp_path / "work", row_of([])["machine"])
+    kin = replace(PLAN, label_fraction=0.5)
+    other, made = replace(PLAN, method="scratch"), row_of([0.5, None, None])
 
     def measured(plan: Plan, at: Workshop, folder: Path) -> dict[str, Any]:
         if plan == PLAN:  # meanwhile, as other processes would:
@@ -126,7 +132,8 @@ def test_the_command_makes_what_is_left_and_shows_all(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = [replace(PLAN, method="scratch", seed=seed) for seed in SEEDS]
-    monkeypatch.setattr("polyclinic_simulations.papers.plans.plans", lambda: iter(every))
+    for user in ("plans", "run"):
+        monkeypatch.setattr(f"polyclinic_simulations.papers.{user}.plans", lambda: iter(every))
     monkeypatch.setitem(TIERS, "cpu", TINY)
     work, out = tmp_path / "work", tmp_path / "out"
     run(every[1], data, work / f"cpu-{TINY.digest}")  # by another process
@@ -137,7 +144,40 @@ def test_the_command_makes_what_is_left_and_shows_all(
         return pd.read_csv(out / "papers.csv")
 
     assert papers("--minutes", "0")["seed"].unique().tolist() == [1]
-    assert papers()["seed"].unique().tolist() == list(SEEDS)
+    made = papers()
+    assert made["seed"].unique().tolist() == list(SEEDS)
+    shutil.rmtree(work)
+    every.append(replace(every[0], table=5))
+    assert papers("--minutes", "0", "--table", "3").equals(made)  # nothing is made, nothing is lost
+    assert papers("--table", "5")["table"].unique().tolist() == [1, 5]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a,b\n1,2\n",
+        "seed\n1\n",
+        ",".join(COLUMNS) + "\n1,covid-ct,published,central,mae,random,1.0,0,auc,1,,,1,gpu tier\n",
+    ],
+)
+def test_a_table_of_other_rows_is_not_written_over(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "papers.csv"
+    path.write_text(text)
+    arguments = ["papers", "--data", tmp_path, "--work", tmp_path / "work", "--out", tmp_path, "--minutes", "0"]
+    assert cli.run([str(argument) for argument in arguments]) == 2
+    assert path.read_text() == text
+    assert "papers.csv" in capsys.readouterr().err
+
+
+def test_rows_come_back_from_their_table_as_they_were(tmp_path: Path) -> None:
+    at = Workshop(TINY, tmp_path, tmp_path / "work", f"cpu tier {TINY.digest}, another machine")
+    made = {replace(PLAN, seed=0): row_of([0.1 + 0.2, 0.1, 1 / 3]), replace(PLAN, seed=1): row_of([0.5, None, None])}
+    as_table(made).to_csv(tmp_path / "papers.csv", index=False)
+    take_back(tmp_path / "papers.csv", at)
+    assert {plan: finished(plan, at) for plan in made} == made
 
 
 STUDY = tiny_study(stages=[{"kind": "pretrain", "method": "simclr", "rounds": 1}])
@@ -207,11 +247,11 @@ def test_who_trains_in_each_regime(
 def test_goals_are_met_missed_or_not_measured() -> None:
     def row(method: str, metric: str, *values: float) -> list[dict[str, Any]]:
         plan = Plan(1, "covid-ct", "published", "central", method, "random", 1.0, 0)
-        rows = [as_table({replace(plan, seed=k): done(metric, value)}, "") for k, value in enumerate(values)]
+        rows = [as_table({replace(plan, seed=k): done(metric, value)}) for k, value in enumerate(values)]
         return pd.concat(rows).to_dict("records")
 
     def done(metric: str, value: float) -> dict[str, Any]:
-        return {"metrics": {metric: [value, None, None]}, "seconds": 1.0}
+        return row_of([value, None, None], metric)
 
     rows = [*row("sssd", "accuracy", 0.80, 0.82, 0.84), *row("sssd", "auc", 0.7, 0.8, 0.9)]
     assert verdicts(pd.DataFrame([*rows, *row("mae", "auc", 0.85)]))[1][1].endswith("not measured")  # one seed of three
@@ -228,8 +268,8 @@ def test_goals_are_met_missed_or_not_measured() -> None:
 def test_labels_spared_are_those_beyond_the_first_that_do_as_well() -> None:
     def at(hospital: str, method: str, fraction: float, value: float) -> pd.DataFrame:
         plan = Plan(4, hospital, "site", "federated", method, "random", fraction, 0)
-        result = {"metrics": {"auc": [value, None, None]}, "seconds": 1.0}
-        return as_table({replace(plan, seed=seed): result for seed in SEEDS}, "")
+        result = row_of([value, None, None])
+        return as_table({replace(plan, seed=seed): result for seed in SEEDS})
 
     for reached, expected in (
         (0.2, "met: 0.800"),
@@ -273,7 +313,7 @@ def test_rows_of_a_left_out_hospital_come_from_one_run_of_the_protocol(
     assert run(plan, tmp_path, tmp_path)["metrics"]["auc"] == [0.9, 0.7, 0.7]
     there = replace(plan, dataset=f"without {HOSPITALS[0]}", split="patient", label_fraction=1.0)
     assert run(there, tmp_path, tmp_path)["metrics"]["auc"][0] == 0.6
-    assert run(replace(plan, method="scratch"), tmp_path, tmp_path) == {"metrics": {}, "seconds": 0.0}
+    assert run(replace(plan, method="scratch"), tmp_path, tmp_path)["metrics"] == {}
     assert resumed == [False, True, True]
 
 
@@ -287,8 +327,8 @@ def test_the_page_shows_what_was_run_and_lists_what_was_not() -> None:
     assert len({plan.name for plan in every}) == len(every)
     assert {plan.table for plan in every} == {1, 2, 3, 4, 5}
     metrics = {"auc": [0.812, 0.7, 0.9], "accuracy": [0.75, 0.6, 0.8], "balanced_accuracy": [0.74, None, None]}
-    done = {plan: {"metrics": metrics, "seconds": 60.0} for plan in every[:2]}
-    page = render_page(as_table(done, "<b>machine</b>"), every[2:])
+    done = {plan: {"metrics": metrics, "seconds": 60.0, "machine": "<b>machine</b>"} for plan in every[:2]}
+    page = render_page(as_table(done), every[2:])
     assert "0.812 (0.812 – 0.812)" in page
     assert "0.8176" in page  # the paper's
     assert f"Not run ({len([p for p in every[2:] if p.table == 1])})" in page
@@ -300,13 +340,13 @@ def test_the_page_shows_what_was_run_and_lists_what_was_not() -> None:
 def test_the_plot_draws_rows_without_an_interval(known: list[int]) -> None:
     ends = {seed: [0.6 + seed / 10, 0.9] if seed in known else [None, None] for seed in SEEDS}
     done = {
-        replace(PLAN, seed=seed): {"metrics": {"auc": [0.8, *ends[seed]]}, "seconds": 1.0} for seed in SEEDS
+        replace(PLAN, seed=seed): row_of([0.8, *ends[seed]]) for seed in SEEDS
     }  # as of a mean over sites that train alone
-    picture = plot(as_table(done, ""))
+    picture = plot(as_table(done))
     assert not re.search(r"nan|inf", picture, re.IGNORECASE)
     marks = [mark.get("class") for mark in ElementTree.fromstring(picture).iter()]
     assert (marks.count("strip"), marks.count("whisker")) == (3, len(known))
-    assert "<svg" in render_page(as_table(done, ""), [])
+    assert "<svg" in render_page(as_table(done), [])
 
 
 def test_tiers_know_every_method_and_dataset_of_their_rows() -> None:
