@@ -45,6 +45,7 @@ FLWR = (
     "polyclinic_server.rounds",
     "polyclinic_server.mail",
     "polyclinic_server.gate",
+    "polyclinic_server.superlink",
     "polyclinic_server.aggregation",
     "polyclinic_simulations.engines",
 )

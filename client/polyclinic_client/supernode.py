@@ -26,8 +26,8 @@ PULL, PUSH = "_pull_and_store_message", "_push_messages"
 Both take the calls that they make to the coordinator as arguments."""
 OBJECT = "push_object"
 """That of these calls by which a part of a reply is sent."""
-LONGEST_S = 30.0
-"""Between two attempts at a call; there is no last one."""
+FIRST_S, LONGEST_S = 1.0, 30.0
+"""Between two attempts at a call, doubled each time; there is no last one."""
 
 
 def main() -> None:
@@ -97,14 +97,16 @@ def patiently(call: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(call)
     def calling(*arguments: Any, **named: Any) -> Any:
-        wait_s = 1.0
+        wait_s = FIRST_S
         while True:
             try:
-                return call(*arguments, **named)
+                answer = call(*arguments, **named)
+                if wait_s > FIRST_S:
+                    log.warning("the connection to the coordinator holds again")
+                return answer
             except (httpx.TransportError, ssl.SSLError, ConnectionError) as error:
-                log.warning(
-                    "the connection to the coordinator broke: %s; again in %.0f s", type(error).__name__, wait_s
-                )
+                said = f"{type(error).__name__}, {str(error)[:200]!a}"
+                log.warning("the connection to the coordinator broke: %s; again in %.0f s", said, wait_s)
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_S)
 

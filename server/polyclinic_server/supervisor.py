@@ -55,7 +55,7 @@ class Supervisor:
         self._tries, self._made, self._at_work = 0, "", 0.0
         path, port = home.path, str(home.settings.superlink_port)
         superlink = [
-            str(BIN / "flower-superlink"),
+            *(sys.executable, "-P", "-m", "polyclinic_server.superlink", str(path / "signatures.db")),
             *("--ssl-certfile", str(path / "server.crt"), "--ssl-keyfile", str(path / "server.key")),
             *("--ssl-ca-certfile", str(path / "authority.crt"), "--database", str(path / "superlink.db")),
             *("--host", "127.0.0.1", "--port", port, "--health-server-address", home.settings.health_address),

@@ -146,10 +146,10 @@ class Consortium:
         said = self.command("coordinator", "launch", study, "--yes", "--no-follow")
         return Path(said.rpartition("launched: ")[2].strip())
 
-    def simulate(self, study: Path, python: str = "") -> Path:
+    def simulate(self, study: Path, python: str = "", sites: Sequence[str] = SITES) -> Path:
         """The run directory of the same study in simulation."""
         text = study.read_text() + "".join(
-            f'\n[[simulation.site]]\nname = "{name}"\ncohort = "images/{name}"\n' for name in SITES
+            f'\n[[simulation.site]]\nname = "{name}"\ncohort = "images/{name}"\n' for name in sites
         )
         rehearsal = study.with_name(f"rehearsal-{study.name}")
         rehearsal.write_text(text)

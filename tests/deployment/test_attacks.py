@@ -12,13 +12,15 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from google.protobuf.message import Message
 
+from polyclinic_server import pki
 from polyclinic_server.home import Home
 
-from .conftest import Consortium, healthy, until
+from .conftest import SITES, Consortium, healthy, until
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(600)]
 
@@ -38,13 +40,22 @@ def ask(
     signed: ec.EllipticCurvePrivateKey | None = None,
 ) -> httpx.Response:
     """A fleet request as Flower's node makes it, with the public key of `key`, signed `ago` by `signed` (or `key`)."""
+    return send(consortium, path, content, headers_of(key, ago, signed))
+
+
+def headers_of(
+    key: ec.EllipticCurvePrivateKey, ago: timedelta = timedelta(), signed: ec.EllipticCurvePrivateKey | None = None
+) -> dict[str, str]:
     when = (datetime.now(UTC) - ago).isoformat()
-    headers = {
+    return {
         "content-type": "application/protobuf",
         "flwr-public-key": b64encode(public_key_to_bytes(key.public_key())).decode(),
         "flwr-timestamp": when,
         "flwr-signature": b64encode(sign_message(signed or key, when.encode())).decode(),
     }
+
+
+def send(consortium: Consortium, path: str, content: Message | bytes, headers: dict[str, str]) -> httpx.Response:
     body = content if isinstance(content, bytes) else content.SerializeToString()
     trusted = ssl.create_default_context(cafile=str(consortium.home / "authority.crt"))
     url = f"https://127.0.0.1:{consortium.port}/v1/fleet/{path}"
@@ -84,10 +95,22 @@ def test_a_site_cannot_speak_for_another(consortium: Consortium, node: int) -> N
 
 @pytest.mark.parametrize("minutes", [10, -10])
 def test_a_request_signed_ten_minutes_from_now_is_refused(consortium: Consortium, node: int, minutes: int) -> None:
-    """A recorded request that is sent again, or a site whose clock is wrong; `site doctor` tells the site which."""
+    """A recorded request that is sent again late, or a site whose clock is wrong; `site doctor` tells which."""
     asked = PullMessagesRequest(node=Node(node_id=node))
     answer = ask(consortium, "pull-messages", asked, key_of(consortium, "alpha"), timedelta(minutes=minutes))
     assert answer.status_code == 401
+
+
+def test_a_recorded_request_counts_once(consortium: Consortium, node: int) -> None:
+    """Flower's node signs the time alone: with a recorded request, others could fetch and answer a site's messages."""
+    headers, asked = headers_of(key_of(consortium, "alpha")), PullMessagesRequest(node=Node(node_id=node))
+    assert send(consortium, "pull-messages", asked, headers).status_code == 200
+    assert send(consortium, "pull-messages", asked, headers).status_code == 401
+    other = SendNodeHeartbeatRequest(node=Node(node_id=node), heartbeat_interval=1e6)
+    assert send(consortium, "send-node-heartbeat", other, headers).status_code == 401
+    told = f"the site with the key {consortium.fingerprint('alpha')} came a second time and was refused"
+    assert consortium.log("coordinator").count(told) == 2
+    assert ask(consortium, "pull-messages", asked, key_of(consortium, "alpha")).status_code == 200
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 1000, b"\x0a\xff\xff\xff\xff\x0f", bytes(10**6)])
@@ -147,3 +170,37 @@ def test_a_site_does_not_speak_to_a_coordinator_of_another_authority(consortium:
     until(lambda: "CERTIFICATE_VERIFY_FAILED" in consortium.log("astray"), 60, "a refusal")
     assert consortium.stop("astray") == 0
     assert healthy(consortium)
+
+
+def test_with_an_expired_certificate_nobody_speaks_until_it_is_renewed(
+    consortium: Consortium, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, own = consortium.home, Home(consortium.home)
+    consortium.stop("coordinator")
+    with monkeypatch.context() as changed:
+        changed.setattr(pki, "SERVER_DAYS", -0.01)  # a quarter of an hour ago
+        key, certificate = pki.make_server(
+            (home / "authority.key").read_bytes(), (home / "authority.crt").read_bytes(), "late", own.settings.hosts
+        )
+    (home / "server.key").write_bytes(key)
+    (home / "server.crt").write_bytes(certificate)
+    before = {site: len(consortium.log(site)) for site in SITES}
+    consortium.start("coordinator")
+    for site in SITES:
+        until(lambda site=site: "certificate has expired" in consortium.log(site)[before[site] :], 60, "a refusal")
+    assert not healthy(consortium)
+    said = consortium.command("site", "doctor", "--home", "alpha", code=1)
+    assert "certificate has expired" in said
+    assert "ask the coordinator to renew its certificate" in said
+    assert "-1 days" in consortium.command("coordinator", "status")
+    consortium.command("coordinator", "renew")
+    consortium.stop("coordinator")
+    before = {site: len(consortium.log(site)) for site in SITES}
+    consortium.start("coordinator")
+    until(lambda: healthy(consortium), 60, "the gateway")
+    for site in SITES:  # by themselves: one that was connected before asks again, one that was not starts again
+        until(lambda site=site: connected(consortium.log(site)[before[site] :]), 60, site)
+
+
+def connected(log: str) -> bool:
+    return "the connection to the coordinator holds again" in log or "SuperNode ID" in log

@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.deployed, pytest.mark.timeout(900), pytest.mark.filter
 
 SITE = "beta"
 VICTIMS = {
-    "SuperLink": ("flower-superlink",),
+    "SuperLink": ("polyclinic_server.superlink",),
     "ServerApp": ("flwr-serverapp",),
     "gateway": ("nginx: master",),
     "gateway's worker": ("nginx: worker",),

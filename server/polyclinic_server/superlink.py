@@ -1,0 +1,99 @@
+"""Flower's SuperLink, mended: a request that it has taken is refused when it comes again.
+
+Flower 1.41's node signs the time of a request and nothing else, and SuperLink takes whatever was signed within the last
+five minutes. Who has recorded one request could send it again, or another with its headers: fetch the messages that are
+meant for the site, or answer in its name. Here every signature counts once, also after SuperLink was started again.
+"""
+
+import logging
+import sqlite3
+import sys
+import threading
+import time
+from base64 import b64decode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from polyclinic.enrolment import fingerprint
+from polyclinic.errors import Refused
+
+log = logging.getLogger(__name__)
+
+AUTHENTICATE = "authenticate_node"
+"""In flwr.superlink.routers.fleet.node_auth: raises where a request was not signed by an enrolled node, lately."""
+KEPT_S = 3600.0
+"""Longer than any signature is taken, in front of or behind the coordinator's clock."""
+
+
+def main() -> None:
+    """As Flower's program of that name; the first argument is the file that remembers signatures."""
+    from flwr.superlink.cli import flower_superlink
+    from flwr.superlink.routers.fleet import node_auth
+
+    mend(node_auth, Signatures(Path(sys.argv.pop(1))))
+    flower_superlink()
+
+
+class Signatures:
+    """Those that were taken lately, in a file; safe to use from many threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._database.execute("PRAGMA synchronous = OFF")  # it need not outlive the machine, only this process
+        self._database.execute("CREATE TABLE IF NOT EXISTS taken (signature TEXT PRIMARY KEY, at REAL) WITHOUT ROWID")
+        self._using, self._cleaned = threading.Lock(), 0.0
+
+    def take(self, signature: bytes) -> bool:
+        """Whether this ECDSA signature (DER) comes for the first time.
+
+        Known by its first number alone: from (r, s) anyone can make (r, -s), which is as valid.
+        """
+        r, _ = decode_dss_signature(signature)
+        now = time.time()
+        with self._using:
+            if now - self._cleaned > KEPT_S:
+                self._database.execute("DELETE FROM taken WHERE at < ?", [now - KEPT_S])
+                self._cleaned = now
+            added = self._database.execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", [f"{r:x}", now])
+        return added.rowcount == 1
+
+
+def mend(module: Any, signatures: Signatures) -> None:
+    """Have Flower's `module` take a signed request once.
+
+    Raises:
+        Refused: the module is not the one that this was written for.
+    """
+    from fastapi import HTTPException
+    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+    from flwr.supercore.primitives.asymmetric import bytes_to_public_key
+
+    authenticate: Callable[[Any], None] | None = getattr(module, AUTHENTICATE, None)
+    if not callable(authenticate):
+        raise Refused(
+            f"this version of Flower has no {AUTHENTICATE}: SuperLink does not start",
+            "install the version of flwr that polyclinic asks for",
+        )
+
+    def once(request: Any) -> None:
+        authenticate(request)
+        try:
+            first = signatures.take(b64decode(request.headers[FLEET_HTTP_SIGNATURE_HEADER]))
+        except sqlite3.Error as error:  # a full disk; nodes ask again after a 503
+            log.warning("no request can be taken, since its signature cannot be kept: %s", error)
+            raise HTTPException(503, "not now") from error
+        if not first:
+            key = bytes_to_public_key(b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER]))
+            whose = fingerprint(key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
+            log.warning("a request of the site with the key %s came a second time and was refused", whose)
+            raise HTTPException(401, "a request is taken once")
+
+    setattr(module, AUTHENTICATE, once)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""SuperLink takes a signed request once."""
+
+import logging
+import sqlite3
+import time
+from base64 import b64encode
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from fastapi import HTTPException
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message, verify_signature
+from flwr.superlink.routers.fleet import node_auth
+
+from polyclinic.enrolment import fingerprint
+from polyclinic.errors import Refused
+from polyclinic_server import superlink
+from polyclinic_server.superlink import AUTHENTICATE, Signatures, mend
+
+ORDER = int("ffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973", base=16)
+"""Of the curve P-384."""
+KEY = ec.generate_private_key(ec.SECP384R1())
+WHEN = b"2026-01-01T00:00:00+00:00"
+
+
+def asked(signature: bytes, key: ec.EllipticCurvePrivateKey = KEY) -> Any:
+    public = b64encode(public_key_to_bytes(key.public_key())).decode()
+    return SimpleNamespace(
+        headers={"flwr-public-key": public, "flwr-signature": b64encode(signature).decode(), "flwr-timestamp": "now"}
+    )
+
+
+def mended(path: Path, authenticate: Any = lambda request: None) -> Any:
+    module = SimpleNamespace(**{AUTHENTICATE: authenticate})
+    mend(module, Signatures(path / "signatures.db"))
+    return module.authenticate_node
+
+
+def test_the_hook_still_bites() -> None:
+    assert AUTHENTICATE in node_auth.NodeAuthMiddleware.dispatch.__code__.co_names
+    with pytest.raises(Refused, match="has no authenticate_node"):
+        mend(SimpleNamespace(), None)  # type: ignore[arg-type]
+
+
+def test_a_request_is_taken_once_and_a_second_by_name_never(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one, other = sign_message(KEY, WHEN), sign_message(KEY, WHEN)
+    authenticate = mended(tmp_path)
+    authenticate(asked(one))
+    authenticate(asked(other))  # signed in the same microsecond
+    with pytest.raises(HTTPException) as refusal:
+        authenticate(asked(one))
+    assert refusal.value.status_code == 401
+    (told,) = caplog.messages
+    whose = fingerprint(KEY.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
+    assert told == f"a request of the site with the key {whose} came a second time and was refused"
+    with pytest.raises(HTTPException):
+        mended(tmp_path)(asked(other))  # started again
+
+
+def test_the_twin_of_a_signature_is_the_same_request(tmp_path: Path) -> None:
+    signature = sign_message(KEY, WHEN)
+    r, s = decode_dss_signature(signature)
+    twin = encode_dss_signature(r, ORDER - s)
+    assert twin != signature
+    assert verify_signature(KEY.public_key(), WHEN, twin)
+    authenticate = mended(tmp_path)
+    authenticate(asked(signature))
+    with pytest.raises(HTTPException):
+        authenticate(asked(twin))
+
+
+def test_what_flower_refuses_is_not_remembered(tmp_path: Path) -> None:
+    def refuse(request: Any) -> None:
+        raise HTTPException(401)
+
+    signature = sign_message(KEY, WHEN)
+    with pytest.raises(HTTPException):
+        mended(tmp_path, refuse)(asked(signature))
+    mended(tmp_path)(asked(signature))  # nobody can use up another's signature
+
+
+def test_signatures_are_forgotten_when_their_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "signatures.db"
+    Signatures(path).take(sign_message(KEY, WHEN))
+    monkeypatch.setattr(superlink, "time", SimpleNamespace(time=lambda: time.time() + 2 * superlink.KEPT_S))
+    again = Signatures(path)
+    again.take(sign_message(KEY, WHEN))
+    with sqlite3.connect(path) as database:
+        assert database.execute("SELECT COUNT(*) FROM taken").fetchone() == (1,)
+
+
+def test_where_it_cannot_be_remembered_a_request_is_put_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    authenticate = mended(tmp_path)
+    with sqlite3.connect(tmp_path / "signatures.db") as database:
+        database.execute("DROP TABLE taken")
+    with caplog.at_level(logging.WARNING), pytest.raises(HTTPException) as refusal:
+        authenticate(asked(sign_message(KEY, WHEN)))
+    assert refusal.value.status_code == 503
+    assert "cannot be kept" in caplog.text
