@@ -37,7 +37,7 @@ def test_every_site_has_a_ledger_of_what_left_it(honest: tuple[Path, Path], cons
 
 
 def test_a_study_runs_only_where_its_very_text_was_approved(consortium: Consortium) -> None:
-    """Nobody has asked alpha; beta has approved what the study was before somebody edited it. They cost gamma nothing."""
+    """Nobody has asked alpha; beta has approved what the study was before it was edited. They cost gamma nothing."""
     study = consortium.study("partly", rounds=1)
     consortium.approve(study, "beta")
     study.write_text(study.read_text().replace("min_sites = 2", "min_sites = 1"))
