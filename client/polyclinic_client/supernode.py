@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from polyclinic.errors import Refused
+from polyclinic.processes import with_time
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def main() -> None:
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
+    with_time(log)
     mend(start_client_internal)
     flower_supernode()
 

@@ -26,6 +26,13 @@ LOG_BYTES = 10_000_000
 PR_SET_PDEATHSIG = 1
 
 
+def with_time(logger: logging.Logger) -> None:
+    """Have what a logger tells say when it was."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+
+
 def _processes() -> Iterator[tuple[int, str, str, int, int]]:
     """(number, name, state, parent, group) of each process on the machine; of none where the system does not say."""
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -94,10 +101,13 @@ class Program:
     def _end_orphans(self, name: str) -> None:
         """End what the last start has left: the kernel ends a program with its keeper, not its children.
 
-        Not a program that this process has started: in a container that starts again, numbers come back at once.
+        Not after the machine was started again, nor a program that this process has started (as in a container that
+        starts again): numbers come back, and belong to others.
         """
         with suppress(OSError, ValueError):
-            group = int(self._note.read_text())
+            group, noted = int(self._note.read_text()), self._note.stat().st_mtime
+            if sys.platform == "linux" and noted < time.time() - time.clock_gettime(time.CLOCK_BOOTTIME):
+                return
             for number, found, _, parent, of in _processes():
                 if of == group and parent != os.getpid() and found == name[:15]:
                     with suppress(OSError):

@@ -1,7 +1,7 @@
 """The coordinator's folder: authority, machine's certificate, gateway, enrolled sites, runs.
 
 coordinator.toml   name, address that sites reach, ports
-authority.key/.crt server.key/.crt   superlink.db   gateway/nginx.conf   flwr/config.toml
+authority.key/.crt server.key/.crt   superlink.db   signatures.db   gateway/nginx.conf   flwr/config.toml
 sites/NAME.json    an enrolled site: its public key, the patients that it may count for, Flower's number for it
 runs/              a run directory a study; wanted.json names the one that is to run
 """

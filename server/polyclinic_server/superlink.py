@@ -3,6 +3,7 @@
 Flower 1.41's node signs the time of a request and nothing else, and SuperLink takes whatever was signed within the last
 five minutes. Who has recorded one request could send it again, or another with its headers: fetch the messages that are
 meant for the site, or answer in its name. Here every signature counts once, also after SuperLink was started again.
+What remains is for TLS to prevent: who can hold a request back may use its headers in its stead, once.
 """
 
 import logging
@@ -20,13 +21,17 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from polyclinic.enrolment import fingerprint
 from polyclinic.errors import Refused
+from polyclinic.processes import with_time
 
 log = logging.getLogger(__name__)
 
 AUTHENTICATE = "authenticate_node"
-"""In flwr.superlink.routers.fleet.node_auth: raises where a request was not signed by an enrolled node, lately."""
+"""In flwr.superlink.routers.fleet.node_auth: raises where a request was not signed lately by the key that it names."""
 KEPT_S = 3600.0
 """Longer than any signature is taken, in front of or behind the coordinator's clock."""
+LATER = 503
+"""After which Flower's node asks again, with a new signature. After a 401 it would end: so that whoever is the first to
+send what a site has sent, could end it."""
 
 
 def main() -> None:
@@ -34,6 +39,7 @@ def main() -> None:
     from flwr.superlink.cli import flower_superlink
     from flwr.superlink.routers.fleet import node_auth
 
+    with_time(log)
     mend(node_auth, Signatures(Path(sys.argv.pop(1))))
     flower_superlink()
 
@@ -42,24 +48,50 @@ class Signatures:
     """Those that were taken lately, in a file; safe to use from many threads."""
 
     def __init__(self, path: Path) -> None:
-        self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._database.execute("PRAGMA synchronous = OFF")  # it need not outlive the machine, only this process
-        self._database.execute("CREATE TABLE IF NOT EXISTS taken (signature TEXT PRIMARY KEY, at REAL) WITHOUT ROWID")
-        self._using, self._cleaned = threading.Lock(), 0.0
+        self._path, self._using, self._cleaned = path, threading.Lock(), 0.0
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            self._begin_anew(error)
 
     def take(self, signature: bytes) -> bool:
         """Whether this ECDSA signature (DER) comes for the first time.
 
         Known by its first number alone: from (r, s) anyone can make (r, -s), which is as valid.
+
+        Raises:
+            sqlite3.OperationalError: it cannot be kept, for instance on a full disk.
         """
         r, _ = decode_dss_signature(signature)
-        now = time.time()
         with self._using:
-            if now - self._cleaned > KEPT_S:
-                self._database.execute("DELETE FROM taken WHERE at < ?", [now - KEPT_S])
-                self._cleaned = now
-            added = self._database.execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", [f"{r:x}", now])
-        return added.rowcount == 1
+            try:
+                return self._add(r)
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError as error:
+                self._begin_anew(error)
+                return self._add(r)
+
+    def _open(self) -> None:
+        self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = NORMAL")  # whole after a power cut, but for the last signatures
+        self._database.execute("CREATE TABLE IF NOT EXISTS taken (signature TEXT PRIMARY KEY, at REAL) WITHOUT ROWID")
+
+    def _begin_anew(self, error: sqlite3.DatabaseError) -> None:
+        """Without the file, which is damaged: or no site would be heard again."""
+        log.warning("%s is damaged and begun anew, without the signatures of the last minutes: %s", self._path, error)
+        self._database.close()
+        for end in ("", "-wal", "-shm"):
+            self._path.with_name(self._path.name + end).unlink(missing_ok=True)
+        self._open()
+
+    def _add(self, r: int) -> bool:
+        now = time.time()
+        if now - self._cleaned > KEPT_S:
+            self._database.execute("DELETE FROM taken WHERE at < ?", [now - KEPT_S])
+            self._cleaned = now
+        return self._database.execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", [f"{r:x}", now]).rowcount == 1
 
 
 def mend(module: Any, signatures: Signatures) -> None:
@@ -81,16 +113,19 @@ def mend(module: Any, signatures: Signatures) -> None:
 
     def once(request: Any) -> None:
         authenticate(request)
+        public_key = b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER])
+        if module.get_linkstate(request).get_node_id_by_public_key(public_key) is None:
+            return  # a stranger asks to be let in, and Flower refuses; nothing of theirs is kept
         try:
             first = signatures.take(b64decode(request.headers[FLEET_HTTP_SIGNATURE_HEADER]))
-        except sqlite3.Error as error:  # a full disk; nodes ask again after a 503
+        except sqlite3.Error as error:
             log.warning("no request can be taken, since its signature cannot be kept: %s", error)
-            raise HTTPException(503, "not now") from error
+            raise HTTPException(LATER, "not now") from error
         if not first:
-            key = bytes_to_public_key(b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER]))
+            key = bytes_to_public_key(public_key)
             whose = fingerprint(key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
             log.warning("a request of the site with the key %s came a second time and was refused", whose)
-            raise HTTPException(401, "a request is taken once")
+            raise HTTPException(LATER, "a request is taken once")
 
     setattr(module, AUTHENTICATE, once)
 

@@ -89,6 +89,7 @@ REASONS = {
 def hostile_agent(consortium: Consortium, kept: Path) -> Iterator[None]:
     """In the stead of the site's own."""
     consortium.stop(HOSTILE)
+    (consortium.folder / HOSTILE / "bin" / "warm.sock").unlink(missing_ok=True)
     text = AGENT.format(worker=WORKER.format(kept=str(kept)))
     command = [sys.executable, "-c", text, "site", "start", "--home", HOSTILE]
     with (consortium.folder / f"{HOSTILE}.log").open("ab") as log:

@@ -27,21 +27,23 @@ KEY = ec.generate_private_key(ec.SECP384R1())
 WHEN = b"2026-01-01T00:00:00+00:00"
 
 
-def asked(signature: bytes, key: ec.EllipticCurvePrivateKey = KEY) -> Any:
-    public = b64encode(public_key_to_bytes(key.public_key())).decode()
+def asked(signature: bytes) -> Any:
+    public = b64encode(public_key_to_bytes(KEY.public_key())).decode()
     return SimpleNamespace(
         headers={"flwr-public-key": public, "flwr-signature": b64encode(signature).decode(), "flwr-timestamp": "now"}
     )
 
 
-def mended(path: Path, authenticate: Any = lambda request: None) -> Any:
-    module = SimpleNamespace(**{AUTHENTICATE: authenticate})
+def mended(path: Path, authenticate: Any = lambda request: None, node: int | None = 7) -> Any:
+    state = SimpleNamespace(get_node_id_by_public_key={public_key_to_bytes(KEY.public_key()): node}.get)
+    module = SimpleNamespace(**{AUTHENTICATE: authenticate, "get_linkstate": lambda request: state})
     mend(module, Signatures(path / "signatures.db"))
     return module.authenticate_node
 
 
 def test_the_hook_still_bites() -> None:
     assert AUTHENTICATE in node_auth.NodeAuthMiddleware.dispatch.__code__.co_names
+    assert callable(node_auth.get_linkstate)
     with pytest.raises(Refused, match="has no authenticate_node"):
         mend(SimpleNamespace(), None)  # type: ignore[arg-type]
 
@@ -53,7 +55,7 @@ def test_a_request_is_taken_once_and_a_second_by_name_never(tmp_path: Path, capl
     authenticate(asked(other))  # signed in the same microsecond
     with pytest.raises(HTTPException) as refusal:
         authenticate(asked(one))
-    assert refusal.value.status_code == 401
+    assert refusal.value.status_code == 503  # after a 401, the site's own node would end if it came second
     (told,) = caplog.messages
     whose = fingerprint(KEY.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
     assert told == f"a request of the site with the key {whose} came a second time and was refused"
@@ -81,6 +83,31 @@ def test_what_flower_refuses_is_not_remembered(tmp_path: Path) -> None:
     with pytest.raises(HTTPException):
         mended(tmp_path, refuse)(asked(signature))
     mended(tmp_path)(asked(signature))  # nobody can use up another's signature
+
+
+def test_nothing_of_a_stranger_is_kept(tmp_path: Path) -> None:
+    """Who asks to be let in signs with a key of their own: they could fill the disk."""
+    mended(tmp_path, node=None)(asked(sign_message(KEY, WHEN)))
+    with sqlite3.connect(tmp_path / "signatures.db") as database:
+        assert database.execute("SELECT COUNT(*) FROM taken").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("damage", ["header", "page", "folder of other things"])
+def test_a_damaged_file_is_begun_anew(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "signatures.db"
+    signatures = Signatures(path)
+    while path.stat().st_size < 20_000:
+        signatures.take(sign_message(KEY, WHEN))
+        signatures._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    signatures._database.close()
+    content = bytearray(path.read_bytes())
+    start = 0 if damage == "header" else 4096
+    content[start : start + 4096] = b"x" * 4096
+    path.write_bytes(content if damage != "folder of other things" else b"no database")
+    again = Signatures(path)
+    for _ in range(50):
+        assert again.take(sign_message(KEY, WHEN))
+    assert "is damaged and begun anew" in caplog.text
 
 
 def test_signatures_are_forgotten_when_their_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def papers(
     from polyclinic.files import make_folder, write_atomic
     from polyclinic_simulations.display import Display
     from polyclinic_simulations.papers.page import render_page
-    from polyclinic_simulations.papers.plans import TIERS, plans
+    from polyclinic_simulations.papers.plans import TIERS, Plan, plans
     from polyclinic_simulations.papers.run import Workshop, as_table, finished, run_plan, take_back
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
@@ -72,21 +72,24 @@ def papers(
             display.steps,
         )
 
-        def publish(known: int) -> int:
-            """Write all that is finished, if it is more than is known; how many rows that are."""
+        def publish(before: set[Plan]) -> set[Plan]:
+            """Which rows are finished; they are written if they are not those of `before`.
+
+            What other processes have written meanwhile is taken back, so that nothing of theirs is lost.
+            """
+            if (out / "papers.csv").exists():
+                take_back(out / "papers.csv", at)
             results = {plan: result for plan in every if (result := finished(plan, at)) is not None}
-            if len(results) > known:
+            if set(results) != before:
                 found = as_table(results)
                 write_atomic(out / "papers.csv", found.to_csv(index=False))
                 write_atomic(out / "papers.html", render_page(found, [plan for plan in every if plan not in results]))
-            return len(results)
+            return set(results)
 
-        if (out / "papers.csv").exists():
-            take_back(out / "papers.csv", at)
-        made = 0
+        made: set[Plan] = set()
         while True:
             made = publish(made)
-            left = [plan for plan in wanted if finished(plan, at) is None]
+            left = [plan for plan in wanted if plan not in made]
             if not left or time.monotonic() >= end:
                 break
             if done := next(((plan, result) for plan in left if (result := run_plan(plan, at)) is not None), None):
@@ -95,7 +98,7 @@ def papers(
             else:
                 time.sleep(PATIENCE_S)  # other processes make all that is left
     seen = f": {out / 'papers.html'}" if made else ""
-    Console().print(f"{made} of {len(every)} rows{seen}", soft_wrap=True, highlight=False)
+    Console().print(f"{len(made)} of {len(every)} rows{seen}", soft_wrap=True, highlight=False)
 
 
 def _processor() -> str:

@@ -79,7 +79,7 @@ def finished(plan: Plan, at: Workshop) -> dict[str, Any] | None:
     It has no metrics where it cannot be measured.
     """
     kept = _kept(plan, at)
-    return dict(json.loads(kept.read_text())) if kept.exists() else None
+    return {"machine": at.machine, **json.loads(kept.read_text())} if kept.exists() else None
 
 
 def run_plan(plan: Plan, at: Workshop) -> dict[str, Any] | None:
@@ -102,22 +102,24 @@ def take_back(path: Path, at: Workshop) -> None:
     """Take the rows of a papers.csv for finished: they were made on another machine, or in a folder that is gone.
 
     Raises:
-        Refused: they were made with other settings, or are no rows of these tables.
+        Refused: they were made with other settings, or are no whole rows of these tables.
     """
     tier, fix = at.machine.partition(",")[0], "give another folder as --out"
+    known = {astuple(plan): plan for plan in plans()}
     try:
-        groups = list(pd.read_csv(path).groupby(PLAN_COLUMNS, sort=False))
+        table = pd.read_csv(path, dtype={"value": float, "low": float, "high": float, "seconds": float})
+        for values, row in table.groupby(PLAN_COLUMNS, sort=False, dropna=False):
+            [machine], [seconds] = row["machine"].unique(), row["seconds"].unique()
+            if str(machine).partition(",")[0] != tier:
+                raise Refused(f"{path} holds rows that are not of the {tier}: {machine}", fix)
+            if sorted(row["metric"]) != sorted(METRICS) or row["value"].isna().any():
+                raise ValueError(f"a row without its {len(METRICS)} metrics")
+            ends = row[["value", "low", "high"]].astype(object).where(row[["value", "low", "high"]].notna(), None)
+            metrics = dict(zip(row["metric"], ends.to_numpy().tolist(), strict=True))
+            if finished(known[values], at) is None:
+                _keep(_kept(known[values], at), {"metrics": metrics, "seconds": float(seconds), "machine": machine})
     except (ValueError, KeyError) as error:
         raise Refused(f"{path} is no table of such rows: {error}", fix) from error
-    known = {astuple(plan): plan for plan in plans()}
-    for values, row in groups:
-        machine, plan = str(row["machine"].iloc[0]), known.get(values)
-        if plan is None or machine.partition(",")[0] != tier:
-            raise Refused(f"{path} holds rows that are not of the {tier}: {values}, {machine}", fix)
-        ends = row[["value", "low", "high"]].astype(object).where(row[["value", "low", "high"]].notna(), None)
-        metrics = dict(zip(row["metric"], ends.to_numpy().tolist(), strict=True))
-        if finished(plan, at) is None:
-            _keep(_kept(plan, at), {"metrics": metrics, "seconds": float(row["seconds"].iloc[0]), "machine": machine})
 
 
 def _keep(kept: Path, result: dict[str, Any]) -> None:

@@ -150,22 +150,40 @@ def test_the_command_makes_what_is_left_and_shows_all(
     every.append(replace(every[0], table=5))
     assert papers("--minutes", "0", "--table", "3").equals(made)  # nothing is made, nothing is lost
     assert papers("--table", "5")["table"].unique().tolist() == [1, 5]
+    shutil.rmtree(work)
+    every.append(replace(every[0], table=3))
+    (out / "papers.csv").unlink()
+    made.query("seed == 2").to_csv(out / "papers.csv", index=False)  # by a process that works in another folder
+    assert papers("--table", "3")[["table", "seed"]].drop_duplicates().to_numpy().tolist() == [[1, 2], [3, 0]]
+
+
+WHOLE = [f"1,covid-ct,published,central,mae,random,1.0,0,{metric},1,,,1,cpu tier" for metric in module.METRICS]
 
 
 @pytest.mark.parametrize(
-    "text",
+    "lines",
     [
-        "",
-        "a,b\n1,2\n",
-        "seed\n1\n",
-        ",".join(COLUMNS) + "\n1,covid-ct,published,central,mae,random,1.0,0,auc,1,,,1,gpu tier\n",
+        [],
+        ["a,b", "1,2"],
+        ["seed", "1"],
+        [",".join(COLUMNS), *WHOLE],  # of other settings
+        [",".join(COLUMNS), *(line.replace("tier", f"tier {TIERS['cpu'].digest}") for line in WHOLE[:1])],
+        [
+            ",".join(COLUMNS),
+            *(line.replace("tier", f"tier {TIERS['cpu'].digest}").replace("mae", "") for line in WHOLE),
+        ],
+        [
+            ",".join(COLUMNS),
+            *(line.replace("tier", f"tier {TIERS['cpu'].digest}").replace(",,1", ",,x") for line in WHOLE),
+        ],
+        [",".join(COLUMNS), *(line.replace(",cpu tier", ",") for line in WHOLE)],
     ],
 )
 def test_a_table_of_other_rows_is_not_written_over(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "papers.csv"
-    path.write_text(text)
+    path.write_text(text := "\n".join(lines))
     arguments = ["papers", "--data", tmp_path, "--work", tmp_path / "work", "--out", tmp_path, "--minutes", "0"]
     assert cli.run([str(argument) for argument in arguments]) == 2
     assert path.read_text() == text
@@ -174,7 +192,8 @@ def test_a_table_of_other_rows_is_not_written_over(
 
 def test_rows_come_back_from_their_table_as_they_were(tmp_path: Path) -> None:
     at = Workshop(TINY, tmp_path, tmp_path / "work", f"cpu tier {TINY.digest}, another machine")
-    made = {replace(PLAN, seed=0): row_of([0.1 + 0.2, 0.1, 1 / 3]), replace(PLAN, seed=1): row_of([0.5, None, None])}
+    figures = ([0.1 + 0.2, 0.1, 1 / 3], [0.5, None, None])
+    made = {replace(PLAN, seed=k): {**row_of([]), "metrics": dict.fromkeys(module.METRICS, figures[k])} for k in (0, 1)}
     as_table(made).to_csv(tmp_path / "papers.csv", index=False)
     take_back(tmp_path / "papers.csv", at)
     assert {plan: finished(plan, at) for plan in made} == made
