@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from polyclinic.study import resolve
+
 pytestmark = pytest.mark.alone
 
 FOLDER = Path(__file__).parents[3] / "simulations" / "benchmarks"
@@ -106,3 +108,30 @@ def test_cohort_speed(run: Any) -> None:
     assert len({row["transfer_syntax"] for row in kept["building"]}) == 2
     for row in kept["building"]:
         assert row["ratio"] == pytest.approx(row["cohort_images_per_s"] / row["plain_images_per_s"], abs=0.05, rel=0.1)
+
+
+def test_methods_makes_a_row_for_each_method_and_none_twice(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*methods: str) -> list[dict[str, Any]]:
+        folders = ["--state", str(tmp_path / "state"), "--out", str(tmp_path / "methods.json")]
+        monkeypatch.setattr(sys, "argv", ["", "--rounds", "1", "--patients", "6", *folders, "--methods", *methods])
+        load("methods")["main"]()
+        return list(json.loads((tmp_path / "methods.json").read_text())["rows"])
+
+    [row] = made("mae")
+    low, high = row["trained"][1:]
+    assert 0 <= low <= row["trained"][0] <= high <= 1
+    assert row["rank"] > 1
+    assert len(row["loss"]) == 2
+    known, other = made("sssd", "mae")
+    assert known == row
+    assert (other["method"], other["encoder"]) == ("sssd", "vit_tiny")
+
+
+def test_methods_has_a_study_for_every_row(load: Any) -> None:
+    found = load("methods")
+    for dataset, method, encoder, seed in found["rows"](list(found["BATCH_SIZE"]), list(found["FAMILIES"]), 1):
+        study = resolve(found["plain_study"](dataset, method, encoder, seed, 20))
+        assert [stage.method for stage in study.stages][-1] == method
+        assert len(study.stages) == 1 + (method == "micle")
