@@ -5,7 +5,8 @@ meanwhile (SuperLink was killed and started again), every later reply lies there
 the coordinator sends when it has that reply. And where a connection breaks in its handshake (the gateway was killed),
 it does not try again, but forgets the reply that it was sending, or the message that it was told of. It forgets the
 reply, too, where an object of it arrived and SuperLink's answer did not: SuperLink takes an object once, refuses the
-second attempt, and waits three minutes for the objects that were to follow.
+second attempt, and waits three minutes for the objects that were to follow. And where the process that works for a
+message dies just before it has fetched that, nobody answers it: the node waits for ever, deaf to all that comes.
 """
 
 import logging
@@ -27,6 +28,8 @@ PULL, PUSH = "_pull_and_store_message", "_push_messages"
 Both take the calls that they make to the coordinator as arguments."""
 OBJECT = "push_object"
 """That of these calls by which a part of a reply is sent."""
+LOOK_S = 0.2
+"""Between two looks for a reply."""
 FIRST_S, LONGEST_S = 1.0, 30.0
 """Between two attempts at a call, doubled each time; there is no last one."""
 
@@ -58,8 +61,34 @@ def mend(node: Any) -> None:
         run: int | None = pull(state=state, **_patient(rest))
         return 0 if run is None and waits(state) else run
 
+    def push_when_answered(*, state: Any, **rest: Any) -> None:
+        while not waits(state):
+            answer_what_was_lost(state)
+            time.sleep(LOOK_S)
+        push(state=state, **_patient(rest))
+
     setattr(node, PULL, pull_or_send)
-    setattr(node, PUSH, lambda **rest: push(**_patient(rest)))
+    setattr(node, PUSH, push_when_answered)
+
+
+def answer_what_was_lost(state: Any) -> None:
+    """Where no process is, or will be, at work, say so of the messages that are still there.
+
+    Flower does, but for a message that its process had not fetched yet.
+    """
+    from flwr.common.constant import Status
+    from flwr.supernode.nodestate.in_memory_nodestate import CLIENT_APP_CRASHED_ERROR
+
+    if state.get_tasks(statuses=[Status.PENDING, Status.STARTING, Status.RUNNING]) or waits(state):
+        return
+    with state.lock_msg_store:
+        lost = [entry for entry in state.msg_store.values() if not entry.message.metadata.reply_to_message_id]
+        for entry in lost:
+            entry.is_retrieved = True
+            state.record_message_processing_start(entry.message.metadata.message_id)
+    if lost:
+        log.warning("the process that worked for a message is gone, and nobody would answer: the coordinator is told")
+        state._store_error_replies({entry.message.metadata.run_id for entry in lost}, CLIENT_APP_CRASHED_ERROR)
 
 
 def _patient(arguments: dict[str, Any]) -> dict[str, Any]:
