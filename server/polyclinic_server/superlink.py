@@ -66,8 +66,6 @@ class Signatures:
         with self._using:
             try:
                 return self._add(r)
-            except sqlite3.OperationalError:
-                raise
             except sqlite3.DatabaseError as error:
                 self._begin_anew(error)
                 return self._add(r)
@@ -79,7 +77,9 @@ class Signatures:
         self._database.execute("CREATE TABLE IF NOT EXISTS taken (signature TEXT PRIMARY KEY, at REAL) WITHOUT ROWID")
 
     def _begin_anew(self, error: sqlite3.DatabaseError) -> None:
-        """Without the file, which is damaged: or no site would be heard again."""
+        """Without the file where it is damaged: or no site would be heard again. A full disk damages nothing."""
+        if isinstance(error, sqlite3.OperationalError):
+            raise error
         log.warning("%s is damaged and begun anew, without the signatures of the last minutes: %s", self._path, error)
         self._database.close()
         for end in ("", "-wal", "-shm"):

@@ -200,9 +200,7 @@ def test_with_an_expired_certificate_nobody_speaks_until_it_is_renewed(
         told = [telling(consortium, site, "holds again", "SuperNode ID") for site in SITES]
         consortium.start("coordinator")
     until(lambda: healthy(consortium), 60, "the gateway")
-    until(
-        lambda: all(tells() for tells in told), 90, "all, by themselves"
-    )  # that were connected before, or start again
+    until(lambda: all(tells() for tells in told), 90, "all, by themselves")
 
 
 def telling(consortium: Consortium, site: str, *words: str) -> Callable[[], bool]:

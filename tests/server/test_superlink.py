@@ -110,6 +110,14 @@ def test_a_damaged_file_is_begun_anew(damage: str, tmp_path: Path, caplog: pytes
     assert "is damaged and begun anew" in caplog.text
 
 
+def test_a_file_that_cannot_be_opened_now_is_not_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "signatures.db"
+    path.mkdir()
+    with pytest.raises(sqlite3.OperationalError):
+        Signatures(path)
+    assert path.exists()
+
+
 def test_signatures_are_forgotten_when_their_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "signatures.db"
     Signatures(path).take(sign_message(KEY, WHEN))
