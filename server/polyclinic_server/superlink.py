@@ -1,9 +1,12 @@
-"""Flower's SuperLink, mended: a request that it has taken is refused when it comes again.
+"""Flower's SuperLink, mended: a signed request is taken once, and what a killed node was sending is not waited for.
 
 Flower 1.41's node signs the time of a request and nothing else, and SuperLink takes whatever was signed within the last
 five minutes. Who has recorded one request could send it again, or another with its headers: fetch the messages that are
 meant for the site, or answer in its name. Here every signature counts once, also after SuperLink was started again.
 What remains is for TLS to prevent: who can hold a request back may use its headers in its stead, once.
+
+Of a reply that is sent in parts SuperLink waits for the next part for three minutes, also where the node that was
+sending has been killed, is back and knows nothing of it. Here a node that starts has nothing under way.
 """
 
 import logging
@@ -13,6 +16,7 @@ import threading
 import time
 from base64 import b64decode
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +99,13 @@ class Signatures:
 
 
 def mend(module: Any, signatures: Signatures) -> None:
-    """Have Flower's `module` take a signed request once.
+    """Have Flower's `module` take a signed request once, and give up what a node had begun to send before it started.
 
     Raises:
         Refused: the module is not the one that this was written for.
     """
     from fastapi import HTTPException
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
     from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
     from flwr.supercore.primitives.asymmetric import bytes_to_public_key
 
@@ -114,7 +119,8 @@ def mend(module: Any, signatures: Signatures) -> None:
     def once(request: Any) -> None:
         authenticate(request)
         public_key = b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER])
-        if module.get_linkstate(request).get_node_id_by_public_key(public_key) is None:
+        state = module.get_linkstate(request)
+        if (node := state.get_node_id_by_public_key(public_key)) is None:
             return  # a stranger asks to be let in, and Flower refuses; nothing of theirs is kept
         try:
             first = signatures.take(b64decode(request.headers[FLEET_HTTP_SIGNATURE_HEADER]))
@@ -126,8 +132,31 @@ def mend(module: Any, signatures: Signatures) -> None:
             whose = fingerprint(key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
             log.warning("a request of the site with the key %s came a second time and was refused", whose)
             raise HTTPException(LATER, "a request is taken once")
+        if isinstance(request.state.protobuf_request, ActivateNodeRequest):
+            end_half_sent(state, node)
 
     setattr(module, AUTHENTICATE, once)
+
+
+def end_half_sent(state: Any, node: int) -> None:
+    """Have what Flower's `state` holds of replies that a node has begun to send count as given up."""
+    from flwr.supercore.date import now
+    from flwr.supercore.state.schema.corestate_models import ObjectPushSession, ObjectPushSessionRoot
+    from flwr.supercore.state.schema.linkstate_models import MessageRes
+    from flwr.supercore.utils import uint64_to_int64
+
+    with state.session() as session:
+        replies = session.query(MessageRes.message_id).filter(MessageRes.src_node_id == uint64_to_int64(node))
+        begun = session.query(ObjectPushSessionRoot.session_id).filter(
+            ObjectPushSessionRoot.root_object_id.in_(replies)
+        )
+        ended = (
+            session.query(ObjectPushSession)
+            .filter(ObjectPushSession.session_id.in_(begun))
+            .update({"expires_at": now() - timedelta(seconds=1)}, synchronize_session=False)
+        )
+    if ended:
+        log.warning("a node has started anew while it was sending a reply: it will be asked again")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A stretch of network that can be cut: what a site sends to the coordinator passes through here."""
 
+import math
 import select
 import socket
 import threading
@@ -20,12 +21,21 @@ class Relay:
         self._whole = threading.Event()
         self._whole.set()
         self._open, self.passed, self._counting = True, 0, threading.Lock()
+        self._cut_at = math.inf
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def cut(self) -> None:
-        self._whole.clear()
+    def cut(self, after: int = 0) -> None:
+        """Let nothing through any more, or only so many bytes."""
+        self._cut_at = self.passed + after
+        if not after:
+            self._whole.clear()
+
+    @property
+    def whole(self) -> bool:
+        return self._whole.is_set()
 
     def mend(self) -> None:
+        self._cut_at = math.inf
         self._whole.set()
 
     def close(self) -> None:
@@ -51,3 +61,5 @@ class Relay:
                     other[end].sendall(data)
                     with self._counting:
                         self.passed += len(data)
+                        if self.passed >= self._cut_at:
+                            self._whole.clear()

@@ -133,6 +133,25 @@ def test_killed(victim: str, moment: str, honest: tuple[Path, Path], consortium:
 
 
 @pytest.mark.slow
+def test_an_agent_is_killed_in_the_middle_of_a_reply(honest: tuple[Path, Path], consortium: Consortium) -> None:
+    """The coordinator holds a part of the reply, and nobody is left who would send the rest."""
+    run, follower = launch(consortium)
+    until(lambda: MOMENTS["uploading"](run, consortium), 180, "round 2, uploading")
+    consortium.relay.cut(after=4_000_000)  # of 22 MB
+    try:
+        until(lambda: not consortium.relay.whole, 60, "the middle of the reply")
+        seen, struck = len(events(run)), time.monotonic()
+        kill(FINDS["agent"]())
+        consortium.processes.pop(SITE).wait(timeout=30)
+    finally:
+        consortium.relay.mend()
+    consortium.start(SITE)
+    recovered(run, "agent killed", "half sent", struck, seen, honest)
+    assert follower.wait(timeout=60) == 0
+    assert "while it was sending a reply: it will be asked again" in consortium.log("coordinator")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["SuperLink", "ServerApp", "gateway's worker", "SuperNode", "training process"])
 def test_stopped_for_90_seconds(victim: str, honest: tuple[Path, Path], consortium: Consortium) -> None:
     run, follower = launch(consortium)

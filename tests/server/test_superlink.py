@@ -1,5 +1,6 @@
-"""SuperLink takes a signed request once."""
+"""SuperLink takes a signed request once, and gives up what a node was sending when it starts anew."""
 
+import contextlib
 import logging
 import sqlite3
 import time
@@ -13,7 +14,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import HTTPException
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message, verify_signature
+from flwr.supercore.state.schema.linkstate_models import MessageRes
+from flwr.supercore.utils import uint64_to_int64
+from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.routers.fleet import node_auth
 
 from polyclinic.enrolment import fingerprint
@@ -27,15 +35,19 @@ KEY = ec.generate_private_key(ec.SECP384R1())
 WHEN = b"2026-01-01T00:00:00+00:00"
 
 
-def asked(signature: bytes) -> Any:
+def asked(signature: bytes, what: Any = None) -> Any:
     public = b64encode(public_key_to_bytes(KEY.public_key())).decode()
     return SimpleNamespace(
-        headers={"flwr-public-key": public, "flwr-signature": b64encode(signature).decode(), "flwr-timestamp": "now"}
+        headers={"flwr-public-key": public, "flwr-signature": b64encode(signature).decode(), "flwr-timestamp": "now"},
+        state=SimpleNamespace(protobuf_request=what),
     )
 
 
-def mended(path: Path, authenticate: Any = lambda request: None, node: int | None = 7) -> Any:
-    state = SimpleNamespace(get_node_id_by_public_key={public_key_to_bytes(KEY.public_key()): node}.get)
+def mended(
+    path: Path, authenticate: Any = lambda request: None, node: int | None = 7, session: Any = contextlib.nullcontext
+) -> Any:
+    found = {public_key_to_bytes(KEY.public_key()): node}.get
+    state = SimpleNamespace(get_node_id_by_public_key=found, session=session)
     module = SimpleNamespace(**{AUTHENTICATE: authenticate, "get_linkstate": lambda request: state})
     mend(module, Signatures(path / "signatures.db"))
     return module.authenticate_node
@@ -83,6 +95,33 @@ def test_what_flower_refuses_is_not_remembered(tmp_path: Path) -> None:
     with pytest.raises(HTTPException):
         mended(tmp_path, refuse)(asked(signature))
     mended(tmp_path)(asked(signature))  # nobody can use up another's signature
+
+
+@pytest.mark.filterwarnings("ignore:No path_separator")  # of Alembic, in Flower
+@pytest.mark.parametrize("whose", ["its own", "another's"])
+def test_what_a_node_was_sending_when_it_started_anew_is_given_up(
+    whose: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Flower's own SuperLink waits three minutes for the rest: here one sees it wait, and then no longer."""
+    database, node = str(tmp_path / "state.db"), 2**63 + 7
+    state = LinkStateFactory(database, NoOpFederationManager(), ObjectStoreFactory(database)).state()
+    session = state.start_session(1)
+    reply = ObjectTree(object_id="a" * 64)
+    assert state.preregister_object_tree(reply, session) == [reply.object_id]
+    with state.session() as rows:  # type: ignore[attr-defined]
+        sender = node if whose == "its own" else node + 1
+        rows.add(MessageRes(message_id=reply.object_id, src_node_id=uint64_to_int64(sender)))
+    authenticate = mended(tmp_path, node=node, session=state.session)  # type: ignore[attr-defined]
+    authenticate(asked(sign_message(KEY, WHEN)))
+    assert state.get_object(1, reply.object_id) == b""  # waited for
+    authenticate(asked(sign_message(KEY, WHEN), ActivateNodeRequest()))
+    if whose == "another's":
+        assert state.get_object(1, reply.object_id) == b""
+    else:
+        assert state.get_object(1, reply.object_id) is None  # unknown: who asks for it learns that it is lost
+        assert state.num_message_res() == 0
+        assert not state.store_object(1, session, reply.object_id, b"late")
+    assert ("will be asked again" in caplog.text) == (whose == "its own")
 
 
 def test_nothing_of_a_stranger_is_kept(tmp_path: Path) -> None:
