@@ -195,6 +195,9 @@ AnyStage = Annotated[
 TOKEN_METHODS = frozenset({"mae", "sssd"})
 """Methods whose encoder must be able to skip tokens: Vision Transformers only."""
 
+SEPARABLE_METHODS = frozenset({"mae", "sssd", "supervised"})
+"""Methods whose loss is a sum over patients: what differential privacy of a patient needs."""
+
 
 def with_defaults(stage: dict[str, Any], channels: int) -> dict[str, Any]:
     """`stage` with the views that its method and the number of channels call for, under the user's own."""

@@ -24,7 +24,7 @@ from pydantic import (
 
 from polyclinic.errors import StudyError
 from polyclinic.explain import explain
-from polyclinic.stages import TOKEN_METHODS, AnyStage, Finetune, Settings, with_defaults
+from polyclinic.stages import SEPARABLE_METHODS, TOKEN_METHODS, AnyStage, Finetune, Settings, with_defaults
 
 
 def _is_name(value: str) -> str:
@@ -163,10 +163,40 @@ class Compute(Settings):
     layout: Literal["contiguous", "channels_last"] = "contiguous"
 
 
-class Privacy(Settings):
-    """`[privacy]`."""
+class NoPrivacy(Settings):
+    """`[privacy]` without a promise: the change of the weights may tell something about single images."""
 
     mode: Literal["none"] = "none"
+
+
+class Gaussian(Settings):
+    """Settings that both promises share: what is bounded by `clip` is covered by noise of `noise` times that."""
+
+    noise: float = Field(default=1.0, gt=0, le=1_000)
+    """Standard deviation of the noise, as a multiple of `clip`."""
+    clip: float = Field(default=1.0, gt=0, le=1e6)
+    """Largest norm of what one patient (or site) adds to a sum."""
+    epsilon: float = Field(default=8.0, gt=0, le=1_000)
+    """The most that this study may spend at a site, whatever the site's own limit."""
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """At which `epsilon` is meant."""
+
+
+class PatientPrivacy(Gaussian):
+    """Differential privacy of every patient, made at the site: DP-SGD with one image of each patient that is drawn.
+
+    `batch_size` is the number of patients that a step expects.
+    """
+
+    mode: Literal["patient"]
+    physical_batch: int = Field(default=16, ge=1, le=65_536)
+    """Images whose gradients are in memory at once; no matter for the result."""
+
+
+class SitePrivacy(Gaussian):
+    """Differential privacy of every site, made at the coordinator: whole updates are clipped, their sum gets noise."""
+
+    mode: Literal["site"]
 
 
 class Iid(Settings):
@@ -215,6 +245,23 @@ class Simulation(Settings):
         return self
 
 
+def _is_private(where: str, stage: AnyStage) -> None:
+    """Refuse a stage that privacy.mode "patient" cannot cover."""
+    if stage.method not in SEPARABLE_METHODS:
+        raise ValueError(
+            f"{where} trains {stage.method!r}, whose loss is not separable: one patient changes the terms of all "
+            "others, so no bound holds for what a patient adds. Train mae, sssd or supervised, or protect whole sites "
+            "with privacy.mode 'site'"
+        )
+    if isinstance(stage, Finetune) and (stage.class_weights != "none" or stage.patience):
+        which = "class_weights" if stage.class_weights != "none" else "patience"
+        fix = "'none'" if which == "class_weights" else "0"
+        raise ValueError(
+            f"{where}.{which} is computed from patients beside the noise, which privacy.mode 'patient' does not cover: "
+            f"set it to {fix}, or leave it out"
+        )
+
+
 class Study(Settings):
     """A study with every default written out. `hash` is its identity."""
 
@@ -225,7 +272,7 @@ class Study(Settings):
     evaluation: Evaluation = Evaluation()
     aggregation: Aggregation = Aggregation()
     compute: Compute = Compute()
-    privacy: Privacy = Privacy()
+    privacy: Annotated[NoPrivacy | PatientPrivacy | SitePrivacy, Field(discriminator="mode")] = NoPrivacy()
     simulation: Simulation = Simulation()
 
     @model_validator(mode="after")
@@ -252,6 +299,28 @@ class Study(Settings):
                 f"encoder.patch is {self.encoder.patch} and does not divide images.size {self.images.size}: "
                 "choose a divisor"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_holds(self) -> Self:
+        if self.privacy.mode != "none" and self.aggregation.weighting != "equal":
+            raise ValueError(
+                f"aggregation.weighting is {self.aggregation.weighting!r}, which tells of patients, and privacy.mode "
+                f"is {self.privacy.mode!r}: set it to 'equal', or leave it out"
+            )
+        if self.privacy.mode != "none" and self.evaluation.every:
+            raise ValueError(
+                f"evaluation.every is {self.evaluation.every}, and no noise covers what sites measure on their "
+                "patients: set it to 0, or leave it out"
+            )
+        if self.privacy.mode == "patient":
+            for number, stage in enumerate(self.stages):
+                _is_private(f"stages.{number}", stage)
+            if self.compute.precision != "fp32":
+                raise ValueError(
+                    "compute.precision is 'bf16', in which a clipped gradient may be longer than privacy.clip: set it "
+                    "to 'fp32', or leave it out"
+                )
         return self
 
     @property
@@ -386,11 +455,28 @@ def _refuse_date(value: Any) -> None:
     raise StudyError(f"the study holds the date or time {value}", "no key takes one; put a text in quotes")
 
 
+def _with_privacy_defaults(data: dict[str, Any], stages: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """(data, stages) with the defaults that a promise of privacy calls for, under the user's own."""
+    privacy = data.get("privacy")
+    mode = privacy.get("mode") if isinstance(privacy, dict) else None
+    if mode not in ("patient", "site"):
+        return data, stages
+    needed: dict[str, dict[str, Any]] = {"aggregation": {"weighting": "equal"}, "evaluation": {"every": 0}}
+    if mode == "patient":
+        needed["compute"] = {"precision": "fp32"}
+        stages = [
+            {"class_weights": "none", **s} if isinstance(s, dict) and s.get("kind") == "finetune" else s for s in stages
+        ]
+    given = {key: data.get(key, {}) for key in needed}
+    return data | {k: {**needed[k], **v} if isinstance(v, dict) else v for k, v in given.items()}, stages
+
+
 def _with_stage_defaults(data: Any) -> Any:
     """`data` with the defaults that depend on a stage's method and on the channels; wrong types stay as they are."""
     stages = data.get("stages") if isinstance(data, dict) else None
     if not isinstance(stages, list):
         return data
+    data, stages = _with_privacy_defaults(data, stages)
     encoder = data.get("encoder", {})
     if isinstance(encoder, dict) and any(isinstance(s, dict) and s.get("method") == "mlvicx" for s in stages):
         data = {**data, "encoder": {"context": True, **encoder}}

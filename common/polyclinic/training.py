@@ -11,12 +11,14 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyclinic.cohort import Cohort
@@ -65,6 +67,38 @@ class Midway(Protocol):
 
     def save(self, note: dict[str, Tensor]) -> None:
         """Replace the last note."""
+        ...
+
+
+class Recipe(Protocol):
+    """How a round walks through a cohort, and what one step does. `PLAIN` is the usual one; privacy brings another."""
+
+    def attached(self, module: nn.Module) -> AbstractContextManager[object]:
+        """Whatever must hang on the module while it trains; nothing of it stays."""
+        ...
+
+    def steps(self, cohort: Cohort, stage: Stage, pairs: bool) -> int:
+        """Of a round."""
+        ...
+
+    def indices(self, cohort: Cohort, stage: Stage, seed: int, pairs: bool) -> Iterator[NDArray[np.int64]]:
+        """Image numbers of every step's batch; the same for the same seed, or else no round can be gone on with."""
+        ...
+
+    def step(
+        self,
+        module: nn.Module,
+        method: Method,
+        batch: Batch,
+        optimizer: torch.optim.Optimizer,
+        compute: Compute,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """One step of the optimizer; returns the losses, detached, and none where the batch has taught nothing."""
+        ...
+
+    def loss(self, total: float, terms: int) -> float:
+        """The round's loss, from the sum and the number of its terms; raises where the round has taught nothing."""
         ...
 
 
@@ -196,24 +230,70 @@ def set_moments(optimizer: torch.optim.Optimizer, module: nn.Module, moments: di
         optimizer.state[parameter][slot] = torch.empty_like(like, device=parameter.device).copy_(value)
 
 
+class Plain:
+    """The usual recipe: `local_epochs` times every image, or two of every patient; down the mean of their losses."""
+
+    def attached(self, module: nn.Module) -> AbstractContextManager[object]:
+        """As in Recipe: nothing."""
+        return nullcontext()
+
+    def steps(self, cohort: Cohort, stage: Stage, pairs: bool) -> int:
+        """As in Recipe."""
+        return math.ceil((cohort.n_patients if pairs else len(cohort)) / stage.batch_size) * stage.local_epochs
+
+    def indices(self, cohort: Cohort, stage: Stage, seed: int, pairs: bool) -> Iterator[NDArray[np.int64]]:
+        """As in Recipe, in an order drawn from `seed`."""
+        generator = numpy_generator(seed_for(seed, "batches"))
+        draw = pair_epoch if pairs else epoch
+        return (index for _ in range(stage.local_epochs) for index in draw(cohort, stage.batch_size, generator))
+
+    def step(
+        self,
+        module: nn.Module,
+        method: Method,
+        batch: Batch,
+        optimizer: torch.optim.Optimizer,
+        compute: Compute,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """As in Recipe."""
+        views = method.views(batch, generator)
+        with autocast(compute, batch.images.device):
+            losses = method.loss(module, views)
+        if len(losses) == 0:
+            return losses
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(losses.mean())
+        torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+        optimizer.step()
+        return losses.detach()
+
+    def loss(self, total: float, terms: int) -> float:
+        """As in Recipe."""
+        if terms == 0:
+            raise CohortError(
+                "no batch teaches anything: every batch holds images of one patient only, or none with a label",
+                "add patients or labels, or train with a method that looks at one image at a time, such as mae",
+            )
+        mean = total / terms
+        if not math.isfinite(mean):
+            raise PolyclinicError("the training loss is no longer a number", "lower the stage's learning_rate")
+        return mean
+
+
+PLAIN = Plain()
+
+
 def batches(
+    indices: Iterator[NDArray[np.int64]],
     cohort: Cohort,
-    stage: Stage,
     compute: Compute,
     device: torch.device,
-    seed: int,
-    pairs: bool = False,
     targets: Tensor | None = None,
-    start: int = 0,
 ) -> Iterator[Batch]:
-    """The round's batches from number `start`, in an order drawn from `seed`: `local_epochs` times every image, or two
-    of every patient.
-    """
-    generator = numpy_generator(seed_for(seed, "batches"))
+    """The images of `indices`, one batch each, on the device."""
     layout = torch.channels_last if compute.layout == "channels_last" else torch.contiguous_format
-    draw = pair_epoch if pairs else epoch
-    order = (index for _ in range(stage.local_epochs) for index in draw(cohort, stage.batch_size, generator))
-    for index in islice(order, start, None):
+    for index in indices:
         pixels = cohort.pixels(index)
         if device.type == "cuda":
             pixels = pixels.pin_memory()
@@ -235,6 +315,7 @@ def train(
     optimizer_state: dict[str, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
     midway: Midway | None = None,
+    recipe: Recipe = PLAIN,
 ) -> tuple[Trained, dict[str, Tensor]]:
     """Train `module` in place for one round of a stage; it is left on `pick_device()`.
 
@@ -245,6 +326,7 @@ def train(
         optimizer_state: what the round before returned; None starts afresh.
         progress: called with (steps done, steps of the round).
         midway: what an earlier attempt at this round, from the same tensors, has noted there is gone on from.
+        recipe: which images a step sees, and what it does with them.
 
     Returns:
         A summary, and the optimizer's state as "<parameter>.<slot>".
@@ -264,18 +346,19 @@ def train(
     optimizer = make_optimizer(module, stage)
     set_moments(optimizer, module, optimizer_state or {})
     generator = torch_generator(seed_for(seed, "views"), device)
-    steps = math.ceil((cohort.n_patients if method.pairs else len(cohort)) / stage.batch_size) * stage.local_epochs
+    steps = recipe.steps(cohort, stage, method.pairs)
     total, terms, images, start, noted = torch.zeros((), device=device), 0, 0, 0, time.monotonic()
-    with use_threads(compute), repeatable(seed):
+    with use_threads(compute), repeatable(seed), recipe.attached(module):
         if midway is not None and (note := midway.load()) is not None:
             start, terms, images = note["counts"].tolist()
             total = note["total"].to(device)
             _go_on(note, module, optimizer, generator)
-        for step, batch in enumerate(
-            batches(cohort, stage, compute, device, seed, method.pairs, targets, start), start
-        ):
+        indices = islice(recipe.indices(cohort, stage, seed, method.pairs), start, None)
+        for step, batch in enumerate(batches(indices, cohort, compute, device, targets), start):
             rate = learning_rate(stage, stage_round + (step + 0.5) / steps)
-            losses = one_step(module, method, batch, optimizer, rate, compute, generator)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            losses = recipe.step(module, method, batch, optimizer, compute, generator)
             total += losses.sum()
             terms, images = terms + len(losses), images + len(batch.images)
             if midway is not None and time.monotonic() - noted > MIDWAY_S:
@@ -284,7 +367,7 @@ def train(
                 noted = time.monotonic()
             if progress is not None:
                 progress(step + 1, steps)
-    return Trained(_mean(total, terms), images, steps), get_moments(optimizer, module)
+    return Trained(recipe.loss(float(total), terms), images, steps), get_moments(optimizer, module)
 
 
 def _note(module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> dict[str, Tensor]:
@@ -309,39 +392,3 @@ def _go_on(
     torch.set_rng_state(note["random.cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(note["random.cuda"])
-
-
-def one_step(
-    module: nn.Module,
-    method: Method,
-    batch: Batch,
-    optimizer: torch.optim.Optimizer,
-    rate: float,
-    compute: Compute,
-    generator: torch.Generator,
-) -> Tensor:
-    """One step of the optimizer down the mean of the batch's losses; returns the losses, detached."""
-    views = method.views(batch, generator)
-    with autocast(compute, batch.images.device):
-        losses = method.loss(module, views)
-    if len(losses) == 0:
-        return losses
-    optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(losses.mean())
-    torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
-    optimizer.step()
-    return losses.detach()
-
-
-def _mean(total: Tensor, terms: int) -> float:
-    if terms == 0:
-        raise CohortError(
-            "no batch teaches anything: every batch holds images of one patient only, or none with a label",
-            "add patients or labels, or train with a method that looks at one image at a time, such as mae",
-        )
-    mean = float(total) / terms
-    if not math.isfinite(mean):
-        raise PolyclinicError("the training loss is no longer a number", "lower the stage's learning_rate")
-    return mean

@@ -105,7 +105,7 @@ def mend(module: Any, signatures: Signatures) -> None:
         Refused: the module is not the one that this was written for.
     """
     from fastapi import HTTPException
-    from flwr.proto.fleet_pb2 import ActivateNodeRequest
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
     from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
     from flwr.supercore.primitives.asymmetric import bytes_to_public_key
 
@@ -115,6 +115,8 @@ def mend(module: Any, signatures: Signatures) -> None:
             f"this version of Flower has no {AUTHENTICATE}: SuperLink does not start",
             "install the version of flwr that polyclinic asks for",
         )
+
+    sending: dict[int, str] = {}  # node: its newest reply; it sends one after the other
 
     def once(request: Any) -> None:
         authenticate(request)
@@ -132,29 +134,27 @@ def mend(module: Any, signatures: Signatures) -> None:
             whose = fingerprint(key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
             log.warning("a request of the site with the key %s came a second time and was refused", whose)
             raise HTTPException(LATER, "a request is taken once")
-        if isinstance(request.state.protobuf_request, ActivateNodeRequest):
-            end_half_sent(state, node)
+        what = request.state.protobuf_request
+        if isinstance(what, PushMessagesRequest) and what.messages_list:
+            sending[node] = what.messages_list[0].metadata.message_id
+        elif isinstance(what, ActivateNodeRequest) and node in sending:
+            give_up(state, sending.pop(node))
 
     setattr(module, AUTHENTICATE, once)
 
 
-def end_half_sent(state: Any, node: int) -> None:
-    """Have what Flower's `state` holds of replies that a node has begun to send count as given up."""
+def give_up(state: Any, reply: str) -> None:
+    """Have Flower's `state` wait no longer for the parts of a reply that have not come.
+
+    By the reply's own number: its row is gone as soon as the ServerApp has asked for it.
+    """
     from flwr.supercore.date import now
     from flwr.supercore.state.schema.corestate_models import ObjectPushSession, ObjectPushSessionRoot
-    from flwr.supercore.state.schema.linkstate_models import MessageRes
-    from flwr.supercore.utils import uint64_to_int64
 
     with state.session() as session:
-        replies = session.query(MessageRes.message_id).filter(MessageRes.src_node_id == uint64_to_int64(node))
-        begun = session.query(ObjectPushSessionRoot.session_id).filter(
-            ObjectPushSessionRoot.root_object_id.in_(replies)
-        )
-        ended = (
-            session.query(ObjectPushSession)
-            .filter(ObjectPushSession.session_id.in_(begun))
-            .update({"expires_at": now() - timedelta(seconds=1)}, synchronize_session=False)
-        )
+        begun = session.query(ObjectPushSessionRoot.session_id).filter(ObjectPushSessionRoot.root_object_id == reply)
+        open_still = session.query(ObjectPushSession).filter(ObjectPushSession.session_id.in_(begun))
+        ended = open_still.update({"expires_at": now() - timedelta(seconds=1)}, synchronize_session=False)
     if ended:
         log.warning("a node has started anew while it was sending a reply: it will be asked again")
 

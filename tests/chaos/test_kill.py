@@ -99,7 +99,7 @@ def assert_as_undisturbed(run: Path, whole: Path) -> None:
         assert files == sorted(path.name for path in (whole / "sites" / state.name).rglob("*.safetensors"))
 
 
-STEP, FSYNC = "polyclinic.training:one_step", "os:fsync"
+STEP, FSYNC = "polyclinic.training:Plain.step", "os:fsync"
 MOMENTS = {
     "before anything": ["polyclinic_server.checkpoints:newest", 1, "before"],
     "before the first checkpoint": ["polyclinic_server.checkpoints:save", 1, "before"],

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from polyclinic.errors import StudyError
-from polyclinic.stages import Views
+from polyclinic.methods import METHODS, make_method
+from polyclinic.stages import SEPARABLE_METHODS, Views
 from polyclinic.study import (
     MAX_CHARACTERS,
     Aggregation,
@@ -157,7 +158,7 @@ def test_the_bounds_above_are_many() -> None:
         ("evaluation.labels", {"yes": "a"}, "evaluation.labels.yes is 'a'", "a list"),
         ("evaluation.rows", ["pixel"], "evaluation.rows.0 is 'pixel'", "'pixels', 'random'"),
         ("aggregation.rule", "krum", "aggregation.rule is 'krum'", "'fedavg'"),
-        ("privacy.mode", "patient", "privacy.mode is 'patient'", "'none'"),
+        ("privacy.mode", "patent", "privacy.mode is 'patent'", "one of 'none', 'patient', 'site'"),
         ("simulation.sites", 3, "sites is 3 and cohort is ''", "both"),
         ("simulation", {"site": [{"name": "a", "cohort": "x"}] * 2}, "two sites are called 'a'", "its own name"),
         ("simulation", {"site": [{"name": "a", "cohort": "x"}], "sites": 2, "cohort": "y"}, "split from one", "keep"),
@@ -443,3 +444,57 @@ def test_defaults_stay_as_they_were_approved() -> None:
 def test_a_number_of_thousands_of_digits_is_a_bad_study() -> None:
     with pytest.raises(StudyError, match="holds a value that no study has"):
         parse_study('[study]\nname = "x"\nseed = 0x' + "f" * 3900, "here")
+
+
+PRIVATE: dict[str, Any] = {
+    "study": {"name": "private"},
+    "encoder": {"name": "vit_tiny"},
+    "stages": [{"kind": "pretrain", "method": "mae", "rounds": 2}, {"kind": "finetune", "rounds": 3}],
+    "evaluation": {"labels": {"a": ["a"], "b": ["b"]}},
+    "privacy": {"mode": "patient"},
+}
+
+
+def test_a_promise_of_privacy_brings_the_defaults_that_it_needs() -> None:
+    study = resolve(PRIVATE)
+    assert study.aggregation.weighting == "equal"
+    assert study.evaluation.every == 0
+    assert study.compute.precision == "fp32"
+    assert getattr(study.stages[1], "class_weights") == "none"  # noqa: B009 (the type knows no stage)
+    of_sites = resolve({**PRIVATE, "privacy": {"mode": "site"}})
+    assert of_sites.aggregation.weighting == "equal"
+    assert of_sites.evaluation.every == 0
+    assert of_sites.compute.precision == "bf16"
+    assert resolve(study.plain()).hash == study.hash
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"stages": [{"kind": "pretrain", "method": "simclr", "rounds": 1}]}, "loss is not separable"),
+        ({"stages": [{"kind": "pretrain", "method": "micle", "rounds": 1}]}, "loss is not separable"),
+        ({"stages": [{"kind": "pretrain", "method": "mlvicx", "rounds": 1}]}, "loss is not separable"),
+        ({"aggregation": {"weighting": "patients"}}, "aggregation.weighting is 'patients'"),
+        ({"compute": {"precision": "bf16"}}, "compute.precision is 'bf16'"),
+        ({"evaluation": {**PRIVATE["evaluation"], "every": 1}}, "evaluation.every is 1"),
+        ({"stages": [{"kind": "finetune", "rounds": 3, "class_weights": "balanced"}]}, "stages.0.class_weights"),
+        ({"stages": [{"kind": "finetune", "rounds": 9, "patience": 2}]}, "stages.0.patience"),
+        ({"privacy": {"mode": "patient", "noise": 0.0}}, "privacy.noise is 0.0"),
+        ({"privacy": {"mode": "patient", "noise": -1.0}}, "privacy.noise is -1.0"),
+        ({"privacy": {"mode": "patient", "clip": 0.0}}, "privacy.clip is 0.0"),
+        ({"privacy": {"mode": "patient", "delta": 1.0}}, "privacy.delta is 1.0"),
+        ({"privacy": {"mode": "none", "noise": 1.0}}, "privacy.noise"),
+        ({"privacy": {"noise": 1.0}}, "privacy.mode is missing"),
+    ],
+)
+def test_what_privacy_cannot_cover_is_refused(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        resolve({**PRIVATE, **changed})
+    assert said in caught.value.problem
+    assert caught.value.exit_code == 2
+
+
+def test_the_separable_methods_are_those_that_say_so() -> None:
+    stages = {m: {"kind": "finetune" if m == "supervised" else "pretrain", "method": m, "rounds": 1} for m in METHODS}
+    studies = {m: resolve({**PRIVATE, "stages": [stage], "privacy": {"mode": "none"}}) for m, stage in stages.items()}
+    assert {m for m, s in studies.items() if make_method(s.stages[0], 2).separable} == SEPARABLE_METHODS

@@ -259,7 +259,7 @@ def test_gradients_are_clipped_and_weight_decay_spares_vectors() -> None:
     steep, method = scale(), Counting()
     images = Batch(torch.full((2, 1, 4, 4), 1e4), torch.tensor([0, 1]))
     optimizer = torch.optim.SGD([{"params": steep.parameters(), "scale": 1.0}], lr=1.0)
-    training.one_step(steep, method, images, optimizer, 1.0, FP32, torch.Generator())
+    training.PLAIN.step(steep, method, images, optimizer, FP32, torch.Generator())
     assert math.isclose(steep.weight.item(), 1.0 - training.CLIP, rel_tol=1e-5)
 
 

@@ -96,7 +96,7 @@ def test_the_same_study_gives_the_same_bits(finished: Path, study: Path, patient
 
 
 MOMENTS = {
-    "in training": "from polyclinic import training as m; name = 'one_step'",
+    "in training": "from polyclinic.training import Plain as m; name = 'step'",
     "while the rows are made": "from polyclinic_simulations import simulate as m; name = 'row'",
 }
 """The other moments stand in tests/chaos."""

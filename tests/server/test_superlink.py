@@ -14,13 +14,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import HTTPException
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message, verify_signature
-from flwr.supercore.state.schema.linkstate_models import MessageRes
-from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.routers.fleet import node_auth
 
@@ -103,23 +101,21 @@ def test_what_a_node_was_sending_when_it_started_anew_is_given_up(
     whose: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Flower's own SuperLink waits three minutes for the rest: here one sees it wait, and then no longer."""
-    database, node = str(tmp_path / "state.db"), 2**63 + 7
+    database = str(tmp_path / "state.db")
     state = LinkStateFactory(database, NoOpFederationManager(), ObjectStoreFactory(database)).state()
     session = state.start_session(1)
     reply = ObjectTree(object_id="a" * 64)
     assert state.preregister_object_tree(reply, session) == [reply.object_id]
-    with state.session() as rows:  # type: ignore[attr-defined]
-        sender = node if whose == "its own" else node + 1
-        rows.add(MessageRes(message_id=reply.object_id, src_node_id=uint64_to_int64(sender)))
-    authenticate = mended(tmp_path, node=node, session=state.session)  # type: ignore[attr-defined]
-    authenticate(asked(sign_message(KEY, WHEN)))
+    message = reply.object_id if whose == "its own" else "b" * 64
+    authenticate = mended(tmp_path, session=state.session)  # type: ignore[attr-defined]
+    pushed = PushMessagesRequest(messages_list=[Message(metadata=Metadata(message_id=message))])
+    authenticate(asked(sign_message(KEY, WHEN), pushed))
     assert state.get_object(1, reply.object_id) == b""  # waited for
     authenticate(asked(sign_message(KEY, WHEN), ActivateNodeRequest()))
     if whose == "another's":
         assert state.get_object(1, reply.object_id) == b""
     else:
         assert state.get_object(1, reply.object_id) is None  # unknown: who asks for it learns that it is lost
-        assert state.num_message_res() == 0
         assert not state.store_object(1, session, reply.object_id, b"late")
     assert ("will be asked again" in caplog.text) == (whose == "its own")
 
