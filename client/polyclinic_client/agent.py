@@ -22,6 +22,9 @@ from polyclinic_client.warm import SOCKET
 log = logging.getLogger(__name__)
 
 GUARD = f"#!{sys.executable} -P\nfrom polyclinic_client.{{}} import main\nmain()\n"
+AGAIN_S = 8.0
+"""Longest wait before SuperNode is started again: for a minute after one was killed, the coordinator refuses the next,
+and a longer wait would lie behind the end of that minute."""
 PROGRAMS = {"flwr-clientapp": "clientapp", "flower-superexec": "superexec"}
 """What SuperNode finds under the names of Flower's programs, and the modules that they run."""
 
@@ -104,7 +107,7 @@ def _programs(hospital: Hospital) -> list[Program]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # on loopback; Flower's own second is long
     }
-    supernode = Program("supernode", command, home / "logs" / "supernode.log", environment)
+    supernode = Program("supernode", command, home / "logs" / "supernode.log", environment, longest_s=AGAIN_S)
     if sys.platform != "linux":  # elsewhere, a fork of a process that has imported torch cannot be relied upon
         return [supernode]
     warm = [sys.executable, "-P", "-m", "polyclinic_client.warm", str(guard)]

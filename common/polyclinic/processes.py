@@ -17,7 +17,7 @@ from polyclinic.errors import StorageError
 log = logging.getLogger(__name__)
 
 SHORTEST_S, LONGEST_S = 1.0, 30.0
-"""Waits before a program is started again: doubled each time, until it has run for HEALTHY_S."""
+"""Waits before a program is started again: doubled each time up to the second, until it has run for HEALTHY_S."""
 HEALTHY_S = 60.0
 GRACE_S = 10.0
 """Between being asked to end and being killed."""
@@ -46,9 +46,14 @@ class Program:
     """One program that is to run. Its children are its own process group, and end with it."""
 
     def __init__(
-        self, name: str, command: Callable[[], Sequence[str]], output: Path, environment: Mapping[str, str]
+        self,
+        name: str,
+        command: Callable[[], Sequence[str]],
+        output: Path,
+        environment: Mapping[str, str],
+        longest_s: float = LONGEST_S,
     ) -> None:
-        self.name, self._command = name, command
+        self.name, self._command, self._longest_s = name, command, longest_s
         self._output, self._environment = output, dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
         self._wait_s, self._start_at, self._started = SHORTEST_S, 0.0, 0.0
@@ -63,14 +68,14 @@ class Program:
         now = time.monotonic()
         if self._process is not None and (code := self._process.poll()) is not None:
             self._end_group()
-            self._wait_s = SHORTEST_S if now - self._started > HEALTHY_S else min(2 * self._wait_s, LONGEST_S)
+            self._wait_s = SHORTEST_S if now - self._started > HEALTHY_S else min(2 * self._wait_s, self._longest_s)
             self._process, self._start_at = None, now + self._wait_s
             log.warning("%s ended with %d; it is started again in %.0f s", self.name, code, self._wait_s)
         if self._process is None and now >= self._start_at:
             try:
                 self._start()
             except (OSError, StorageError) as error:  # a full disk
-                self._wait_s = min(2 * self._wait_s, LONGEST_S)
+                self._wait_s = min(2 * self._wait_s, self._longest_s)
                 self._start_at = now + self._wait_s
                 log.warning("%s cannot be started: %s; it is tried again in %.0f s", self.name, error, self._wait_s)
 
