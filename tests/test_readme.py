@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from polyclinic.cli import build
+from polyclinic.errors import StudyError
 from polyclinic.study import parse_study
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -25,11 +26,15 @@ def test_a_command_knows_its_options(line: str) -> None:
 
 
 def test_the_studies_are_studies() -> None:
-    first, last = STUDIES
+    first, last, promise = STUDIES
     assert [stage.method for stage in parse_study(first, "README").stages] == ["simclr"]
     whole = parse_study(first + last, "README")
     assert [stage.method for stage in whole.stages] == ["simclr", "supervised"]
     assert whole.evaluation.classes == ["ill", "well"]
+    masked = first.replace('"simclr"', '"mae"') + '[encoder]\nname = "vit_tiny"\n'
+    assert parse_study(masked + promise, "README").privacy.mode == "patient"
+    with pytest.raises(StudyError, match="not separable"):
+        parse_study(first + promise, "README")
 
 
 def test_the_links_lead_somewhere() -> None:

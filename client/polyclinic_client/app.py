@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 
 from polyclinic import __version__, wire
 from polyclinic.errors import PolyclinicError, StorageError
+from polyclinic.privacy.ledger import BudgetSpent
 from polyclinic_client.hospital import Hospital
 from polyclinic_client.site import Site, open_site
 from polyclinic_client.work import Progress, answer
@@ -93,6 +94,7 @@ def _guarded(find_site: Callable[[Context], Member], handler: Handler) -> Callab
             ours = isinstance(error, PolyclinicError | wire.Malformed)
             reason = wire.plain(error.args[0]) if ours else type(error).__name__
             code = wire.SITE_LATER if isinstance(error, StorageError) else code  # a full disk is seen to
+            code = wire.SITE_SPENT if isinstance(error, BudgetSpent) else code
             log.debug("where it failed", exc_info=True)
         try:
             member.leaving(message.metadata.message_type, reason)

@@ -15,7 +15,8 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Take part in a consortium: one folder, outbound connections only.")
     for command in (init, join, doctor, firewall, approve, withdraw, start, status):
         group.command()(command)
-    book = typer.Typer(no_args_is_help=True, help="What has left this site.")
+    book = typer.Typer(invoke_without_command=True, help="What has left this site, and what of privacy is spent.")
+    book.callback()(ledger)
     book.command("show")(show_ledger)
     book.command("verify")(verify_ledger)
     group.add_typer(book, name="ledger")
@@ -173,6 +174,28 @@ def status(
     print(json.dumps(facts, indent=2) if as_json else "\n".join(in_words(facts)))
 
 
+def ledger(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    home: HomeDir = Path("site"),
+) -> None:
+    """Show what studies have spent of the patients' privacy, and what is left; `show` lists what has left the site.
+
+    Examples:
+
+      polyclinic site ledger
+
+      polyclinic site ledger show --csv > outbound.csv
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from polyclinic_client.hospital import Hospital
+    from polyclinic_client.overview import spending, spending_words
+
+    facts = spending(Hospital(home))
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(spending_words(facts)))
+
+
 def show_ledger(
     as_json: Annotated[bool, typer.Option("--json", help="Every entry whole, one JSON object a line.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="A line an entry, for the privacy officer.")] = False,
@@ -202,7 +225,9 @@ def show_ledger(
 
 
 def verify_ledger(home: HomeDir = Path("site")) -> None:
-    """Check that no entry of the ledger was changed, removed, added or moved since it was written."""
+    """Check that no entry of either ledger was changed, removed, added or moved since it was written."""
     from polyclinic_client.hospital import Hospital
 
-    print(f"{Hospital(home).ledger.verify()} entries, each after the one before")
+    hospital = Hospital(home)
+    print(f"what has left: {hospital.ledger.verify()} entries, each after the one before")
+    print(f"privacy spent: {hospital.spending.verify()} entries, each after the one before")

@@ -166,6 +166,10 @@ def _ledger(hospital: Hospital) -> Finding:
     return Finding("ledger", "PASS", f"{hospital.ledger.verify()} entries, each after the one before")
 
 
+def _spending(hospital: Hospital) -> Finding:
+    return Finding("privacy ledger", "PASS", f"{hospital.spending.verify()} entries, each after the one before")
+
+
 def _studies(hospital: Hospital) -> Finding:
     found = len(list((hospital.path / "approved").glob("*.json")))
     if not found:
@@ -181,6 +185,7 @@ CHECKS: dict[str, Check] = {
     "compute": _compute,
     "key": _key,
     "ledger": _ledger,
+    "privacy ledger": _spending,
     "studies": _studies,
 }
 

@@ -5,6 +5,7 @@ node.key           EC P-384, OpenSSH, 0600; never leaves
 request.json       for the coordinator; join.json, authority.crt: its answer
 approved/HASH.json a study that may run: who approved it, when, which cohort it works on, and what will leave
 approved/HASH.orders   how often it has been asked for since
+ledger/            everything that has left; privacy/: what studies have spent of patients' privacy
 health.json, metrics.prom   for monitoring: see monitor.py
 state/             cohorts, the key of the patient hashes, and what a study keeps between messages
 """
@@ -33,6 +34,7 @@ from polyclinic.enrolment import Join, Request, read_file
 from polyclinic.errors import CohortError, Refused
 from polyclinic.explain import explain
 from polyclinic.files import locked, storage, write_atomic, write_secret
+from polyclinic.privacy.ledger import PrivacyLedger
 from polyclinic.stages import Finetune, Stage
 from polyclinic.study import Name, Study, parse_canonical
 from polyclinic.wire import describe
@@ -299,7 +301,12 @@ class Hospital:
         return self._site(cohort)
 
     def _site(self, cohort: Cohort) -> Site:
-        return Site(self.name, cohort, self.path / "state")
+        return Site(self.name, cohort, self.path / "state", self.path / "privacy", self.settings.policy.caps)
+
+    @property
+    def spending(self) -> PrivacyLedger:
+        """Of its patients' privacy, by all studies."""
+        return PrivacyLedger(self.path / "privacy")
 
     def _count(self, study: Study) -> None:
         """Count an order, durably, before anything is done for it.

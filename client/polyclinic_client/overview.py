@@ -63,3 +63,45 @@ def in_words(facts: dict[str, Any]) -> Iterator[str]:
         yield f"last answer: {last['time']}, {last['kind']}: {what}"
     yield "policy:"
     yield from (f"    {line}" for line in facts["policy"])
+
+
+def spending(hospital: Hospital) -> dict[str, Any]:
+    """What studies have spent of the patients' privacy, for JSON: epsilon at the site's delta, by study and together.
+
+    `limit` and `left` are None where the site has no limit of its own.
+    """
+    from polyclinic.privacy.accounting import epsilon
+
+    ledger, policy = hospital.spending, hospital.settings.policy
+    spent = ledger.epsilon(policy.delta)
+    return {
+        "epsilon": spent,
+        "delta": policy.delta,
+        "limit": policy.epsilon or None,
+        "left": max(0.0, policy.epsilon - spent) if policy.epsilon else None,
+        "studies": [
+            {
+                "study": row.name,
+                "hash": row.study,
+                "rounds": row.rounds,
+                "steps": row.steps,
+                "noise": row.noise,
+                "epsilon": epsilon(row.events, policy.delta),
+                "last": row.last,
+            }
+            for row in ledger.by_study()
+        ],
+    }
+
+
+def spending_words(facts: dict[str, Any]) -> Iterator[str]:
+    """The same for a terminal."""
+    for row in facts["studies"]:
+        rounds = f"{row['rounds']} rounds, {row['steps']} steps, the last at {row['last']}"
+        yield f"{row['study']} ({row['hash'][:16]}): epsilon {row['epsilon']:.3f}; {rounds}"
+    if not facts["studies"]:
+        yield "no study has spent anything of the patients' privacy here"
+    limit = (
+        f"of the site's {facts['limit']:g}, {facts['left']:.3f} left" if facts["limit"] else "no limit of the site's"
+    )
+    yield f"all together: epsilon {facts['epsilon']:.3f} at delta {facts['delta']:g}, {limit}"

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from polyclinic.errors import CohortError, Refused
+from polyclinic.privacy.ledger import Cap
 from polyclinic.study import Study
 from polyclinic.wire import METRICS
 
@@ -25,7 +26,8 @@ hours = []                    # when work may begin, by this machine's clock, su
 max_megabytes = 1000.0        # of one update
 tensors = ["*"]               # names, or patterns of names, of what may leave: ["encoder.*"] keeps the heads here
 metrics = ["*"]               # figures that may leave, such as ["loss", "probe_*"]; others are withheld, loss never
-epsilon = 0.0                 # a study must promise differential privacy of at most this epsilon; 0: it need not
+epsilon = 0.0                 # what all studies together may spend of a patient's privacy; 0: they need promise none
+delta = 1e-6                  # at which that epsilon is meant; below 1 / patients
 threads = 0                   # of the processor; 0: as many as the study asks for; read when the node starts, as are
 memory_gb = 0.0               # what each of its processes may take, on Linux; 0: as much as there is
 gpu = true                    # false: none is used
@@ -66,6 +68,7 @@ class Policy(BaseModel):
     tensors: list[str] = Field(default=["*"])
     metrics: Annotated[list[Annotated[str, AfterValidator(_knows)]], AfterValidator(_with_loss)] = Field(default=["*"])
     epsilon: float = Field(default=0.0, ge=0)
+    delta: float = Field(default=1e-6, gt=0, lt=1)
     threads: int = Field(default=0, ge=0)
     memory_gb: float = Field(default=0.0, ge=0)
     gpu: bool = True
@@ -82,12 +85,13 @@ class Policy(BaseModel):
             raise _beyond(f"allows {self.max_rounds} rounds; the study has {study.rounds}")
         if self.threads and study.compute.threads > self.threads:
             raise _beyond(f"allows {self.threads} threads; the study computes with {study.compute.threads}")
-        if self.epsilon:
-            promised = getattr(study.privacy, "epsilon", None) if study.privacy.mode != "none" else None
-            if promised is None:
-                raise _beyond(f"asks for differential privacy (epsilon {self.epsilon:g}); the study promises none")
-            if promised > self.epsilon:
-                raise _beyond(f"allows an epsilon of {self.epsilon:g}; the study spends {promised:g}")
+        if self.epsilon and study.privacy.mode != "patient":
+            raise _beyond(f"asks for differential privacy of patients (epsilon {self.epsilon:g}); the study has none")
+
+    @property
+    def caps(self) -> tuple[Cap, ...]:
+        """What the site's privacy ledger may come to."""
+        return (Cap(self.epsilon, self.delta),) if self.epsilon else ()
 
     def check_cohort(self, patients: int) -> None:
         """Refuse to train on too few.
@@ -143,7 +147,8 @@ class Policy(BaseModel):
         yield f"begins work {' and '.join(self.hours) or 'at any hour'}"
         yield f"lets out updates of at most {self.max_megabytes:g} MB, of the tensors {', '.join(self.tensors)}"
         yield f"lets out the figures {', '.join(self.figures())}"
-        yield f"differential privacy: {f'epsilon of at most {self.epsilon:g}' if self.epsilon else 'not asked for'}"
+        cap = f"epsilon of at most {self.epsilon:g} at delta {self.delta:g}, all studies together"
+        yield f"differential privacy of patients: {cap if self.epsilon else 'not asked for'}"
         memory = f"{self.memory_gb:g} GB a process" if self.memory_gb else "memory without a limit"
         threads = f"at most {self.threads} threads" if self.threads else "the study's number of threads"
         yield f"uses {threads}, {memory}, {'a GPU where there is one' if self.gpu else 'no GPU'}"

@@ -1,15 +1,37 @@
 """What a study will do at a site, before it is approved: in plain words, and as figures for scripts."""
 
+import bisect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from polyclinic.cohort import Cohort
-from polyclinic.study import Study
+from polyclinic.errors import Refused
+from polyclinic.privacy.ledger import Cap
+from polyclinic.study import PatientPrivacy, SitePrivacy, Study
 from polyclinic_client.hospital import Hospital, what_leaves
 from polyclinic_client.policy import Policy
 from polyclinic_client.rehearsal import Rehearsal, duration, rehearse
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a study would spend of the patients' privacy here.
+
+    Attributes:
+        epsilon: all rounds of the study, at the study's delta.
+        fits: of its rounds, those that neither the study's limit nor the site's own forbids.
+        before: what was spent here by all studies, at the site's delta.
+        after: that, and what fits of this study.
+        caps: the study's limit, and the site's own if it has one.
+    """
+
+    epsilon: float
+    fits: int
+    before: float
+    after: float
+    caps: list[Cap]
 
 
 @dataclass(frozen=True)
@@ -19,6 +41,7 @@ class Preview:
     Attributes:
         trains_on: the images of each stage; None where no training patient has the label that it needs.
         leaves: for each stage, the tensors that leave by name, each with its bytes.
+        spending: None where the study promises patients no privacy.
     """
 
     study: Study
@@ -27,6 +50,7 @@ class Preview:
     trains_on: list[Cohort | None]
     leaves: list[dict[str, int]]
     rehearsal: Rehearsal
+    spending: Spending | None = None
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -48,7 +72,8 @@ class Preview:
             ],
             "estimate": {"seconds": pace.total_s, "memory_mb": pace.memory_mb, "device": pace.device},
             "metrics": self.policy.figures(),
-            "privacy": self.study.privacy.model_dump(),
+            "privacy": self.study.privacy.model_dump()
+            | ({"spending": asdict(self.spending)} if self.spending is not None else {}),
             "max_orders": self.policy.orders(self.study),
             "hours": self.policy.hours,
         }
@@ -72,8 +97,9 @@ class Preview:
             yield late
         for stage, tensors in zip(study.stages, self.leaves, strict=True):
             yield f"each round of {stage.method} lets out {sum(tensors.values()) / 1e6:.1f} MB: {_parts(tensors)}"
-        yield f"with it the number of patients, and the figures {', '.join(self.policy.figures())}"
-        yield _privacy(study)
+        if study.privacy.mode == "none":
+            yield f"with it the number of patients, and the figures {', '.join(self.policy.figures())}"
+        yield from _privacy(study, self.spending)
         when = f"between {' and '.join(self.policy.hours)}" if self.policy.hours else "at any hour"
         yield (
             f"begins work {when}; the approval stands until you withdraw it, or {self.policy.orders(study)} orders "
@@ -85,12 +111,55 @@ def preview(hospital: Hospital, study: Study, cohort: Cohort) -> Preview:
     """Look at a study, and try it.
 
     Raises:
-        PolyclinicError: it is beyond the policy, or cannot be trained here.
+        PolyclinicError: it is beyond the policy or the privacy that is left, or cannot be trained here.
     """
     leaves = what_leaves(study)
     hospital.permit(study, leaves, cohort)
+    trains_on = hospital.trains_on(study, cohort)
+    spending = _spending(hospital, study, trains_on)
     pace = rehearse(hospital, study, cohort)
-    return Preview(study, hospital.settings.policy, cohort, hospital.trains_on(study, cohort), leaves, pace)
+    return Preview(study, hospital.settings.policy, cohort, trains_on, leaves, pace, spending)
+
+
+def _spending(hospital: Hospital, study: Study, trains_on: Sequence[Cohort | None]) -> Spending | None:
+    """What the study would spend.
+
+    Raises:
+        Refused: not even its first round is within the limits.
+        CohortError: a stage has too few patients here.
+    """
+    if not isinstance(study.privacy, PatientPrivacy):
+        return None
+    from polyclinic.privacy.accounting import Event, epsilon
+    from polyclinic.privacy.dpsgd import sampling_rate, steps_of_round
+
+    rounds = []
+    for stage, training in zip(study.stages, trains_on, strict=True):
+        if training is not None:
+            rate = sampling_rate(training.n_patients, stage.batch_size)
+            event = Event(study.privacy.noise, rate, steps_of_round(training.n_patients, stage))
+            rounds += [event] * stage.rounds
+    own, ledger = hospital.settings.policy, hospital.spending
+    caps = [Cap(study.privacy.epsilon, study.privacy.delta, study.hash), *own.caps]
+    before = {cap: ledger.events(cap.study) for cap in caps}
+
+    def fit(made: int) -> bool:
+        return all(epsilon([*before[cap], *rounds[:made]], cap.delta) <= cap.epsilon for cap in caps)
+
+    fits = bisect.bisect_left(range(len(rounds)), True, key=lambda made: not fit(made + 1))
+    if not fits:
+        raise Refused(
+            "no round of the study is within what may be spent of the patients' privacy here",
+            "see polyclinic site ledger, and polyclinic privacy plan for a study with more noise",
+        )
+    spent = ledger.events()
+    return Spending(
+        epsilon=epsilon(rounds, study.privacy.delta),
+        fits=fits,
+        before=epsilon(spent, own.delta) if spent else 0.0,
+        after=epsilon([*spent, *rounds[:fits]], own.delta),
+        caps=caps,
+    )
 
 
 def _size(cohort: Cohort) -> str:
@@ -103,8 +172,24 @@ def _parts(tensors: dict[str, int]) -> str:
     return "the change of " + ", ".join(f"{count} tensors of {part}" for part, count in counts.items())
 
 
-def _privacy(study: Study) -> str:
+def _privacy(study: Study, spending: Spending | None) -> Iterator[str]:
     if study.privacy.mode == "none":
-        return "no differential privacy: the change of the weights may tell something about single images"
-    promised = ", ".join(f"{name} {value}" for name, value in study.privacy.model_dump().items())
-    return f"differential privacy: {promised}"
+        yield "no differential privacy: the change of the weights may tell something about single images"
+    if isinstance(study.privacy, SitePrivacy):
+        yield (
+            "differential privacy of whole sites, made by the coordinator, who sees this site's update as it is; no "
+            "number of patients and no figure leaves"
+        )
+    if spending is not None:
+        ours, *own = spending.caps
+        yield (
+            f"differential privacy of patients, made here: an epsilon of {spending.epsilon:.2f} at delta {ours.delta:g}"
+            f" for the whole study, whose own limit is {ours.epsilon:g}; no number of patients and no figure leaves"
+        )
+        if spending.fits < study.rounds:
+            yield f"only {spending.fits} of its {study.rounds} rounds are within the limits: the site then sits out"
+        limit = f" of {own[0].epsilon:g}" if own else ", without a limit of the site's own,"
+        yield (
+            f"all studies together have spent {spending.before:.2f}{limit} here, and will have spent "
+            f"{spending.after:.2f} after it"
+        )

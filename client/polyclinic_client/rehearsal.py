@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 from polyclinic.cohort import Cohort, open_cohort
 from polyclinic.errors import CohortError, PolyclinicError
-from polyclinic.study import Study, parse_canonical
+from polyclinic.study import PatientPrivacy, Study, parse_canonical
 from polyclinic_client import caps
 from polyclinic_client.hospital import Hospital
 from polyclinic_client.site import Site
@@ -156,8 +156,13 @@ def _pace(study: Study, number: int, site: Site, start_s: float) -> Pace:
     from polyclinic.evaluation import targets_of
     from polyclinic.model import build_stage
     from polyclinic.stages import Finetune
-    from polyclinic.training import pick_device, train
+    from polyclinic.training import PLAIN, Recipe, pick_device, train
 
+    recipe: Recipe = PLAIN
+    if isinstance(study.privacy, PatientPrivacy):
+        from polyclinic.privacy.dpsgd import PatientRecipe
+
+        recipe = PatientRecipe(study.privacy)  # nothing is spent: what is trained here is thrown away
     stage, device, targets = study.stages[number], pick_device(), None
     method, module = build_stage(study, number)
     training, _ = site.split(study)
@@ -181,10 +186,22 @@ def _pace(study: Study, number: int, site: Site, start_s: float) -> Pace:
             raise Enough
 
     with suppress(Enough):
-        train(module, method, training, stage, study.compute, stage_round=0, seed=0, targets=targets, progress=watch)
+        train(
+            module,
+            method,
+            training,
+            stage,
+            study.compute,
+            stage_round=0,
+            seed=0,
+            targets=targets,
+            progress=watch,
+            recipe=recipe,
+        )
     timed = marks[1:] if len(marks) > 2 else marks
     step_s = (timed[-1] - timed[0]) / (len(timed) - 1)
     images = 2 * training.n_patients if method.pairs else len(training)
+    images = training.n_patients if recipe is not PLAIN else images
     every = study.evaluation.every
     measuring_s = _encoding_s(module, study, site.cohort) / every if every else 0.0
     images_s = stage.local_epochs * images / (steps * step_s)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.cohort import Cohort, open_cohort
+from polyclinic.cohort.identity import load_key
 from polyclinic.cohort.index import read_meta
 from polyclinic.errors import CohortError, Refused
 from polyclinic.evaluation import labelled_patients, split_patients
 from polyclinic.files import storage, write_atomic
+from polyclinic.privacy.ledger import Cap, PrivacyLedger, cohort_id
 from polyclinic.seeding import seed_for
 from polyclinic.stages import Finetune
 from polyclinic.study import Study
@@ -18,11 +20,28 @@ from polyclinic.study import Study
 
 @dataclass(frozen=True)
 class Site:
-    """Name, cohort, and the state folder, in which each study keeps its rounds."""
+    """Name, cohort, and the state folder, in which each study keeps its rounds.
+
+    Attributes:
+        privacy: the folder of the privacy ledger; None: in the state folder.
+        caps: the site's own on what that ledger may come to.
+    """
 
     name: str
     cohort: Cohort
     state: Path
+    privacy: Path | None = None
+    caps: tuple[Cap, ...] = ()
+
+    @property
+    def spending(self) -> PrivacyLedger:
+        """What the site has spent of its patients' privacy."""
+        return PrivacyLedger(self.privacy or self.state / "privacy")
+
+    def cohort_id(self, patients: Cohort) -> str:
+        """By which the privacy ledger names a set of the site's patients; nobody else can tell who they are."""
+        key = load_key(self.privacy or self.state / "privacy")
+        return cohort_id(key, patients.fingerprints(key))
 
     def approves(self, study_hash: str) -> bool:
         """Any study: that it is simulated is the researcher's own decision."""
@@ -37,7 +56,8 @@ class Site:
 
     def split(self, study: Study) -> tuple[Cohort, Cohort]:
         """(train, test) cohorts by patient: the same in every round of a study, and no stage trains on test."""
-        return split_patients(self.cohort, study.evaluation, seed_for(study.seed, "split", site=self.name))
+        seed, private = seed_for(study.seed, "split", site=self.name), study.privacy.mode == "patient"
+        return split_patients(self.cohort, study.evaluation, seed, private)
 
     def labelled(self, study: Study, stage: Finetune) -> tuple[Cohort, Cohort | None]:
         """(train, validation) of a finetune stage: the same patients in every finetune stage that asks for as many.
@@ -46,7 +66,7 @@ class Site:
             CohortError: no training patient has a label.
         """
         seed = seed_for(study.seed, "labels", site=self.name)
-        return labelled_patients(self.split(study)[0], study.evaluation, stage, seed)
+        return labelled_patients(self.split(study)[0], study.evaluation, stage, seed, study.privacy.mode == "patient")
 
 
 def write_site(folder: Path, name: str, cohort: Path, patients: list[int] | None = None) -> None:

@@ -29,10 +29,11 @@ from polyclinic.evaluation import (
 )
 from polyclinic.methods.base import Method
 from polyclinic.model import build_stage, load_tensors, shared_tensors
+from polyclinic.privacy.ledger import Cap, Charge
 from polyclinic.seeding import seed_for
 from polyclinic.stages import Finetune, Views
-from polyclinic.study import Study, parse_canonical
-from polyclinic.training import pick_device, train, use_threads
+from polyclinic.study import PatientPrivacy, Study, parse_canonical
+from polyclinic.training import PLAIN, Recipe, pick_device, train, use_threads
 from polyclinic.wire import EVALUATION, Malformed, Order, Reply, Tensors, digest
 from polyclinic_client.site import Site
 from polyclinic_client.state import SiteState
@@ -59,6 +60,7 @@ def answer(
     """
     study = parse_canonical(order.study, "the study that came with the order")
     _expect(order, tensors, study, site)
+    private = study.privacy.mode != "none"  # then what is measured on patients stays here
     with use_threads(study.compute):  # all of it: torch copies tensors in threads too, and they wait spinning
         method, module = build_stage(study, order.stage)
         if tensors.keys() != set(method.shared(module)):
@@ -68,11 +70,11 @@ def answer(
         training, testing = site.split(study)
         stage = study.stages[order.stage]
         measured: dict[str, float] = {}
-        if order.evaluate:
+        if order.evaluate and not private:
             measured |= evaluate(module.get_submodule("encoder"), training, testing, study, stage.views or Views())
         if isinstance(stage, Finetune):
             trained = not order.train or study.stage_of(order.round - 1)[1] > 0  # else the head knows nothing yet
-            if order.evaluate and trained:
+            if order.evaluate and trained and not private:
                 measured |= _noted(lambda: _classifier(module, testing, study, stage))
             if order.train:
                 training, validation = site.labelled(study, stage)
@@ -82,7 +84,8 @@ def answer(
         if not order.train:
             return reply, None
         patients, metrics, update = _round(order, tensors, study, method, module, site, training, progress)
-        return replace(reply, patients=patients, train=metrics), update
+        head = site.spending.head() if study.privacy.mode == "patient" else ""
+        return replace(reply, patients=patients, train=metrics, head=head), update
 
 
 def _expect(order: Order, tensors: Tensors, study: Study, site: Site) -> None:
@@ -94,6 +97,12 @@ def _expect(order: Order, tensors: Tensors, study: Study, site: Site) -> None:
         raise Refused(f"round {order.round} of the study is not one of stage {order.stage}", fix)
     if digest(tensors) != order.model:
         raise Refused("the order's tensors are not those that it names", fix)
+    if study.privacy.mode == "patient" and order.head and not site.spending.holds(order.head):
+        raise Refused(
+            "the site's privacy ledger is not the one that the coordinator has last heard of: what these patients have "
+            "spent is not known here",
+            "restore the newest ledger; where it is lost, train on these patients without such a promise no more",
+        )
 
 
 def _round(
@@ -116,6 +125,13 @@ def _round(
     if isinstance(stage, Finetune):
         targets = _targets(training, study, stage)
         cast("Supervised", method).balance(targets)
+    recipe: Recipe = PLAIN
+    reserved = 0
+    if isinstance(study.privacy, PatientPrivacy):
+        from polyclinic.privacy.dpsgd import PatientRecipe  # with Opacus, which only such a study needs
+
+        recipe = PatientRecipe(study.privacy)
+        reserved = site.spending.reserve(_charge(order, study, site, training), _caps(study, site))
     trained, moments = train(
         module,
         method,
@@ -127,16 +143,55 @@ def _round(
         targets=targets,
         optimizer_state=state.moments_before(order.round, order.stage),
         progress=progress,
-        midway=state.midway(order.round, order.model),
+        midway=None if reserved else state.midway(order.round, order.model),
+        recipe=recipe,
     )
     patients = min(training.n_patients, study.aggregation.max_patients)
     metrics = {"loss": trained.loss, "images": float(trained.images), "patients": float(training.n_patients)}
     metrics["seconds"] = time.monotonic() - started
+    if reserved:
+        site.spending.commit(reserved, trained.steps)
+    if study.privacy.mode != "none":
+        patients, metrics = 1, _spent(study, site) if reserved else {}
     after = shared_tensors(method, module)
     update = {name: after[name] - tensors[name] for name in after}
     facts = {"model": order.model, "facts": json.dumps({"patients": patients, "metrics": metrics})}
     state.keep(order.round, order.stage, {n: torch.from_numpy(u) for n, u in update.items()}, facts, moments)
     return patients, metrics, update
+
+
+def _charge(order: Order, study: Study, site: Site, training: Cohort) -> Charge:
+    """What a round of a stage costs the patients it is trained on."""
+    from polyclinic.privacy.dpsgd import sampling_rate, steps_of_round
+
+    assert isinstance(study.privacy, PatientPrivacy)
+    stage = study.stages[order.stage]
+    return Charge(
+        study=study.hash,
+        name=study.name,
+        stage=order.stage,
+        round=order.round,
+        model=order.model,
+        cohort=site.cohort_id(training),
+        patients=training.n_patients,
+        noise=study.privacy.noise,
+        rate=sampling_rate(training.n_patients, stage.batch_size),
+        steps=steps_of_round(training.n_patients, stage),
+    )
+
+
+def _caps(study: Study, site: Site) -> list[Cap]:
+    """The study's, of its own rounds, and the site's, of its whole history."""
+    assert isinstance(study.privacy, PatientPrivacy)
+    return [Cap(study.privacy.epsilon, study.privacy.delta, study.hash), *site.caps]
+
+
+def _spent(study: Study, site: Site) -> dict[str, float]:
+    """What the study has spent here, rounded up to two digits: all of them would tell how many patients there are."""
+    assert isinstance(study.privacy, PatientPrivacy)
+    spent = site.spending.epsilon(study.privacy.delta, study.hash)
+    digit = 10.0 ** (math.floor(math.log10(spent)) - 1)
+    return {"epsilon": math.ceil(spent / digit) * digit}
 
 
 def evaluate(encoder: nn.Module, training: Cohort, testing: Cohort, study: Study, views: Views) -> dict[str, float]:

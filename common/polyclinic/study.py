@@ -253,12 +253,10 @@ def _is_private(where: str, stage: AnyStage) -> None:
             "others, so no bound holds for what a patient adds. Train mae, sssd or supervised, or protect whole sites "
             "with privacy.mode 'site'"
         )
-    if isinstance(stage, Finetune) and (stage.class_weights != "none" or stage.patience):
-        which = "class_weights" if stage.class_weights != "none" else "patience"
-        fix = "'none'" if which == "class_weights" else "0"
+    if isinstance(stage, Finetune) and stage.class_weights != "none":
         raise ValueError(
-            f"{where}.{which} is computed from patients beside the noise, which privacy.mode 'patient' does not cover: "
-            f"set it to {fix}, or leave it out"
+            f"{where}.class_weights are computed from patients, and no noise covers them: set them to 'none', or leave "
+            "them out"
         )
 
 
@@ -312,6 +310,11 @@ class Study(Settings):
             raise ValueError(
                 f"evaluation.every is {self.evaluation.every}, and no noise covers what sites measure on their "
                 "patients: set it to 0, or leave it out"
+            )
+        if self.privacy.mode != "none" and any(getattr(stage, "patience", 0) for stage in self.stages):
+            raise ValueError(
+                "a stage's patience is above 0, and no noise covers the losses that would stop it: set it to 0, or "
+                "leave it out"
             )
         if self.privacy.mode == "patient":
             for number, stage in enumerate(self.stages):

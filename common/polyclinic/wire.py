@@ -24,7 +24,7 @@ Packed = ArrayRecord
 
 LARGEST = 1e9
 """Magnitude of a metric: above any real one, and far from where sums stop being finite."""
-TRAINING = {"loss": LARGEST, "images": LARGEST, "patients": LARGEST, "seconds": LARGEST}
+TRAINING = {"loss": LARGEST, "images": LARGEST, "patients": LARGEST, "seconds": LARGEST, "epsilon": LARGEST}
 """Numbers that may leave a site about its training, each with its largest magnitude; only the loss may be negative."""
 EVALUATION = {
     "knn_auc": 1.0,
@@ -46,9 +46,9 @@ METRICS = frozenset(TRAINING) | frozenset(EVALUATION)
 LONGEST_TEXT = 200
 """Characters of a text that another machine sends and that is written or shown here."""
 
-SITE_ERROR, SITE_LATER = 1000, 1001
+SITE_ERROR, SITE_LATER, SITE_SPENT = 1000, 1001, 1002
 """Error codes of a reply that says why a site has not done what it was asked; with the second, it may be asked again
-in the same round."""
+in the same round; with the third, never again, since its patients' privacy is spent."""
 
 LONGEST_HEADER = 1 << 22
 """Bytes before the tensors' values: one of a thousand tensors has a hundredth."""
@@ -91,6 +91,7 @@ class Order:
         model: SHA-256 of the global tensors that come with the order.
         train: train a round from these tensors.
         evaluate: measure these tensors as they came.
+        head: where the site's privacy ledger ended when the coordinator last heard of it; "" where it never has.
     """
 
     study: str
@@ -100,6 +101,7 @@ class Order:
     model: str
     train: bool
     evaluate: bool
+    head: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Reply:
         patients: whom the update was trained on; 0 when it only evaluated.
         train: metrics of the training.
         evaluation: metrics of the global tensors as they came.
+        head: where the site's privacy ledger ends; "" where the study promises patients no privacy.
     """
 
     study: str
@@ -120,6 +123,7 @@ class Reply:
     patients: int
     train: dict[str, float]
     evaluation: dict[str, float]
+    head: str = ""
 
 
 def plain(text: object) -> str:

@@ -18,6 +18,9 @@ from polyclinic.files import locked, write_atomic
 from polyclinic.model import build_stage, encoder_of, load_tensors
 from polyclinic.report import read_run, render_report
 from polyclinic.stages import Finetune
+from polyclinic_server import checkpoints, heads
+from polyclinic_server.aggregation.private import EpsilonSpent
+from polyclinic_server.heads import Heads
 from polyclinic_server.rounds import run_study
 from polyclinic_server.rundir import ENDED, REGISTERED, RunDir, last_event
 
@@ -36,7 +39,11 @@ def main(grid: Grid, context: Context) -> None:
         if not free or last_event(run.path) in ENDED:
             return
         try:
-            lead(grid, run, json.loads((run.path / REGISTERED).read_text()))
+            home = run.path.parent.parent  # coordinator/runs/NAME
+            lead(grid, run, json.loads((run.path / REGISTERED).read_text()), Heads(home / heads.NAME))
+            conclude(run)
+        except EpsilonSpent as error:
+            run.event("run_failed", problem=error.problem, fix=error.fix)
             conclude(run)
         except (Refused, Collapsed, CheckpointError) as error:
             run.event("run_failed", problem=error.problem, fix=error.fix)
@@ -48,11 +55,20 @@ def main(grid: Grid, context: Context) -> None:
             raise
 
 
-def lead(grid: Grid, run: RunDir, registered: dict[str, int] | None = None) -> None:
-    """As `main`, for a run directory that someone listens to; `registered` is that of `run_study`."""
+def lead(grid: Grid, run: RunDir, registered: dict[str, int] | None = None, heads: Heads | None = None) -> None:
+    """As `main`, for a run directory that someone listens to; `registered` and `heads` are those of `run_study`.
+
+    Raises:
+        EpsilonSpent: the study has ended before its last round; the encoder of those that it could afford is there.
+    """
     study = run.study
     seats = json.loads((run.path / "seats.json").read_text())
-    tensors = run_study(grid, study, run, seats, registered=registered)
+    try:
+        tensors = run_study(grid, study, run, seats, registered=registered, heads=heads)
+    except EpsilonSpent:
+        if found := checkpoints.newest(run.checkpoints, study.hash, lambda text: run.event("warning", text=text)):
+            save_encoder(run.path / ENCODER, encoder_of(study, found[1]), study)
+        raise
     save_encoder(run.path / ENCODER, encoder_of(study, tensors), study)
     if isinstance(stage := study.stages[-1], Finetune):
         _, classifier = build_stage(study, len(study.stages) - 1)
@@ -66,13 +82,15 @@ def conclude(run: RunDir) -> None:
 
     `federated` in the comparison is what the sites measured on their own test patients with their own probes, weighted
     by patients; it has no interval, since nobody sees all answers. `patients` are those that a site has trained on, as
-    far as the gate let it claim them.
+    far as the gate let it claim them. Under differential privacy no site says either.
     """
     study = run.study
     table = pd.read_csv(run.path / "metrics.csv", keep_default_na=False)
     own = table[table["site"] != ""]
-    accepted = read_run(run.path).happened("update_accepted")
-    trained = pd.Series({event["site"]: event["patients"] for event in accepted}, name="weight", dtype=float)
+    found = read_run(run.path)
+    accepted = {event["site"]: event.get("patients") for event in found.happened("update_accepted")}
+    told = {site: patients for site, patients in accepted.items() if patients is not None}
+    trained = pd.Series(told, name="weight", dtype=float)
     last = own[own["round"] == study.rounds].pivot(index="site", columns="metric", values="value")
     comparison, notes = {}, []
     probes = ["probe_auc", "probe_balanced_accuracy"]
@@ -86,7 +104,7 @@ def conclude(run: RunDir) -> None:
         "study": study.name,
         "hash": study.hash,
         "engine": "deployed",
-        "sites": {name: {"patients": int(patients)} for name, patients in trained.items()},
+        "sites": {name: {"patients": told[name]} if name in told else {} for name in accepted},
         "rounds": study.rounds,
         "comparison": comparison,
         "classifier": {},
@@ -94,7 +112,7 @@ def conclude(run: RunDir) -> None:
         "notes": notes,
         "warnings": [],
         "bytes_sent": int(table.loc[table["metric"] == "bytes_up", "value"].sum()),
-        "epsilon": {},
+        "epsilon": found.epsilon,
         "versions": {package: version(package) for package in ("polyclinic", "torch", "flwr")},
     }
     write_atomic(run.path / "summary.json", json.dumps(summary, indent=2))

@@ -242,7 +242,8 @@ def _line(event: dict[str, Any]) -> str:
     """An event in words; "" for those that are of no interest to who follows."""
     name = event["event"]
     if name == "round_closed":
-        return f"round {event['round']}: loss {event['loss']:.3f}, {event['accepted']} sites, {event['seconds']:.1f} s"
+        loss = f"loss {event['loss']:.3f}, " if "loss" in event else ""  # withheld under differential privacy
+        return f"round {event['round']}: {loss}{event['accepted']} sites, {event['seconds']:.1f} s"
     if name == "update_refused":
         return f"round {event['round']}: {event['site']} left out: {event['reason']}"
     if name == "site_found":

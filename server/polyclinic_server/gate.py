@@ -6,7 +6,7 @@ faulty or hostile site could spoil a round; a refusal costs that site its turn, 
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median_low
 
 import numpy as np
@@ -18,6 +18,8 @@ from polyclinic_server.aggregation.fedavg import CHUNK, LARGEST_VALUE
 
 NORM_FLOOR = 1e-3
 """Fraction of the global tensors' norm below which no update is called too large."""
+PRIVATE = {"patient": {"seconds", "epsilon"}, "site": {"seconds"}}
+"""Figures that a reply may carry by privacy mode: those that no patient's image changes."""
 
 
 class RefusedUpdate(ValueError):
@@ -33,12 +35,15 @@ class Gate:
         seats: patients that each site enrolled with; none may claim more.
         norms: of the updates accepted in earlier rounds of the stage. Those of the round in flight do not count, so
             that what passes does not depend on who is first.
+        mode: the study's privacy. Under "site" no norm is too large: clipping bounds it, and a limit drawn from all
+            sites' norms would have one site decide whether another's update counts.
     """
 
     settings: Aggregation
     seats: Mapping[str, int]
     norms: list[float] = field(default_factory=list)
     own: float = 0.0
+    mode: str = "none"
 
     def open_round(self, tensors: Tensors) -> None:
         """Take note of the global tensors' own norm: no update of a stage's first round may be larger."""
@@ -54,7 +59,7 @@ class Gate:
         self._weight(reply)
         if update is None:
             raise RefusedUpdate("it carries no tensors")
-        if "loss" not in reply.train:
+        if self.mode == "none" and "loss" not in reply.train:
             raise RefusedUpdate("it does not say the loss of its training")
         self._form(update, tensors)
         norm = self._norm(update, tensors)
@@ -65,6 +70,8 @@ class Gate:
     @property
     def limit(self) -> float:
         """Largest norm that passes: the study's multiple of the median so far. Of two, the lower one is the median."""
+        if self.mode == "site":
+            return math.inf
         limit = self.settings.norm_limit * median_low(self.norms) if self.norms else self.own
         return max(limit, NORM_FLOOR * self.own)
 
@@ -108,6 +115,23 @@ def bound_to(order: Order, study_hash: str, reply: Reply) -> None:
         raise RefusedUpdate(f"it belongs to round {reply.round} and this is round {order.round}: late or replayed")
     if reply.site != order.site:
         raise RefusedUpdate("it names another site as its sender")
+
+
+def withheld(reply: Reply, mode: str) -> tuple[Reply, list[str]]:
+    """(reply, names): without what a site may not tell of its patients under `mode`, and what that was.
+
+    An honest site sends none of it; one that runs another version must not have it in a report by mistake.
+    """
+    if mode == "none":
+        return reply, []
+    allowed = PRIVATE[mode]
+    kept = {name: value for name, value in reply.train.items() if name in allowed}
+    names = [
+        *(["number of patients"] if reply.patients != 1 else []),
+        *(reply.train.keys() - allowed),
+        *reply.evaluation,
+    ]
+    return replace(reply, patients=1, train=kept, evaluation={}), sorted(names)
 
 
 def _chunks(value: NDArray[np.float32]) -> Iterator[tuple[float, float]]:

@@ -3,10 +3,13 @@
 One message a site and round: the order to train carries the order to evaluate the same tensors. A round closes when
 every site has replied, or at its deadline with those that have. Only one update is in memory at a time. Whatever a
 site sends that is not what it was asked for costs that site its turn, by name and reason, and nothing else.
+
+Under differential privacy no figure that a site measures on patients is asked for, and one that comes all the same is
+dropped unseen: neither metrics nor events hold any, and nothing is stopped by one.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -17,14 +20,17 @@ from polyclinic.errors import Collapsed, QuorumLost, StudyError
 from polyclinic.evaluation import collapsed
 from polyclinic.model import initial_tensors
 from polyclinic.stages import Finetune
-from polyclinic.study import Study
+from polyclinic.study import SitePrivacy, Study
 from polyclinic.wire import Order, Reply, Tensors, digest
 from polyclinic_server import checkpoints
 from polyclinic_server.aggregation import RULES
 from polyclinic_server.aggregation.fedavg import LARGEST_WEIGHT, FedAvg, weight_of
+from polyclinic_server.aggregation.private import Budget, EpsilonSpent, PrivateMean, what_the_noise_means
 from polyclinic_server.checkpoints import Best, Checkpoint
-from polyclinic_server.gate import Gate, RefusedUpdate, bound_to
+from polyclinic_server.gate import Gate, RefusedUpdate, bound_to, withheld
+from polyclinic_server.heads import Heads
 from polyclinic_server.mail import Mail, Round, read, refuse
+from polyclinic_server.progress import records
 from polyclinic_server.rundir import RunDir
 
 FIGURES = {"effective_rank", "feature_spread"}
@@ -38,6 +44,7 @@ def run_study(
     seats: Mapping[str, int],
     evaluate: bool = True,
     registered: Mapping[str, int] | None = None,
+    heads: Heads | None = None,
 ) -> Tensors:
     """Lead a study from its newest checkpoint to its end.
 
@@ -47,20 +54,29 @@ def run_study(
         seats: the enrolled sites, each with the number of patients it enrolled with.
         evaluate: have the sites measure the global encoder as `[evaluation]` asks.
         registered: the node that each site's key is registered as; None where nodes are as trusted as sites.
+        heads: where the sites' privacy ledgers ended in the studies before.
 
     Returns:
         The global tensors after the last round.
 
     Raises:
         QuorumLost: fewer than `min_sites` were found, or sent an update that passed the gate in time.
-        StudyError: the sites' weights cannot be added up exactly.
+        StudyError: the sites' weights cannot be added up exactly, or no round keeps to the study's epsilon.
+        EpsilonSpent: the next round would pass it, or too many sites may spend no more.
     """
     _summable(study, seats)
+    heads = heads or Heads()
+    budget = _budget(study, run)
     checkpoint, tensors = _start(study, run)
+    if budget is not None and checkpoint.round == 0:
+        _warn(budget.privacy, run, len(seats), tensors)
     mail = Mail(grid, run, study, seats, registered)
     mail.find()
-    gate = Gate(study.aggregation, seats, list(checkpoint.norms))
+    gate = Gate(study.aggregation, seats, list(checkpoint.norms), mode=study.privacy.mode)
+    evaluate = evaluate and study.privacy.mode == "none"
     while checkpoint.round < study.rounds:
+        if budget is not None:
+            _afford(budget, run, checkpoint)
         number = checkpoint.round + 1
         stage, stage_round = study.stage_of(number - 1)
         if stage_round == getattr(study.stages[stage], "probe_rounds", None):
@@ -72,10 +88,13 @@ def run_study(
         packed = wire.pack_tensors(tensors)
         tensors = wire.unpack_tensors(packed)  # views of what is sent: one copy in memory
         due = evaluate and _due(study, number - 1)
-        orders = _orders(study, number, stage, tensors, mail.nodes, train=True, evaluate=due)
+        orders = _orders(study, number, stage, tensors, mail.nodes, heads, train=True, evaluate=due)
         round = Round(number, stage, tensors, packed, orders)
-        tensors, norms, accepted = _round(mail, study, run, round, gate)
-        gate.norms += norms
+        tensors, norms, accepted = _round(mail, study, run, round, gate, heads)
+        if budget is None:
+            gate.norms += norms
+        else:
+            _spend(budget, run, round, seats)
         best = _judge(study, run, round, accepted, checkpoint)
         tensors, number = _stop_early(study, run, round, best, tensors)
         checkpoint = Checkpoint(study.hash, number, stage, digest(tensors), list(gate.norms), best)
@@ -83,10 +102,52 @@ def run_study(
     if evaluate:
         mail.look()
         stage = len(study.stages) - 1
-        orders = _orders(study, study.rounds, stage, tensors, mail.nodes, train=False, evaluate=True)
+        orders = _orders(study, study.rounds, stage, tensors, mail.nodes, heads, train=False, evaluate=True)
         last = Round(study.rounds, stage, tensors, wire.pack_tensors(tensors), orders)
         _measure(mail, study, run, last, seats)
     return tensors
+
+
+def _budget(study: Study, run: RunDir) -> Budget | None:
+    """What a study under site-level privacy has spent: a release for every round that has ever been closed.
+
+    Raises:
+        StudyError: not even one keeps to the study's epsilon.
+    """
+    if not isinstance(study.privacy, SitePrivacy):
+        return None
+    budget = Budget(study.privacy, sum(event["event"] == "round_closed" for event in records(run.path).events))
+    if not budget.releases:
+        budget.afford()
+    return budget
+
+
+def _afford(budget: Budget, run: RunDir, made: Checkpoint) -> None:
+    """See that the round after `made` can be afforded, and write down where the study ends if not.
+
+    Raises:
+        EpsilonSpent: it cannot.
+    """
+    budget.releases = max(budget.releases, made.round)  # what events have lost, the checkpoint knows
+    try:
+        budget.afford()
+    except EpsilonSpent:
+        run.event("epsilon_spent", round=made.round, epsilon=budget.spent, limit=budget.privacy.epsilon)
+        raise
+
+
+def _spend(budget: Budget, run: RunDir, round: Round, seats: Iterable[str]) -> None:
+    """Count a release, at every seat: whoever sees the sum does not know which sites are in it."""
+    budget.releases += 1
+    spent = {"epsilon": budget.spent}
+    for site in seats:
+        run.metrics(round.stage, round.number, site, spent)
+
+
+def _warn(privacy: SitePrivacy, run: RunDir, seats: int, tensors: Tensors) -> None:
+    """Say beforehand where noise will be most of what comes out."""
+    if text := what_the_noise_means(privacy, seats, sum(value.size for value in tensors.values())):
+        run.event("warning", text=text)
 
 
 def _judge(study: Study, run: RunDir, round: Round, accepted: Mapping[str, Reply], before: Checkpoint) -> Best:
@@ -174,33 +235,59 @@ def _start(study: Study, run: RunDir) -> tuple[Checkpoint, Tensors]:
 
 
 def _orders(
-    study: Study, number: int, stage: int, tensors: Tensors, nodes: Mapping[str, int], *, train: bool, evaluate: bool
+    study: Study,
+    number: int,
+    stage: int,
+    tensors: Tensors,
+    nodes: Mapping[str, int],
+    heads: Heads,
+    *,
+    train: bool,
+    evaluate: bool,
 ) -> dict[str, Order]:
     model, text = digest(tensors), study.canonical()
-    return {name: Order(text, stage, number, name, model, train, evaluate) for name in nodes}
+    return {name: Order(text, stage, number, name, model, train, evaluate, heads.of(name)) for name in nodes}
 
 
 def _round(
-    mail: Mail, study: Study, run: RunDir, round: Round, gate: Gate
+    mail: Mail, study: Study, run: RunDir, round: Round, gate: Gate, heads: Heads
 ) -> tuple[Tensors, list[float], dict[str, Reply]]:
     """The new global tensors, the norms of the updates in them by site name, and what came with these."""
     started = time.monotonic()
     run.event("round_started", round=round.number, stage=round.stage, sites=list(round.orders))
     gate.open_round(round.tensors)
-    fold = RULES[study.aggregation.rule](round.tensors)
+    fold = _fold(study, round.tensors, len(gate.seats))
     accepted: dict[str, tuple[Reply, float]] = {}
+    spent: set[str] = set()
     for site, message in mail.replies(round):
         try:
             accepted[site] = _take(message, site, study, run, round, gate, fold)
+            heads.note(site, accepted[site][0].head)
         except (RefusedUpdate, wire.Malformed) as reason:
             refuse(run, round, site, reason)
+            if message.has_error() and message.error.code == wire.SITE_SPENT:
+                spent.add(site)
         del message  # or it would stay in memory until the next has come
+    if len(accepted) < study.aggregation.min_sites <= len(accepted) + len(spent):
+        run.event("epsilon_spent", round=round.number - 1, sites=sorted(spent))
+        raise EpsilonSpent(
+            f"{len(spent)} of {len(gate.seats)} sites may spend no more of their patients' privacy, and "
+            f"{study.aggregation.min_sites} are needed for round {round.number}",
+            "use what the rounds before have made; see each site's reason in events.jsonl",
+        )
     _require(study, len(accepted), f"sent an update that passed in round {round.number}")
     sent = {site: reply for site, (reply, _) in accepted.items()}
     _stop_collapsed(study, round, sent)
     new = fold.close(round.tensors)
     _close(study, run, round, sent, gate.seats, time.monotonic() - started)
     return new, [norm for _, (_, norm) in sorted(accepted.items())], sent
+
+
+def _fold(study: Study, tensors: Tensors, seats: int) -> FedAvg:
+    """What sums a round's updates up."""
+    if isinstance(study.privacy, SitePrivacy):
+        return PrivateMean(tensors, study.privacy, seats)
+    return RULES[study.aggregation.rule](tensors)
 
 
 def _take(
@@ -212,6 +299,9 @@ def _take(
         RefusedUpdate, Malformed: it does not pass; nothing of it has been kept.
     """
     reply, update = read(message)
+    reply, dropped = withheld(reply, study.privacy.mode)
+    if dropped:
+        run.event("warning", text=f"{site} sends what the study's privacy withholds, dropped: {', '.join(dropped)}")
     norm = gate.check(round.orders[site], study.hash, reply, update, round.tensors)
     assert update is not None  # the gate has seen to it
     down, up = (sum(value.nbytes for value in tensors.values()) for tensors in (round.tensors, update))
@@ -219,7 +309,8 @@ def _take(
     run.metrics(round.stage, round.number, site, {**reply.train, **bytes_sent})
     run.metrics(_stage_before(study, round), round.number - 1, site, reply.evaluation)
     fold.add(update.items(), weight_of(reply.patients, study.aggregation.weighting))
-    run.event("update_accepted", round=round.number, site=site, norm=norm, patients=reply.patients)
+    facts = {"none": {"norm": norm, "patients": reply.patients}, "patient": {"norm": norm}, "site": {}}
+    run.event("update_accepted", round=round.number, site=site, **facts[study.privacy.mode])
     return reply, norm
 
 
@@ -227,11 +318,12 @@ def _close(
     study: Study, run: RunDir, round: Round, accepted: Mapping[str, Reply], seats: Mapping[str, int], seconds: float
 ) -> None:
     """The consortium's metrics: of this round's training, and of the tensors that came, under the round before."""
-    loss = _means({site: reply.train for site, reply in accepted.items()}, seats)["loss"]
+    trained = _means({site: reply.train for site, reply in accepted.items()}, seats)
+    loss = {"loss": trained["loss"]} if "loss" in trained else {}  # withheld under differential privacy
     before = _means({site: reply.evaluation for site, reply in accepted.items()}, seats)
-    run.metrics(round.stage, round.number, "", {"loss": loss, "accepted": len(accepted), "seconds": seconds})
+    run.metrics(round.stage, round.number, "", {**loss, "accepted": len(accepted), "seconds": seconds})
     run.metrics(_stage_before(study, round), round.number - 1, "", before)
-    run.event("round_closed", round=round.number, seconds=seconds, accepted=len(accepted), loss=loss, **before)
+    run.event("round_closed", round=round.number, seconds=seconds, accepted=len(accepted), **loss, **before)
 
 
 def _measure(mail: Mail, study: Study, run: RunDir, round: Round, seats: Mapping[str, int]) -> None:

@@ -8,7 +8,7 @@ fine-tuning alone, federated; and where it starts from initial weights `init`, t
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -112,8 +112,10 @@ def trained_row(
         return None
     if name in ("scratch", "init"):
         return train_row(without_pretraining(study, keep_init=name == "init"), sites, folder, listen, progress)
-    member = pool(sites, folder) if name == "pooled" else sites[name.removeprefix("alone:")]
-    return train_one(study, member, folder, listen, progress)
+    if name == "pooled":
+        return train_one(study, pool(sites, folder), folder, listen, progress)
+    alone = replace(sites[name.removeprefix("alone:")], privacy=folder / "privacy")  # another world, another ledger
+    return train_one(study, alone, folder, listen, progress)
 
 
 def without_pretraining(study: Study, keep_init: bool) -> Study:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from polyclinic.cohort import Cohort, build_cohort, union
@@ -102,7 +102,7 @@ def settle(members: list[Member], study: Study, run: RunDir) -> dict[str, Site]:
 class Pooled(Site):
     """All sites' patients in one place: what no consortium can have, and every result is read against."""
 
-    members: Mapping[str, Site]
+    members: Mapping[str, Site] = field(default_factory=dict)
 
     def split(self, study: Study) -> tuple[Cohort, Cohort]:
         """The sites' own training patients together, and their own test patients together."""
@@ -125,4 +125,4 @@ class Pooled(Site):
 
 def pool(sites: Mapping[str, Site], state: Path) -> Pooled:
     """The sites as one."""
-    return Pooled("pooled", union([site.cohort for site in sites.values()]), state, sites)
+    return Pooled("pooled", union([site.cohort for site in sites.values()]), state, members=sites)

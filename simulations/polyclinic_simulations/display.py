@@ -48,7 +48,7 @@ class Display:
                 self._bars.reset(self._tasks["row"], completed=event.get("round", 0))  # the time of this row alone
                 self._say(f"  training {row}: {event['rounds'] - event.get('round', 0)} rounds", bars=False)
         elif name == "round_closed":
-            text = f"{self._stage}, loss {event['loss']:.3f}"
+            text = self._stage + (f", loss {event['loss']:.3f}" if "loss" in event else "")
             self._show("row" if row else "federation", text, event["round"], None)
             if not row:
                 self._say(_round_line(event), bars=False)
@@ -83,7 +83,8 @@ class Display:
 
 def _round_line(event: Mapping[str, Any]) -> str:
     auc = f", probe AUC before it {event['probe_auc']:.3f}" if "probe_auc" in event else ""
-    return f"round {event['round']}: loss {event['loss']:.3f}, {event['accepted']} sites, {event['seconds']:.1f} s{auc}"
+    loss = f"loss {event['loss']:.3f}, " if "loss" in event else ""  # withheld under differential privacy
+    return f"round {event['round']}: {loss}{event['accepted']} sites, {event['seconds']:.1f} s{auc}"
 
 
 def _row_line(event: Mapping[str, Any]) -> str:

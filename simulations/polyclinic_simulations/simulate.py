@@ -201,7 +201,7 @@ def _conclude(
         "warnings": _warnings(run.path),
         "wall_s": round(time.monotonic() - started, 1),
         "bytes_sent": _bytes_sent(run.path),
-        "epsilon": {},
+        "epsilon": read_run(run.path).epsilon,
         "versions": {package: version(package) for package in PACKAGES},
     }
     write_atomic(run.path / "summary.json", json.dumps(summary, indent=2))

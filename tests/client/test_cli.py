@@ -1,6 +1,7 @@
 """`polyclinic site` as far as no node must run for it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from polyclinic.bundle import bundle_hash
 from polyclinic.cli import run
 from polyclinic.enrolment import Join
 from polyclinic.files import locked
+from polyclinic.privacy.ledger import Charge
 from polyclinic.study import load_study
 from polyclinic_client.hospital import Hospital
 from polyclinic_client.overview import in_words, overview
@@ -188,3 +190,58 @@ def test_the_doctor_fails_with_exit_code_1(capsys: pytest.CaptureFixture[str]) -
     assert found["answer"]["level"] == "FAIL"
     assert run(["site", "doctor"]) == 1
     assert "FAIL" in said(capsys)
+
+
+def private(path: str, **privacy: object) -> Path:
+    """study.toml once more, with a promise to patients."""
+    text = Path("study.toml").read_text() + "\n[privacy]\nmode = 'patient'\n"
+    text += "".join(f"{name} = {value}\n" for name, value in privacy.items())
+    Path(path).write_text(text.replace("rounds = 2", "rounds = 2\nbatch_size = 2"))
+    return Path(path)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_study_would_spend_is_said_before_it_is_approved(capsys: pytest.CaptureFixture[str]) -> None:
+    private("private.toml", noise=2.0, epsilon=50.0, delta=1e-2)
+    assert run(["site", "approve", "private.toml", "--yes"]) == 0
+    shown = " ".join(said(capsys).split())
+    assert "an epsilon of" in shown
+    assert "no number of patients and no figure leaves" in shown
+    assert "all studies together have spent 0.00, without a limit of the site's own, here" in shown
+    assert "with it the number of patients" not in shown
+    assert run(["site", "approve", "private.toml", "--json"]) == 0
+    spending = json.loads(capsys.readouterr().out)["privacy"]["spending"]
+    assert 0 < spending["epsilon"] < 50
+    assert spending["fits"] == 2
+    settings = Path("site/site.toml")
+    one = spending["epsilon"] * 0.9
+    settings.write_text(settings.read_text().replace("epsilon = 0.0", f"epsilon = {one}").replace("1e-6", "1e-2"))
+    assert run(["site", "approve", "private.toml", "--yes"]) == 0
+    assert "only 1 of its 2 rounds are within the limits" in " ".join(said(capsys).split())
+    settings.write_text(settings.read_text().replace(f"epsilon = {one}", "epsilon = 0.01"))
+    assert run(["site", "approve", "private.toml", "--yes"]) == 2
+    assert "no round of the study is within what may be spent" in " ".join(said(capsys).split())
+
+
+def test_what_was_spent_is_shown_by_study(capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys)
+    assert run(["site", "ledger"]) == 0
+    assert "no study has spent anything" in said(capsys)
+    ledger = Hospital(Path("site")).spending
+    charge = Charge("a" * 64, "first", 0, 1, "m", "c", 100, 1.0, 0.1, 20)
+    ledger.commit(ledger.reserve(charge, []), 20)
+    ledger.reserve(replace(charge, study="b" * 64, name="second", steps=7), [])
+    assert run(["site", "ledger"]) == 0
+    shown = said(capsys)
+    assert "first (aaaaaaaaaaaaaaaa): epsilon" in shown
+    assert "1 rounds, 7 steps" in shown
+    assert "no limit of the site's" in shown
+    settings = Path("site/site.toml")
+    settings.write_text(settings.read_text().replace("epsilon = 0.0", "epsilon = 9.0"))
+    assert run(["site", "ledger", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["limit"] == 9.0
+    assert found["left"] == pytest.approx(9.0 - found["epsilon"])
+    assert max(row["epsilon"] for row in found["studies"]) < found["epsilon"]
+    assert run(["site", "ledger", "verify"]) == 0
+    assert "privacy spent: 3 entries" in said(capsys)

@@ -88,7 +88,7 @@ def test_a_healthy_site_passes(site: Path, gateway: Start) -> None:
     hospital.approve(study, hospital.cohort_for(study))
     found = findings(site)
     assert list(found) == [
-        "configuration", "data", "decoders", "disk", "memory", "compute", "key", "ledger", "studies",
+        "configuration", "data", "decoders", "disk", "memory", "compute", "key", "ledger", "privacy ledger", "studies",
         "version", "answer", "DNS", "TCP", "TLS", "gateway", "clock",
     ]  # fmt: skip
     assert all(finding.level == "PASS" for name, finding in found.items() if name not in ("data", "disk", "memory"))

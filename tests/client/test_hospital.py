@@ -117,7 +117,7 @@ def test_a_study_that_is_not_approved_or_was_edited_since_is_refused(hospital: H
         ("min_patients = 2", "min_patients = 11", "too few patients"),
         ('tensors = ["*"]', 'tensors = ["encoder.*"]', "keeps 4 of the update's 10 tensors here, head.0.bias among"),
         ("max_megabytes = 1000.0", "max_megabytes = 0.001", "allows updates of 0.001 MB"),
-        ("epsilon = 0.0", "epsilon = 3.0", "the study promises none"),
+        ("epsilon = 0.0", "epsilon = 3.0", "asks for differential privacy of patients"),
     ],
 )
 def test_the_policy_binds_what_is_to_be_approved_and_what_was(

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from polyclinic import chain as module
 from polyclinic import wire
+from polyclinic.chain import LedgerBroken
 from polyclinic.errors import StorageError
-from polyclinic_client import ledger as module
-from polyclinic_client.ledger import Ledger, LedgerBroken
+from polyclinic_client.ledger import Ledger
 
 
 @pytest.fixture

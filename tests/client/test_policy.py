@@ -10,9 +10,18 @@ from pydantic import ValidationError
 
 from polyclinic import wire
 from polyclinic.errors import CohortError, Refused
+from polyclinic.privacy.ledger import Cap
+from polyclinic.study import resolve
 from polyclinic_client.policy import TEMPLATE, Policy
 
 from ..tiny import SIMCLR, tiny_study
+
+PRIVATE: dict[str, Any] = {
+    "study": {"name": "private"},
+    "encoder": {"name": "vit_tiny"},
+    "stages": [{"kind": "pretrain", "method": "mae", "rounds": 2}],
+    "privacy": {"mode": "patient", "epsilon": 8.0},
+}
 
 
 def test_the_template_is_the_defaults() -> None:
@@ -34,7 +43,7 @@ def test_by_default_a_plain_study_passes_and_every_figure_may_leave() -> None:
         ({"methods": ["mae"]}, {}, "does not allow simclr"),
         ({"max_rounds": 1}, {}, "allows 1 rounds; the study has 2"),
         ({"threads": 1}, {"compute": {"threads": 2}}, "allows 1 threads; the study computes with 2"),
-        ({"epsilon": 8.0}, {}, "differential privacy .epsilon 8.; the study promises none"),
+        ({"epsilon": 8.0}, {}, "differential privacy of patients .epsilon 8.; the study has none"),
     ],
 )
 def test_a_study_beyond_a_limit_is_refused(limits: dict[str, Any], changes: dict[str, Any], says: str) -> None:
@@ -43,19 +52,14 @@ def test_a_study_beyond_a_limit_is_refused(limits: dict[str, Any], changes: dict
         Policy(**limits).check(tiny_study(**changes))
 
 
-@pytest.mark.parametrize(("promised", "passes"), [(8.0, True), (8.1, False), (None, False)])
-def test_a_promised_epsilon_is_compared(promised: float | None, passes: bool) -> None:
-    """Of a study whose privacy has an epsilon, once studies have."""
-
-    class Privacy:
-        mode, epsilon = "patient", promised
-
-    study = tiny_study().model_copy(update={"privacy": Privacy()})
-    if passes:
-        Policy(epsilon=8.0).check(study)
-    else:
-        with pytest.raises(Refused, match="epsilon"):
-            Policy(epsilon=8.0).check(study)
+def test_a_site_with_a_limit_takes_studies_that_protect_patients_and_keeps_to_its_own_limit() -> None:
+    """The study may allow itself more: the stricter limit wins, when a round is reserved."""
+    private = resolve(PRIVATE)
+    Policy(epsilon=1.0).check(private)
+    assert Policy(epsilon=1.0, delta=1e-7).caps == (Cap(1.0, 1e-7),)
+    assert Policy().caps == ()
+    with pytest.raises(Refused, match="differential privacy of patients"):
+        Policy(epsilon=1.0).check(resolve({**PRIVATE, "privacy": {"mode": "site"}}))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +135,7 @@ def test_a_policy_that_means_nothing_is_refused(wrong: dict[str, Any], says: str
 def test_its_words_name_every_limit() -> None:
     policy = Policy(
         methods=["mae"], max_rounds=11, min_patients=22, max_orders=33, hours=["19:00-07:00"], max_megabytes=44.5,
-        tensors=["encoder.*"], metrics=["loss"], epsilon=5.5, threads=6, memory_gb=7.5, gpu=False,
+        tensors=["encoder.*"], metrics=["loss"], epsilon=5.5, delta=1e-7, threads=6, memory_gb=7.5, gpu=False,
     )  # fmt: skip
     text = "\n".join(policy.words())
     for limit in ("mae", "11", "22", "33", "19:00-07:00", "44.5", "encoder.*", "loss", "5.5", "6 t", "7.5", "no GPU"):

@@ -302,9 +302,9 @@ def test_nothing_leaves_but_what_is_listed_here(site: Site) -> None:
         "reply": ConfigRecord, "train": MetricRecord, "evaluation": MetricRecord, "update": ArrayRecord,
     }  # fmt: skip
     assert dict(reply.content["reply"]) == {
-        "study": STUDY.hash, "stage": 0, "round": 1, "site": "north", "patients": 8,
+        "study": STUDY.hash, "stage": 0, "round": 1, "site": "north", "patients": 8, "head": "",
     }  # fmt: skip
-    assert set(reply.content["train"]) == set(wire.TRAINING)
+    assert set(reply.content["train"]) == set(wire.TRAINING) - {"epsilon"}
     assert set(reply.content["evaluation"]) == PROBES
     assert set(wire.unpack_tensors(reply.content["update"])) == set(tensors)
     who = node.ask(wire.pack_question(STUDY.hash), MessageType.QUERY)

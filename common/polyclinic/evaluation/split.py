@@ -10,37 +10,43 @@ from polyclinic.stages import Finetune
 from polyclinic.study import Evaluation
 
 
-def split_patients(cohort: Cohort, evaluation: Evaluation, seed: int) -> tuple[Cohort, Cohort]:
+def split_patients(
+    cohort: Cohort, evaluation: Evaluation, seed: int, independent: bool = False
+) -> tuple[Cohort, Cohort]:
     """(train, test): no patient is in both.
 
     With split = "patient" each class gives `test_fraction` of its patients, at least one to either side where it has
     two; a patient with several classes goes by the first. Patients without a class cannot be tested on, and train.
     Where no class has two patients, one patient is drawn from all. With split = "column", `test` in the cohort's split
     column tests and everything else trains: `train`, `val`, and rows without a word, which no published test set
-    knows. A patient with one image in the test set is in it with all of them.
+    knows. A patient with one image in the test set is in it with all of them. With `independent` each patient is drawn
+    alone, without a look at the others: adding one changes nothing for them, as a promise of privacy needs it. Of a
+    few, nobody may then be left to test on.
 
     Raises:
         CohortError: nobody is left to train on, or nobody to test on.
     """
     if evaluation.split == "column":
         test = np.unique(cohort.patients[cohort.splits == "test"])
+    elif independent:
+        test = np.flatnonzero(_own_draw(cohort, seed) < evaluation.test_fraction)
     else:
         classes = _class_of_patients(cohort, evaluation.labels)
         test = _draw(classes, evaluation.test_fraction, np.random.default_rng(seed))
     train = np.setdiff1d(np.arange(cohort.n_patients), test)
-    if not len(train) or not len(test):
+    if not len(train) or (not len(test) and not independent):  # who measures nothing needs nobody to test on
         raise _one_sided(cohort, evaluation.split, "train on" if not len(train) else "test on")
     return cohort.select(train), cohort.select(test)
 
 
 def labelled_patients(
-    cohort: Cohort, evaluation: Evaluation, stage: Finetune, seed: int
+    cohort: Cohort, evaluation: Evaluation, stage: Finetune, seed: int, independent: bool = False
 ) -> tuple[Cohort, Cohort | None]:
     """(train, validation) of a finetune stage, out of a site's training patients; validation only with patience.
 
     Patients with a label, class by class: first those for validation (the split column's `val` where there are any),
     then of the others `label_fraction`, at least one. A smaller fraction's patients are all among a larger one's. A
-    patient of several classes goes by the rarest.
+    patient of several classes goes by the rarest. With `independent` each is drawn alone, as in `split_patients`.
 
     Raises:
         CohortError: nobody has a label.
@@ -52,7 +58,9 @@ def labelled_patients(
         kept[np.unique(cohort.patients[cohort.splits == "val"])] = True
     draw = stage.patience > 0 and not kept.any()
     train = np.zeros(cohort.n_patients, bool)
-    for code in np.unique(group[group >= 0]):
+    if independent:
+        train = (group >= 0) & (_own_draw(cohort, seed) < stage.label_fraction)
+    for code in np.unique(group[group >= 0]) if not independent else ():
         patients = generator.permutation(np.flatnonzero((group == code) & ~kept))
         if draw:
             count = min(max(round(stage.validation_fraction * len(patients)), 1), len(patients) - 1)
@@ -65,6 +73,11 @@ def labelled_patients(
         )
     validation = cohort.select(np.flatnonzero(kept & (group >= 0))) if (kept & (group >= 0)).any() else None
     return cohort.select(np.flatnonzero(train)), validation
+
+
+def _own_draw(cohort: Cohort, seed: int) -> NDArray[np.float64]:
+    """(patients,) a number from 0 to below 1 of each patient, from the seed and that patient's first image alone."""
+    return np.array([int(found[:12], 16) for found in cohort.fingerprints(seed.to_bytes(16))]) / 2.0**48
 
 
 def _rarest_class(cohort: Cohort, targets: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from polyclinic.evaluation import collapsed
+from polyclinic.privacy.statement import Release, released, rounded_up, statement
 from polyclinic.report import words
 from polyclinic.report.forest import MANY
 from polyclinic.report.plots import COLOURS, palette
@@ -145,6 +146,21 @@ def warnings(run: Run) -> list[str]:
     return texts + _collapses(run)
 
 
+def privacy(run: Run) -> str:
+    """The paragraph that says what is promised, and what is not."""
+    return statement(run.study, {site: run.epsilon.get(site) for site in run.sites})
+
+
+def spent(run: Run) -> dict[str, str]:
+    """{site: epsilon that the study has spent there}, rounded up."""
+    return {site: rounded_up(value) for site, value in run.epsilon.items()}
+
+
+def releases(run: Run) -> list[Release]:
+    """All that left the sites, and how it is covered; nothing is listed of a study without differential privacy."""
+    return released(run.study)
+
+
 def _collapses(run: Run) -> list[str]:
     ranks, spreads = (run.metrics.get(metric, {}) for metric in ("effective_rank", "feature_spread"))
     found = []
@@ -163,7 +179,7 @@ def _collapses(run: Run) -> list[str]:
 
 
 def sites(run: Run) -> list[dict[str, Any]]:
-    """A row for every site: size, part in the rounds, last loss and probe."""
+    """A row for every site: size, part in the rounds, last loss and probe, epsilon spent."""
     # A round that was made again after a resumption counts once, as it went the last time.
     names = ("update_accepted", "update_refused", "site_missing")
     last = {(e.get("round"), str(e.get("site"))): e["event"] for e in run.events if e.get("event") in names}
@@ -176,6 +192,7 @@ def sites(run: Run) -> list[dict[str, Any]]:
             **facts,
             **{event: counts[name] for event, counts in parts.items()},
             **{metric: _last_value(run, metric, name) for metric in ("loss", "probe_auc")},
+            "epsilon": spent(run).get(name, ""),
         }
         for name, facts in run.sites.items()
     ]

@@ -59,7 +59,27 @@ class Run:
     @cached_property
     def stopped(self) -> dict[int, int]:
         """{stage: the round of it after which it was stopped early}, both as the study counts them, rounds from 1."""
-        return {e["stage"]: self.study.stage_of(e["round"] - 1)[1] + 1 for e in self.happened("stopped_early")}
+        early = {e["stage"]: self.study.stage_of(e["round"] - 1)[1] + 1 for e in self.happened("stopped_early")}
+        return early | self._unaffordable
+
+    @property
+    def _unaffordable(self) -> dict[int, int]:
+        """The same for the stages of a study that ended as its epsilon was spent; of a later one, no round was made."""
+        if not (ends := self.happened("epsilon_spent")):
+            return {}
+        left, made = ends[-1]["round"], {}
+        for number, stage in enumerate(self.study.stages):
+            made[number] = min(left, stage.rounds)
+            left -= made[number]
+        return {number: rounds for number, rounds in made.items() if rounds < self.study.stages[number].rounds}
+
+    @cached_property
+    def epsilon(self) -> dict[str, float]:
+        """{site: what the study has spent there, at its delta}; empty without differential privacy."""
+        if self.study.privacy.mode == "none":
+            return {}
+        spent = self.metrics.get("epsilon", {})
+        return {site: max(value for _, value in points) for site, points in spent.items() if site}
 
     @property
     def attempts(self) -> int:

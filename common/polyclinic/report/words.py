@@ -20,7 +20,11 @@ ENCODERS = {
 }
 RULES = {"fedavg": "FedAvg"}
 WEIGHTING = {"patients": "by patients", "equal": "equally", "tempered": "by the square root of patients"}
-PRIVACY = {"none": "without differential privacy"}
+PRIVACY = {
+    "none": "without differential privacy",
+    "patient": "with differential privacy of every patient",
+    "site": "with differential privacy of every site",
+}
 ROWS = {
     "random": "untrained encoder",
     "pixels": "16 × 16 pixels",

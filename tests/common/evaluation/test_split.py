@@ -1,5 +1,6 @@
 """Splits by patient, over cohorts made of arrays."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from numpy.typing import ArrayLike
 
 from polyclinic.cohort import Cohort
 from polyclinic.errors import CohortError
-from polyclinic.evaluation import split_patients
+from polyclinic.evaluation import labelled_patients, split_patients
+from polyclinic.stages import Finetune
 from polyclinic.study import Evaluation
 
 
@@ -88,3 +90,37 @@ def test_one_patient_cannot_be_split(split: str) -> None:
 def test_a_split_column_without_test_patients_says_so() -> None:
     with pytest.raises(CohortError, match=r"split column .* nobody to test on"):
         split_patients(cohort([0, 1], splits="train"), Evaluation(split="column"), 0)
+
+
+def random_images(n: int, labels: list[str]) -> Cohort:
+    whole = cohort(np.arange(n), labels)
+    return replace(whole, images=np.random.default_rng(0).integers(0, 256, (n, 1, 16, 16), np.uint8))
+
+
+@pytest.mark.parametrize("gone", [0, 17, 59])
+def test_drawn_alone_a_patient_changes_nothing_for_the_others(gone: int) -> None:
+    """As a promise of privacy needs it: of two cohorts that differ by one patient, so do the halves."""
+    whole = random_images(60, ["a", "b", "b"] * 20)
+    fewer = whole.select(np.delete(np.arange(60), gone))
+    settings, stage = Evaluation(test_fraction=0.4), Finetune(rounds=2, kind="finetune", method="supervised")
+    stage = stage.model_copy(update={"label_fraction": 0.5})
+    for draw in (
+        lambda c: split_patients(c, settings, 7, independent=True),
+        lambda c: (labelled_patients(c, settings, stage, 7, independent=True)[0],),
+    ):
+        for one, other in zip(draw(whole), draw(fewer), strict=True):
+            assert set(one.rows) - {gone} == set(other.rows)
+    by_class = [set(split_patients(c, settings, 7)[1].rows) - {gone} for c in (whole, fewer)]
+    assert by_class[0] != by_class[1]  # drawn class by class, the others are affected
+
+
+def test_drawn_alone_the_fractions_are_kept_and_the_smaller_is_part_of_the_larger() -> None:
+    whole = random_images(2000, ["a", "b"] * 1000)
+    train, test = split_patients(whole, Evaluation(test_fraction=0.3), 3, independent=True)
+    assert abs(test.n_patients - 600) < 5 * (2000 * 0.3 * 0.7) ** 0.5
+    assert train.n_patients + test.n_patients == 2000
+    assert set(split_patients(whole, Evaluation(test_fraction=0.3), 4, independent=True)[1].rows) != set(test.rows)
+    stages = [Finetune(rounds=2, kind="finetune", method="supervised", label_fraction=f) for f in (0.1, 0.5, 1.0)]
+    few, half, every = (labelled_patients(whole, Evaluation(), s, 3, independent=True)[0] for s in stages)
+    assert set(few.rows) < set(half.rows) < set(every.rows)
+    assert len(every) == 2000

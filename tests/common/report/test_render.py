@@ -8,6 +8,7 @@ import pytest
 from polyclinic.artifacts import write_model_card
 from polyclinic.errors import StudyError
 from polyclinic.report import render_report, render_shared
+from polyclinic.study import load_study, resolve
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 HOSTILE = (
@@ -275,3 +276,74 @@ def test_a_deployed_run_says_how_its_rows_were_measured(make_run):
     text = Page(render_report(run)).text
     assert "Patient-weighted mean of the sites' own linear probes" in text and "rehearsed" not in text
     assert "mean single site" not in text
+
+
+def private(run, mode, engine="deployed", spent=("north", "south")):
+    """Make a run one of a private study, as its files would then be."""
+    settings = load_study(run / "study.toml").model_dump(mode="json")
+    equal = {**settings["aggregation"], "weighting": "equal"}
+    stages = [{**stage, "method": "mae"} for stage in settings["stages"][1:]]
+    changed = {"privacy": {"mode": mode, "clip": 0.5}, "aggregation": equal, "stages": stages,
+               "evaluation": {**settings["evaluation"], "every": 0},
+               "compute": {**settings["compute"], "precision": "fp32"}}  # fmt: skip
+    (run / "study.toml").write_text(resolve({**settings, **changed}).to_toml())
+    lines = (run / "metrics.csv").read_text().splitlines()
+    kept = [line for line in lines if line.split(",")[3] in ("metric", "seconds", "bytes_up", "bytes_down")]
+    kept += [f"0,{k},{site},epsilon,{k / 7}" for site in spent for k in (1, 2, 3, 4)]
+    (run / "metrics.csv").write_text("\n".join(kept) + "\n")
+    facts = json.loads((run / "summary.json").read_text())
+    told = {"engine": engine, "epsilon": dict.fromkeys(spent, 4 / 7)}
+    if engine == "deployed":
+        told |= {"comparison": {}, "sites": {site: {} for site in facts["sites"]}}
+    (run / "summary.json").write_text(json.dumps(facts | told))
+    return run
+
+
+@pytest.mark.parametrize("mode", ["patient", "site"])
+def test_a_private_run_says_what_it_promises_and_has_no_figures(make_run, mode):
+    run = private(make_run(), mode)
+    page = Page(render_report(run))
+    assert_offline(page)
+    assert_finite(page)
+    card = write_model_card(run).read_text().replace("\\", "")
+    for text in (page.text, card):
+        assert f"with differential privacy of every {mode}" in text
+        assert f"Differential privacy of every {mode}, made at the" in text
+        assert "0.572 at north, 0.572 at south, at delta = 1e-05; nothing is known of east-general" in text
+        assert "losses, probes, all other figures" in text and "drops unseen what comes all the same" in text
+        assert "no release of the study" not in text
+    assert "epsilon spent" in page.text and "last loss" not in page.text and "Loss" not in page.text
+    assert "<th>site</th><th>updates" in page.source and "| site | patients |" not in card
+    assert "| north | 0.572 |" in card and "withheld under differential privacy" in card
+
+
+def test_what_a_rehearsal_measures_is_no_release_of_a_private_study(make_run):
+    run = private(make_run(), "patient", engine="local")
+    assert "no release of the study" in Page(render_report(run)).text
+    assert "no release of the study" in write_model_card(run).read_text()
+
+
+def test_a_run_without_privacy_says_so(make_run):
+    run = make_run()
+    assert "No differential privacy was applied: no epsilon can be stated" in Page(render_report(run)).text
+    with (run / "metrics.csv").open("a") as file:
+        file.write("0,1,north,epsilon,0.1\n")  # as a site might claim
+    text = Page(render_report(run)).text
+    assert "epsilon spent" not in text and "0.100" not in text
+
+
+def test_a_study_that_ended_as_its_epsilon_was_spent_says_how_far_it_came(make_run):
+    run = make_run()
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "epsilon_spent", "round": 4, "epsilon": 7.9, "limit": 8.0}) + "\n")
+    text = Page(render_report(run)).text
+    assert "SimCLR (stopped after 4 of 6 rounds), then MAE (stopped after 0 of 4 rounds)" in text
+
+
+def test_sites_in_a_private_paragraph_are_text(make_run):
+    run = private(make_run(sites=HOSTILE), "patient", spent=HOSTILE[:1])
+    page = Page(render_report(run))
+    assert_offline(page)
+    assert all(name in page.text for name in HOSTILE)
+    card = write_model_card(run).read_text()
+    assert r"epsilon = 0.572 at \<script\>alert(1)" in card and "<script>" not in card
