@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from polyclinic import __version__
 from polyclinic.bundle import bundle_hash
 from polyclinic.cohort import Cohort, build_cohort, open_cohort
-from polyclinic.cohort.index import read_meta
+from polyclinic.cohort.index import read_meta, require_patients
 from polyclinic.enrolment import Join, Request, read_file
 from polyclinic.errors import CohortError, Refused
 from polyclinic.explain import explain
@@ -179,6 +179,8 @@ class Hospital:
     def permit(self, study: Study, leaves: Sequence[Mapping[str, int]], cohort: Cohort) -> None:
         """Refuse what is beyond the policy as it stands now."""
         self.settings.policy.check(study)
+        if study.privacy.mode == "patient":
+            require_patients(cohort.folder)
         for tensors in leaves:
             self.settings.policy.check_update(tensors)
         everyone = self._site(cohort).split(study)[0]

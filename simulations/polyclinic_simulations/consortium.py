@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from polyclinic.cohort import Cohort, build_cohort, union
-from polyclinic.cohort.index import read_meta
+from polyclinic.cohort.index import read_meta, require_patients
 from polyclinic.errors import CohortError, StudyError
 from polyclinic.seeding import seed_for
 from polyclinic.stages import Finetune
@@ -86,6 +86,8 @@ def settle(members: list[Member], study: Study, run: RunDir) -> dict[str, Site]:
             raise StudyError(f"sites {other!r} and {member.name!r} have the same patients", "give each its own cohort")
         chosen = member.cohort if member.patients is None else member.cohort.select(member.patients)
         with _named(member.name):
+            if study.privacy.mode == "patient":
+                require_patients(member.cohort.folder)
             Site(member.name, chosen, run.path).split(study)
     if len(members) < study.aggregation.min_sites:
         raise StudyError(

@@ -245,3 +245,11 @@ def test_what_was_spent_is_shown_by_study(capsys: pytest.CaptureFixture[str]) ->
     assert max(row["epsilon"] for row in found["studies"]) < found["epsilon"]
     assert run(["site", "ledger", "verify"]) == 0
     assert "privacy spent: 3 entries" in said(capsys)
+
+
+def test_a_promise_to_patients_needs_to_know_who_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    table = tmp_path / "images" / "labels.csv"
+    table.write_text("".join(line.rpartition(",")[0] + "\n" for line in table.read_text().splitlines()))
+    private("private.toml", noise=2.0)
+    assert run(["site", "approve", "private.toml", "--yes"]) == 2
+    assert "nothing says which images are of one patient" in said(capsys)

@@ -98,6 +98,19 @@ def read_facts(folder: Path) -> dict[str, NDArray[Any]]:
     return {**words, "height": arrays["height"], "width": arrays["width"]}
 
 
+def require_patients(folder: Path) -> None:
+    """Refuse a cohort in which images stand for patients of their own: no promise to patients holds for it.
+
+    Raises:
+        CohortError: it is one.
+    """
+    if read_meta(folder)["own_patients"]:
+        raise CohortError(
+            "nothing says which images are of one patient, and a promise of privacy is one to patients",
+            "name the patients: in labels.csv, the column `patient`",
+        )
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """How the cohort was built: intake, files, files_used, quarantine, warnings, own_patients, digest."""
     meta: dict[str, Any] = json.loads(str(_load(folder)["meta"]))

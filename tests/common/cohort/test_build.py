@@ -19,7 +19,7 @@ from pydicom.encaps import encapsulate
 
 from polyclinic.cohort import Cohort, build, build_cohort, open_cohort, pool, store, union
 from polyclinic.cohort.identity import load_key
-from polyclinic.cohort.index import read_meta
+from polyclinic.cohort.index import read_meta, require_patients
 from polyclinic.cohort.intake import Facts
 from polyclinic.cohort.scan import Scan, scan
 from polyclinic.errors import CohortError, PolyclinicError, StorageError
@@ -96,6 +96,8 @@ def test_class_folders(tmp_path: Path, png: Write, images: Images) -> None:
     assert cohort.n_patients == 12 and sorted(cohort.labels) == ["cat"] * 8 + ["dog"] * 4
     meta = read_meta(cohort.folder)
     assert meta["own_patients"] and "patient of its own" in meta["warnings"][0]
+    with pytest.raises(CohortError, match="nothing says which images are of one patient"):
+        require_patients(cohort.folder)
 
 
 def test_many_folders_are_no_classes(
