@@ -16,8 +16,8 @@ the device (Mersenne twister on a processor, Philox on CUDA), all seeded by the 
 None of them is a cryptographic generator: whoever sees enough of its bare output could foretell the rest. Noise is in
 floating point, and what its lowest bits tell (Mironov, On significance of the least significant bits for differential
 privacy, CCS 2012) is not defended. Nor is it that the last digits of a gradient depend on how many patients share its
-pass: nothing to speak of, but weights made a thousand times too large moved the sum of the others by 4 % of C. With
-`physical_batch = 1` nothing is shared.
+pass: nothing that shows in ordinary weights, but in some made a thousand times larger one patient moved the sum by a
+few per cent more than C. With `physical_batch = 1` nothing is shared.
 """
 
 import math

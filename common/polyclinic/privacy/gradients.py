@@ -12,7 +12,8 @@ optimization on large foundation models at small cost, ICML 2023; the choice by 
 training of large convolutional neural networks with differential privacy, NeurIPS 2022).
 
 Opacus's own ghost clipping goes backwards a second time for the sum. With weights on which single precision loses most
-digits, and a coordinator could send such, the second pass disagreed with the norms of the first by twice the clip.
+digits, and a coordinator could send such, the second pass disagrees with the norms of the first: in a search over
+weights made up to a thousand times larger, one patient alone came to 1.4 times the clip.
 """
 
 from collections.abc import Iterator
