@@ -188,6 +188,10 @@ def ledger(
       polyclinic site ledger show --csv > outbound.csv
     """
     if context.invoked_subcommand is not None:
+        if home != Path("site"):
+            from polyclinic.errors import Refused
+
+            raise Refused("--home stands before the command", f"polyclinic site ledger show --home {home}")
         return
     from polyclinic_client.hospital import Hospital
     from polyclinic_client.overview import spending, spending_words

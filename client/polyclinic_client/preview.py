@@ -8,7 +8,7 @@ from typing import Any
 
 from polyclinic.cohort import Cohort
 from polyclinic.errors import Refused
-from polyclinic.privacy.ledger import Cap
+from polyclinic.privacy.ledger import Cap, check_delta
 from polyclinic.study import PatientPrivacy, SitePrivacy, Study
 from polyclinic_client.hospital import Hospital, what_leaves
 from polyclinic_client.policy import Policy
@@ -133,14 +133,16 @@ def _spending(hospital: Hospital, study: Study, trains_on: Sequence[Cohort | Non
     from polyclinic.privacy.accounting import Event, epsilon
     from polyclinic.privacy.dpsgd import sampling_rate, steps_of_round
 
+    own, ledger = hospital.settings.policy, hospital.spending
+    caps = [Cap(study.privacy.epsilon, study.privacy.delta, study.hash), *own.caps]
     rounds = []
     for stage, training in zip(study.stages, trains_on, strict=True):
         if training is not None:
+            for cap in caps:
+                check_delta(cap.delta, training.n_patients)
             rate = sampling_rate(training.n_patients, stage.batch_size)
             event = Event(study.privacy.noise, rate, steps_of_round(training.n_patients, stage))
             rounds += [event] * stage.rounds
-    own, ledger = hospital.settings.policy, hospital.spending
-    caps = [Cap(study.privacy.epsilon, study.privacy.delta, study.hash), *own.caps]
     before = {cap: ledger.events(cap.study) for cap in caps}
 
     def fit(made: int) -> bool:

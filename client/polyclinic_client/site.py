@@ -1,12 +1,16 @@
 """A hospital as its node sees it: a name, a cohort, and a folder for what must outlive a message."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from polyclinic.cohort import Cohort, open_cohort
+from polyclinic.cohort.cohort import Stack
 from polyclinic.cohort.identity import load_key
 from polyclinic.cohort.index import read_meta
 from polyclinic.errors import CohortError, Refused
@@ -69,13 +73,43 @@ class Site:
         return labelled_patients(self.split(study)[0], study.evaluation, stage, seed, study.privacy.mode == "patient")
 
 
-def write_site(folder: Path, name: str, cohort: Path, patients: list[int] | None = None) -> None:
+class OwnImages(Stack):
+    """The images of some rows of a cohort in place of the cohort's own; no other row may be asked for.
+
+    Attributes:
+        shape: of the cohort's images, so that rows mean the same in both.
+    """
+
+    def __init__(self, images: NDArray[np.uint8], rows: NDArray[np.int64], stored: int) -> None:
+        """`images` (n, channels, size, size) are those of `rows` (n), ascending, of `stored` in all."""
+        super().__init__([images])
+        self._rows = rows
+        self.shape = (stored, *images.shape[1:])
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return super().__getitem__(np.searchsorted(self._rows, rows))
+
+
+def write_site(
+    folder: Path,
+    name: str,
+    cohort: Path,
+    patients: list[int] | None = None,
+    labels: list[str] | None = None,
+    images: str | None = None,
+) -> None:
     """Make a state folder that `open_site` opens: a site over all patients of a built cohort, or over some.
+
+    Args:
+        labels: of the site's images, in place of the cohort's; a simulation may change them.
+        images: the file in `folder` that holds the site's images in ascending order of their rows, in place of the
+            cohort's; the same.
 
     Raises:
         Refused: the folder is of a site with other patients. They would be split anew, and who trained would test.
     """
     facts = {"name": name, "cohort": str(cohort), "patients": patients, "digest": read_meta(cohort)["digest"]}
+    facts |= {"labels": labels, "images": images}
     path = folder / "site.json"
     if path.exists() and not _same(json.loads(path.read_text()), facts):
         raise Refused(
@@ -90,7 +124,7 @@ def write_site(folder: Path, name: str, cohort: Path, patients: list[int] | None
 
 def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether a site is the one it was; where its cohort is kept may change."""
-    return all(before[key] == now[key] for key in ("name", "patients", "digest"))
+    return all(before.get(key) == value for key, value in now.items() if key != "cohort")
 
 
 @lru_cache(maxsize=8)
@@ -106,4 +140,17 @@ def open_site(folder: Path) -> Site:
         raise CohortError("the cohort has changed since the site was made", "make the site anew, for a new study")
     if facts["patients"] is not None:
         cohort = cohort.select(facts["patients"])
+    if facts.get("labels") is not None:
+        cohort = replace(cohort, labels=np.array(facts["labels"], np.str_))
+    if facts.get("images") is not None:
+        cohort = replace(cohort, images=_own_images(folder / facts["images"], cohort))
     return Site(facts["name"], cohort, folder)
+
+
+def _own_images(path: Path, cohort: Cohort) -> OwnImages:
+    rows = np.sort(cohort.rows)
+    try:
+        images = np.memmap(path, np.uint8, "r", shape=(len(rows), *cohort.images.shape[1:]))
+    except (OSError, ValueError) as error:
+        raise CohortError(f"the site's own images are gone or cut short: {path.name}", "run with --resume") from error
+    return OwnImages(images, rows, len(cohort.images))

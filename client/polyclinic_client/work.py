@@ -32,8 +32,8 @@ from polyclinic.model import build_stage, load_tensors, shared_tensors
 from polyclinic.privacy.ledger import Cap, Charge
 from polyclinic.seeding import seed_for
 from polyclinic.stages import Finetune, Views
-from polyclinic.study import PatientPrivacy, Study, parse_canonical
-from polyclinic.training import PLAIN, Recipe, pick_device, train, use_threads
+from polyclinic.study import FedProxRule, PatientPrivacy, Study, parse_canonical
+from polyclinic.training import PLAIN, Recipe, pick_device, proximal, train, use_threads
 from polyclinic.wire import EVALUATION, Malformed, Order, Reply, Tensors, digest
 from polyclinic_client.site import Site
 from polyclinic_client.state import SiteState
@@ -121,7 +121,7 @@ def _round(
         facts = json.loads(stored[1]["facts"])
         return facts["patients"], facts["metrics"], {name: value.numpy() for name, value in stored[0].items()}
     started = time.monotonic()
-    stage, targets = study.stages[order.stage], None
+    stage, rule, targets = study.stages[order.stage], study.aggregation, None
     if isinstance(stage, Finetune):
         targets = _targets(training, study, stage)
         cast("Supervised", method).balance(targets)
@@ -145,6 +145,7 @@ def _round(
         progress=progress,
         midway=None if reserved else state.midway(order.round, order.model),
         recipe=recipe,
+        before_step=proximal(module, method.shared(module), rule.mu) if isinstance(rule, FedProxRule) else None,
     )
     patients = min(training.n_patients, study.aggregation.max_patients)
     metrics = {"loss": trained.loss, "images": float(trained.images), "patients": float(training.n_patients)}
@@ -190,6 +191,8 @@ def _spent(study: Study, site: Site) -> dict[str, float]:
     """What the study has spent here, rounded up to two digits: all of them would tell how many patients there are."""
     assert isinstance(study.privacy, PatientPrivacy)
     spent = site.spending.epsilon(study.privacy.delta, study.hash)
+    if spent == 0:  # noise beyond what any figure shows
+        return {"epsilon": 0.0}
     digit = 10.0 ** (math.floor(math.log10(spent)) - 1)
     return {"epsilon": math.ceil(spent / digit) * digit}
 

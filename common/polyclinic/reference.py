@@ -22,8 +22,9 @@ def reference() -> str:
         if name == "stages":
             parts += _stages()
         else:
-            [model] = _models(field.annotation)
-            parts += _tables(f"[{name}]", model)
+            models = _models(field.annotation)
+            for model in models:
+                parts += _tables(f"[{name}]", model, _meaning(model) if len(models) > 1 else "")
     return "\n\n".join(parts) + "\n"
 
 
@@ -35,8 +36,13 @@ def _tables(head: str, model: type[BaseModel], meaning: str = "") -> Iterator[st
     for name, models in within.items():
         path = f"{head.strip('[]')}.{name}"
         for inner in models:
-            text = (inner.__doc__ or "").strip().partition("\n")[0].rpartition("`: ")[2]
-            yield from _tables(f"[[{path}]]" if _is_list(model.model_fields[name]) else f"[{path}]", inner, text)
+            own = f"[[{path}]]" if _is_list(model.model_fields[name]) else f"[{path}]"
+            yield from _tables(own, inner, _meaning(inner))
+
+
+def _meaning(model: type[BaseModel]) -> str:
+    """The first line of what a model says of itself, without the name of its table."""
+    return (model.__doc__ or "").strip().partition("\n")[0].rpartition("`: ")[2]
 
 
 def _stages() -> Iterator[str]:
@@ -59,7 +65,7 @@ def _stages() -> Iterator[str]:
 def _lines(head: str, fields: Mapping[str, FieldInfo]) -> str:
     lines = [head]
     for name, field in fields.items():
-        meaning = " ".join(filter(None, [(field.description or "").strip(), _bounds(field)]))
+        meaning = " ".join(filter(None, [*(field.description or "").split(), _bounds(field)]))
         lines += textwrap.wrap(meaning, WIDTH, initial_indent="# ", subsequent_indent="# ")
         lines.append(f"{name} = {_default(field)}")
     return "\n".join(lines)

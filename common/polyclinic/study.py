@@ -4,10 +4,14 @@
 resolved study without `[simulation]`, so a rehearsed study and the deployed one have the same SHA-256.
 """
 
+import difflib
 import hashlib
+import itertools
 import json
+import math
 import re
 import tomllib
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -15,6 +19,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import tomli_w
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -33,6 +38,12 @@ def _is_name(value: str) -> str:
     return value
 
 
+def _is_power_of_two(value: int) -> int:
+    if value.bit_count() != 1:
+        raise ValueError(f"give a power of two, such as {1 << value.bit_length() - 1}")
+    return value
+
+
 Name = Annotated[str, AfterValidator(_is_name)]
 """Of a study or a site: fit for a file name."""
 EncoderName = Literal["resnet18", "resnet50", "bit_resnet50", "vit_tiny", "vit_small", "vit_base"]
@@ -41,6 +52,8 @@ Precision = Literal["fp32", "bf16"]
 
 MAX_CHARACTERS = 256_000
 """Of a study; a site reads what a coordinator sends."""
+MAX_LISTED = 12
+"""Known words that an error lists where none is near."""
 MAX_LINE = 4_000
 """Characters; the time to read TOML grows with the square of the number of parts in a dotted key."""
 
@@ -138,19 +151,122 @@ class Evaluation(Settings):
 
 
 class Aggregation(Settings):
-    """`[aggregation]`: how the coordinator combines the updates, and what its gate lets through."""
+    """`[aggregation]`: how the coordinator combines the updates, and what its gate lets through. Rules add keys."""
 
-    rule: Literal["fedavg"] = "fedavg"
+    rule: str = "fedavg"
     weighting: Literal["patients", "equal", "tempered"] = "patients"
     """`tempered`: by the square root of the number of patients."""
     min_sites: int = Field(default=2, ge=1, le=100_000)
-    """Accepted updates below which a round fails."""
+    """Accepted updates below which a round fails; with some rules it fails below more."""
     round_deadline_s: float = Field(default=3600.0, gt=0)
     """Seconds after which a round closes without the sites that have not replied."""
     norm_limit: float = Field(default=10.0, gt=1)
     """An update whose norm is above this many times the median of those accepted so far is refused."""
     max_patients: int = Field(default=65_536, ge=1, le=65_536)
     """A site counts for no more patients than this; one that claims more is refused."""
+
+    @property
+    def least(self) -> int:
+        """Updates that the rule needs where there is more than one site, whatever `min_sites` says."""
+        return 1
+
+
+class FedAvgRule(Aggregation):
+    """`[aggregation]`: rule = "fedavg", the mean of the updates."""
+
+    rule: Literal["fedavg"] = "fedavg"
+
+
+class FedProxRule(Aggregation):
+    """`[aggregation]`: rule = "fedprox", the mean of updates that are held near the tensors they started from."""
+
+    rule: Literal["fedprox"]
+    mu: float = Field(default=0.01, gt=0, le=1_000)
+    """Of the term mu/2 |w - w_g|^2 in every site's loss. The paper tries 0.001 to 1."""
+
+
+class FedAvgMRule(Aggregation):
+    """`[aggregation]`: rule = "fedavgm", the mean update with momentum at the coordinator."""
+
+    rule: Literal["fedavgm"]
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of a step, what goes on into the next: in the long run steps grow by 1 / (1 - momentum)."""
+    learning_rate: float = Field(default=1.0, gt=0, le=100)
+    """Of the coordinator's steps. 1 - momentum makes them as long as fedavg's."""
+
+
+class FedAdamRule(Aggregation):
+    """`[aggregation]`: rule = "fedadam", Adam at the coordinator with the mean update for a gradient."""
+
+    rule: Literal["fedadam"]
+    learning_rate: float = Field(default=0.01, gt=0, le=100)
+    """Of the coordinator's steps: about the most that one moves a weight by."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Memory of the mean update."""
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Memory of its square."""
+    tau: float = Field(default=1e-3, gt=0, le=1)
+    """Size of a mean update below which a weight moves in proportion to it."""
+
+
+class LDawaRule(Aggregation):
+    """`[aggregation]`: rule = "ldawa", every layer's mean weighted by how well a site's agrees with the global one."""
+
+    rule: Literal["ldawa"]
+
+
+class Robust(Aggregation):
+    """Settings of the rules that stand some sites which send anything. They hold all updates of a round in memory."""
+
+    weighting: Literal["equal"] = "equal"
+    """All updates count alike: a weight is one more thing that such a site could lie about."""
+
+
+class MedianRule(Robust):
+    """`[aggregation]`: rule = "median", of every weight by itself. A round needs 3 updates."""
+
+    rule: Literal["median"]
+
+    @property
+    def least(self) -> int:
+        """Of two, the median is the mean."""
+        return 3
+
+
+class TrimmedMeanRule(Robust):
+    """`[aggregation]`: rule = "trimmed_mean", of every weight by itself, without the largest and smallest updates."""
+
+    rule: Literal["trimmed_mean"]
+    fraction: float = Field(default=0.2, ge=0.01, lt=0.5)
+    """Of the updates that is left out at each end, rounded down; a round needs so many that it leaves out one."""
+
+    def cut(self, updates: int) -> int:
+        """Updates that are left out at each end, of so many."""
+        return int(self.fraction * updates)
+
+    @property
+    def least(self) -> int:
+        """With fewer, nothing is left out and the rule stands nobody."""
+        return next(n for n in itertools.count(math.floor(1 / self.fraction)) if self.cut(n))
+
+
+class KrumRule(Robust):
+    """`[aggregation]`: rule = "krum", the one update that lies nearest to the others."""
+
+    rule: Literal["krum"]
+    f: int = Field(default=1, ge=0, le=10_000)
+    """Sites that may send anything; a round needs 2 f + 3 updates."""
+
+    @property
+    def least(self) -> int:
+        """As the paper asks."""
+        return 2 * self.f + 3
+
+
+AnyAggregation = Annotated[
+    FedAvgRule | FedProxRule | FedAvgMRule | FedAdamRule | LDawaRule | MedianRule | TrimmedMeanRule | KrumRule,
+    Field(discriminator="rule"),
+]
 
 
 class Compute(Settings):
@@ -164,7 +280,7 @@ class Compute(Settings):
 
 
 class NoPrivacy(Settings):
-    """`[privacy]` without a promise: the change of the weights may tell something about single images."""
+    """No promise: the change of the weights may tell something about single images."""
 
     mode: Literal["none"] = "none"
 
@@ -174,8 +290,8 @@ class Gaussian(Settings):
 
     noise: float = Field(default=1.0, gt=0, le=1_000)
     """Standard deviation of the noise, as a multiple of `clip`."""
-    clip: float = Field(default=1.0, gt=0, le=1e6)
-    """Largest norm of what one patient (or site) adds to a sum."""
+    clip: float = Field(default=1.0, ge=1e-6, le=1e6)
+    """Largest norm of what one patient (or site) adds to a sum; far smaller ones would be lost, and noise with them."""
     epsilon: float = Field(default=8.0, gt=0, le=1_000)
     """The most that this study may spend at a site, whatever the site's own limit."""
     delta: float = Field(default=1e-5, gt=0, lt=1)
@@ -189,8 +305,11 @@ class PatientPrivacy(Gaussian):
     """
 
     mode: Literal["patient"]
-    physical_batch: int = Field(default=16, ge=1, le=65_536)
-    """Images whose gradients are in memory at once; no matter for the result."""
+    physical_batch: Annotated[int, Field(ge=1, le=65_536), AfterValidator(_is_power_of_two)] = 16
+    """Images whose gradients are in memory at once, a power of two.
+
+    Every pass has as many rows; the last one is filled up. Then one patient more changes no other's rounding.
+    """
 
 
 class SitePrivacy(Gaussian):
@@ -212,6 +331,82 @@ class Dirichlet(Settings):
     alpha: float = Field(gt=0, le=1e6)
 
 
+class Quantity(Settings):
+    """Quantity skew: labels alike, sizes of the sites drawn from Dirichlet(alpha)."""
+
+    kind: Literal["quantity"]
+    alpha: float = Field(gt=0, le=1e6)
+
+
+class Classes(Settings):
+    """Each site sees a few classes only."""
+
+    kind: Literal["classes"]
+    per_site: int = Field(ge=1, le=100_000)
+    """Classes that a site sees at most; patients without a label are a class of their own."""
+
+
+class Column(Settings):
+    """Each value of a column is a site; `sites` is left out."""
+
+    kind: Literal["column"]
+    by: str
+    """`site` or `view`; a patient goes to the value that most of its images have."""
+
+
+PixelShift = Literal[
+    "response",
+    "sharpness",
+    "noise",
+    "bit_depth",
+    "inversion",
+    "collimation",
+    "marker",
+    "local_contrast",
+    "resolution",
+]
+ShiftKind = Literal[PixelShift, "label_noise", "prevalence"]
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """What to give in place of a word that is not known: the nearest, or some of them where it is like none."""
+    words = list(known)
+    if near := difflib.get_close_matches(str(word), words, n=1, cutoff=0.5):
+        return f"the nearest is {near[0]!r}"
+    return "give one of " + ", ".join(map(repr, words[:MAX_LISTED])) + (", ..." if len(words) > MAX_LISTED else "")
+
+
+def _is_kind(value: object) -> object:
+    if value not in get_args(ShiftKind):
+        raise ValueError(nearest(value, get_args(ShiftKind)))
+    return value
+
+
+class Shift(Settings):
+    """`[[simulation.site.shift]]`: made at the site's intake, one after another, behind those of several sites."""
+
+    kind: Annotated[ShiftKind, BeforeValidator(_is_kind)]
+    severity: float = Field(ge=0, le=1)
+    """0: nothing changes."""
+    label: str = ""
+    """The cohort's word for the class that grows rare with kind = "prevalence"; no other kind has one."""
+
+    @model_validator(mode="after")
+    def _has_a_label(self) -> Self:
+        if self.kind == "prevalence" and not self.label:
+            raise ValueError('a shift of kind "prevalence" names no class: add label = "..."')
+        if self.kind != "prevalence" and self.label:
+            raise ValueError(f"a shift of kind {self.kind!r} has no label: leave `label` out")
+        return self
+
+
+class SharedShift(Shift):
+    """`[[simulation.shift]]`: made at the intake of several sites, one after another."""
+
+    sites: list[Name] = Field(default_factory=list)
+    """Whose; empty: all."""
+
+
 class SimulatedSite(Settings):
     """`[[simulation.site]]`: a named site with a cohort of its own."""
 
@@ -219,6 +414,7 @@ class SimulatedSite(Settings):
     cohort: str
     allow_burned_in: bool = False
     """Use what may show a patient's name in its pixels: ultrasound, secondary captures, files marked as annotated."""
+    shift: list[Shift] = Field(default_factory=list, max_length=100)
 
 
 class Simulation(Settings):
@@ -228,7 +424,8 @@ class Simulation(Settings):
     cohort: str = ""
     allow_burned_in: bool = False
     """As of a site, for the one cohort."""
-    partition: Annotated[Iid | Dirichlet, Field(discriminator="kind")] = Iid()
+    partition: Annotated[Iid | Dirichlet | Quantity | Classes | Column, Field(discriminator="kind")] = Iid()
+    shift: list[SharedShift] = Field(default_factory=list, max_length=100)
     site: list[SimulatedSite] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -237,12 +434,39 @@ class Simulation(Settings):
             raise ValueError(
                 "sites are split from one cohort and named as well: keep `sites` and `cohort`, or [[simulation.site]]"
             )
-        if bool(self.sites) != bool(self.cohort):
+        if isinstance(self.partition, Column):
+            if self.sites:
+                raise ValueError(
+                    f"sites is {self.sites} and partition.kind is 'column', whose values are the sites: leave `sites` "
+                    "out"
+                )
+        elif bool(self.sites) != bool(self.cohort):
             raise ValueError(f"sites is {self.sites} and cohort is {self.cohort!r}: give both, or neither")
         names = [site.name for site in self.site]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two sites are called {twice[0]!r}: give each its own name")
         return self
+
+    @model_validator(mode="after")
+    def _shifts_have_sites(self) -> Self:
+        if self.shift and (self.site or not isinstance(self.partition, Column)):  # whose sites only the cohort knows
+            self.require_sites([site.name for site in self.site] or [f"site-{n + 1}" for n in range(self.sites)])
+        return self
+
+    def require_sites(self, names: Collection[str]) -> None:
+        """Raise a ValueError, "what is wrong: what to do", where a shift is of a site that is not among `names`."""
+        known = set(names)
+        for number, shift in enumerate(self.shift):
+            if unknown := sorted(set(shift.sites) - known):
+                raise ValueError(
+                    f"simulation.shift.{number}.sites names {unknown[0]!r}, which is no site: "
+                    + (nearest(unknown[0], names) if names else "leave it out")
+                )
+
+    def shifts_of(self, name: str) -> list[Shift]:
+        """The shifts of a site in the order in which they are made."""
+        own = [shift for site in self.site if site.name == name for shift in site.shift]
+        return [shift for shift in self.shift if not shift.sites or name in shift.sites] + own
 
 
 def _is_private(where: str, stage: AnyStage) -> None:
@@ -268,7 +492,7 @@ class Study(Settings):
     encoder: Encoder = Encoder()
     stages: list[AnyStage] = Field(min_length=1, max_length=100)
     evaluation: Evaluation = Evaluation()
-    aggregation: Aggregation = Aggregation()
+    aggregation: AnyAggregation = FedAvgRule()
     compute: Compute = Compute()
     privacy: Annotated[NoPrivacy | PatientPrivacy | SitePrivacy, Field(discriminator="mode")] = NoPrivacy()
     simulation: Simulation = Simulation()
@@ -301,6 +525,11 @@ class Study(Settings):
 
     @model_validator(mode="after")
     def _privacy_holds(self) -> Self:
+        if self.privacy.mode == "site" and self.aggregation.rule != "fedavg":
+            raise ValueError(
+                f"aggregation.rule is {self.aggregation.rule!r}, and privacy.mode 'site' bounds what a site adds to a "
+                "plain mean only: set the rule to 'fedavg', or leave it out"
+            )
         if self.privacy.mode != "none" and self.aggregation.weighting != "equal":
             raise ValueError(
                 f"aggregation.weighting is {self.aggregation.weighting!r}, which tells of patients, and privacy.mode "
@@ -475,11 +704,14 @@ def _with_privacy_defaults(data: dict[str, Any], stages: list[Any]) -> tuple[dic
 
 
 def _with_stage_defaults(data: Any) -> Any:
-    """`data` with the defaults that depend on a stage's method and on the channels; wrong types stay as they are."""
+    """`data` with the defaults that depend on method, channels, privacy and rule; wrong types stay as they are."""
     stages = data.get("stages") if isinstance(data, dict) else None
     if not isinstance(stages, list):
         return data
     data, stages = _with_privacy_defaults(data, stages)
+    rule = data.get("aggregation", {})
+    if isinstance(rule, dict):
+        data = {**data, "aggregation": {"rule": "fedavg", **rule}}
     encoder = data.get("encoder", {})
     if isinstance(encoder, dict) and any(isinstance(s, dict) and s.get("method") == "mlvicx" for s in stages):
         data = {**data, "encoder": {"context": True, **encoder}}

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -230,6 +230,24 @@ def set_moments(optimizer: torch.optim.Optimizer, module: nn.Module, moments: di
         optimizer.state[parameter][slot] = torch.empty_like(like, device=parameter.device).copy_(value)
 
 
+def proximal(module: nn.Module, names: Collection[str], mu: float) -> Callable[[], None]:
+    """FedProx [Li et al., 1812.06127]: adds to the gradients that of mu/2 |w - w_g|^2 over the parameters in `names`.
+
+    w_g is what they are now. What it returns is the `before_step` of `train`: the term is added to what the recipe has
+    made of the losses, after their gradient was clipped. Under DP-SGD that is after the noise too, and the term is
+    computed from weights that the steps before have already released: post-processing, which costs no privacy.
+    """
+    shared = [parameter for name, parameter in module.named_parameters() if name in names]
+    starts = [parameter.detach().clone() for parameter in shared]
+
+    def pull() -> None:
+        for parameter, start in zip(shared, starts, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start.to(parameter.device), alpha=mu)
+
+    return pull
+
+
 class Plain:
     """The usual recipe: `local_epochs` times every image, or two of every patient; down the mean of their losses."""
 
@@ -316,6 +334,7 @@ def train(
     progress: Callable[[int, int], None] | None = None,
     midway: Midway | None = None,
     recipe: Recipe = PLAIN,
+    before_step: Callable[[], None] | None = None,
 ) -> tuple[Trained, dict[str, Tensor]]:
     """Train `module` in place for one round of a stage; it is left on `pick_device()`.
 
@@ -327,6 +346,7 @@ def train(
         progress: called with (steps done, steps of the round).
         midway: what an earlier attempt at this round, from the same tensors, has noted there is gone on from.
         recipe: which images a step sees, and what it does with them.
+        before_step: called when the gradients of a step stand, before the optimizer takes them.
 
     Returns:
         A summary, and the optimizer's state as "<parameter>.<slot>".
@@ -345,6 +365,8 @@ def train(
         module.get_submodule("encoder").requires_grad_(stage_round >= stage.probe_rounds)
     optimizer = make_optimizer(module, stage)
     set_moments(optimizer, module, optimizer_state or {})
+    if before_step is not None:
+        optimizer.register_step_pre_hook(lambda *_: before_step())
     generator = torch_generator(seed_for(seed, "views"), device)
     steps = recipe.steps(cohort, stage, method.pairs)
     total, terms, images, start, noted = torch.zeros((), device=device), 0, 0, 0, time.monotonic()

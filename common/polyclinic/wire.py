@@ -48,7 +48,7 @@ LONGEST_TEXT = 200
 
 SITE_ERROR, SITE_LATER, SITE_SPENT = 1000, 1001, 1002
 """Error codes of a reply that says why a site has not done what it was asked; with the second, it may be asked again
-in the same round; with the third, never again, since its patients' privacy is spent."""
+in the same round; with the third, it answers the same for the rest of the study: its patients' privacy is spent."""
 
 LONGEST_HEADER = 1 << 22
 """Bytes before the tensors' values: one of a thousand tensors has a hundredth."""

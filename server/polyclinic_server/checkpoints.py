@@ -1,7 +1,8 @@
 """Checkpoints: the global tensors after each round, whole or not there, with nothing in them that a rerun would change.
 
-`round-NNNN.safetensors` holds the tensors, `round-NNNN.json` what the next round must know of those before. The JSON
-is written last and stands in the metadata of the tensors too: a pair that does not agree is not a checkpoint.
+`round-NNNN.safetensors` holds the tensors, with what the rule of aggregation remembers under the prefix `rule/`, and
+`round-NNNN.json` what else the next round must know of those before. The JSON is written last and stands in the
+metadata of the tensors too: a pair that does not agree is not a checkpoint.
 """
 
 import json
@@ -18,6 +19,8 @@ from polyclinic.wire import Tensors, digest
 
 KEPT = 3
 BEST = "best-{:04d}.safetensors"
+STATE = "rule/"
+"""Prefix of what is no global tensor, whose names have no slash."""
 FACTS = "checkpoint"
 """Key of the JSON in the metadata of the tensors."""
 
@@ -58,8 +61,8 @@ class Checkpoint:
     best: Best = field(default_factory=Best)
 
 
-def save(folder: Path, checkpoint: Checkpoint, tensors: Tensors) -> None:
-    """Write a checkpoint durably and drop those that are no longer kept.
+def save(folder: Path, checkpoint: Checkpoint, tensors: Tensors, state: Tensors | None = None) -> None:
+    """Write a checkpoint durably, with the rule's `state` if it has any, and drop those that are no longer kept.
 
     Raises:
         StorageError: the disk is full or cannot be written; the checkpoints before stand.
@@ -67,7 +70,8 @@ def save(folder: Path, checkpoint: Checkpoint, tensors: Tensors) -> None:
     with storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
     path, text = folder / f"round-{checkpoint.round:04d}.json", json.dumps(asdict(checkpoint), sort_keys=True)
-    stored = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    together = {**tensors, **{STATE + name: value for name, value in (state or {}).items()}}
+    stored = {name: torch.from_numpy(value) for name, value in together.items()}
     save_tensors(path.with_suffix(".safetensors"), stored, {FACTS: text})
     write_atomic(path, text)
     for old in folder.glob("best-*"):
@@ -101,6 +105,16 @@ def load_best(folder: Path, best: Best) -> Tensors:
     if digest(tensors) != best.model:
         raise CheckpointError("the best tensors are not those that the checkpoint names", "start the study again")
     return tensors
+
+
+def load_state(folder: Path, checkpoint: Checkpoint) -> Tensors:
+    """What the rule of aggregation remembered when the checkpoint was made.
+
+    Raises:
+        CheckpointError: it is damaged or gone.
+    """
+    found, _ = load_tensors(folder / f"round-{checkpoint.round:04d}.safetensors")
+    return {name.removeprefix(STATE): v.numpy() for name, v in sorted(found.items()) if name.startswith(STATE)}
 
 
 def _paths(folder: Path) -> list[Path]:
@@ -144,4 +158,4 @@ def _load(path: Path) -> tuple[Checkpoint, Tensors]:
         raise CheckpointError(f"{path.name} or its tensors cannot be read", fix) from error
     if metadata.get(FACTS) != text or path.stem != f"round-{checkpoint.round:04d}":
         raise CheckpointError(f"{path.name} does not belong to its tensors", fix)
-    return checkpoint, {name: value.numpy() for name, value in sorted(tensors.items())}
+    return checkpoint, {n: value.numpy() for n, value in sorted(tensors.items()) if not n.startswith(STATE)}

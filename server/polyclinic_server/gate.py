@@ -96,9 +96,8 @@ class Gate:
                 if not math.isfinite(largest):
                     raise RefusedUpdate(f"its tensor {name} holds values that are not finite")
                 if largest >= LARGEST_VALUE:
-                    raise RefusedUpdate(
-                        f"its tensor {name} changes a weight by {largest:.3g}, at most {LARGEST_VALUE:g}"
-                    )
+                    by = "more than any may" if self.mode == "site" else f"{largest:.3g}, at most {LARGEST_VALUE:g}"
+                    raise RefusedUpdate(f"its tensor {name} changes a weight by {by}")
                 total += squares
         return math.sqrt(total)
 

@@ -1,8 +1,9 @@
 """The round loop: send, fold replies as they arrive, close, checkpoint.
 
 One message a site and round: the order to train carries the order to evaluate the same tensors. A round closes when
-every site has replied, or at its deadline with those that have. Only one update is in memory at a time. Whatever a
-site sends that is not what it was asked for costs that site its turn, by name and reason, and nothing else.
+every site has replied, or at its deadline with those that have. Only one update is in memory at a time, unless the
+rule of aggregation has to compare them (`Rule.holds_updates`): if that takes much, the run says so at its start.
+Whatever a site sends that is not what it was asked for costs that site its turn, by name and reason, and nothing else.
 
 Under differential privacy no figure that a site measures on patients is asked for, and one that comes all the same is
 dropped unseen: neither metrics nor events hold any, and nothing is stopped by one.
@@ -23,8 +24,8 @@ from polyclinic.stages import Finetune
 from polyclinic.study import SitePrivacy, Study
 from polyclinic.wire import Order, Reply, Tensors, digest
 from polyclinic_server import checkpoints
-from polyclinic_server.aggregation import RULES
-from polyclinic_server.aggregation.fedavg import LARGEST_WEIGHT, FedAvg, weight_of
+from polyclinic_server.aggregation import RULES, Rule
+from polyclinic_server.aggregation.fedavg import LARGEST_WEIGHT, weight_of
 from polyclinic_server.aggregation.private import Budget, EpsilonSpent, PrivateMean, what_the_noise_means
 from polyclinic_server.checkpoints import Best, Checkpoint
 from polyclinic_server.gate import Gate, RefusedUpdate, bound_to, withheld
@@ -35,6 +36,8 @@ from polyclinic_server.rundir import RunDir
 
 FIGURES = {"effective_rank", "feature_spread"}
 """By which a collapse is told."""
+MUCH = 1_000_000_000
+"""Bytes of updates in memory above which that is worth a word."""
 
 
 def run_study(
@@ -61,15 +64,18 @@ def run_study(
 
     Raises:
         QuorumLost: fewer than `min_sites` were found, or sent an update that passed the gate in time.
-        StudyError: the sites' weights cannot be added up exactly, or no round keeps to the study's epsilon.
+        StudyError: the sites' weights cannot be added up exactly, the sites are too few for the rule, or no round keeps
+            to the study's epsilon.
         EpsilonSpent: the next round would pass it, or too many sites may spend no more.
     """
     _summable(study, seats)
+    quorum = _quorum(study, len(seats))
     heads = heads or Heads()
     budget = _budget(study, run)
     checkpoint, tensors = _start(study, run)
-    if budget is not None and checkpoint.round == 0:
-        _warn(budget.privacy, run, len(seats), tensors)
+    state = checkpoints.load_state(run.checkpoints, checkpoint)
+    if checkpoint.round == 0:
+        _warn(study, run, len(seats), tensors)
     mail = Mail(grid, run, study, seats, registered)
     mail.find()
     gate = Gate(study.aggregation, seats, list(checkpoint.norms), mode=study.privacy.mode)
@@ -82,15 +88,17 @@ def run_study(
         if stage_round == getattr(study.stages[stage], "probe_rounds", None):
             gate.norms = []  # the encoder is unfrozen: larger updates are to be expected
         if stage != checkpoint.stage:
-            tensors, gate.norms = initial_tensors(study, stage, tensors), []
+            tensors, gate.norms, state = initial_tensors(study, stage, tensors), [], {}
         mail.look()  # for who has come, or come back, since
-        _require(study, len(mail.nodes), "were found")
+        _require(quorum, len(mail.nodes), "were found")
         packed = wire.pack_tensors(tensors)
         tensors = wire.unpack_tensors(packed)  # views of what is sent: one copy in memory
         due = evaluate and _due(study, number - 1)
         orders = _orders(study, number, stage, tensors, mail.nodes, heads, train=True, evaluate=due)
         round = Round(number, stage, tensors, packed, orders)
-        tensors, norms, accepted = _round(mail, study, run, round, gate, heads)
+        fold = _fold(study, tensors, len(seats), state)
+        tensors, norms, accepted = _round(mail, study, run, round, gate, heads, fold, quorum)
+        state = fold.state
         if budget is None:
             gate.norms += norms
         else:
@@ -98,7 +106,7 @@ def run_study(
         best = _judge(study, run, round, accepted, checkpoint)
         tensors, number = _stop_early(study, run, round, best, tensors)
         checkpoint = Checkpoint(study.hash, number, stage, digest(tensors), list(gate.norms), best)
-        checkpoints.save(run.checkpoints, checkpoint, tensors)
+        checkpoints.save(run.checkpoints, checkpoint, tensors, state)
     if evaluate:
         mail.look()
         stage = len(study.stages) - 1
@@ -144,10 +152,15 @@ def _spend(budget: Budget, run: RunDir, round: Round, seats: Iterable[str]) -> N
         run.metrics(round.stage, round.number, site, spent)
 
 
-def _warn(privacy: SitePrivacy, run: RunDir, seats: int, tensors: Tensors) -> None:
-    """Say beforehand where noise will be most of what comes out."""
-    if text := what_the_noise_means(privacy, seats, sum(value.size for value in tensors.values())):
+def _warn(study: Study, run: RunDir, seats: int, tensors: Tensors) -> None:
+    """Say beforehand where noise will be most of what comes out, and where updates will fill the memory."""
+    weights = sum(value.size for value in tensors.values())
+    if isinstance(study.privacy, SitePrivacy) and (text := what_the_noise_means(study.privacy, seats, weights)):
         run.event("warning", text=text)
+    bytes_held = 4 * weights * seats
+    if _fold(study, {}, seats, {}).holds_updates and bytes_held > MUCH:
+        rule, size = study.aggregation.rule, bytes_held / 1e9
+        run.event("warning", text=f"{rule} holds the updates of all {seats} sites in memory: {size:.1f} GB a round")
 
 
 def _judge(study: Study, run: RunDir, round: Round, accepted: Mapping[str, Reply], before: Checkpoint) -> Best:
@@ -218,6 +231,24 @@ def _summable(study: Study, seats: Mapping[str, int]) -> None:
         )
 
 
+def _quorum(study: Study, seats: int) -> int:
+    """Updates below which a round fails: `min_sites`, or what the rule needs.
+
+    With a single site, which is how a federation is compared with what each site can do alone, every rule has only one
+    update to take, and needs no more.
+
+    Raises:
+        StudyError: there are too few sites for the rule.
+    """
+    rule = study.aggregation
+    if 1 < seats < rule.least:
+        raise StudyError(
+            f"aggregation.rule {rule.rule!r}, as it is set, needs updates of {rule.least} sites, and there are {seats}",
+            "add sites, choose 'fedavg', or have krum expect a smaller f, trimmed_mean leave out a larger fraction",
+        )
+    return rule.min_sites if seats == 1 else max(rule.min_sites, rule.least)
+
+
 def _start(study: Study, run: RunDir) -> tuple[Checkpoint, Tensors]:
     """The newest checkpoint, or one of the initial tensors."""
     found = checkpoints.newest(run.checkpoints, study.hash, lambda text: run.event("warning", text=text))
@@ -250,32 +281,30 @@ def _orders(
 
 
 def _round(
-    mail: Mail, study: Study, run: RunDir, round: Round, gate: Gate, heads: Heads
+    mail: Mail, study: Study, run: RunDir, round: Round, gate: Gate, heads: Heads, fold: Rule, quorum: int
 ) -> tuple[Tensors, list[float], dict[str, Reply]]:
     """The new global tensors, the norms of the updates in them by site name, and what came with these."""
     started = time.monotonic()
     run.event("round_started", round=round.number, stage=round.stage, sites=list(round.orders))
     gate.open_round(round.tensors)
-    fold = _fold(study, round.tensors, len(gate.seats))
     accepted: dict[str, tuple[Reply, float]] = {}
     spent: set[str] = set()
     for site, message in mail.replies(round):
         try:
-            accepted[site] = _take(message, site, study, run, round, gate, fold)
-            heads.note(site, accepted[site][0].head)
+            accepted[site] = _take(message, site, study, run, round, gate, fold, heads)
         except (RefusedUpdate, wire.Malformed) as reason:
             refuse(run, round, site, reason)
             if message.has_error() and message.error.code == wire.SITE_SPENT:
                 spent.add(site)
         del message  # or it would stay in memory until the next has come
-    if len(accepted) < study.aggregation.min_sites <= len(accepted) + len(spent):
+    if len(accepted) < quorum <= len(accepted) + len(spent):
         run.event("epsilon_spent", round=round.number - 1, sites=sorted(spent))
         raise EpsilonSpent(
             f"{len(spent)} of {len(gate.seats)} sites may spend no more of their patients' privacy, and "
-            f"{study.aggregation.min_sites} are needed for round {round.number}",
+            f"{quorum} are needed for round {round.number}",
             "use what the rounds before have made; see each site's reason in events.jsonl",
         )
-    _require(study, len(accepted), f"sent an update that passed in round {round.number}")
+    _require(quorum, len(accepted), f"sent an update that passed in round {round.number}")
     sent = {site: reply for site, (reply, _) in accepted.items()}
     _stop_collapsed(study, round, sent)
     new = fold.close(round.tensors)
@@ -283,15 +312,15 @@ def _round(
     return new, [norm for _, (_, norm) in sorted(accepted.items())], sent
 
 
-def _fold(study: Study, tensors: Tensors, seats: int) -> FedAvg:
-    """What sums a round's updates up."""
+def _fold(study: Study, tensors: Tensors, seats: int, state: Tensors) -> Rule:
+    """What combines a round's updates; `state` is what the round before has left of it."""
     if isinstance(study.privacy, SitePrivacy):
         return PrivateMean(tensors, study.privacy, seats)
-    return RULES[study.aggregation.rule](tensors)
+    return RULES[study.aggregation.rule](tensors, study.aggregation, state)
 
 
 def _take(
-    message: Message, site: str, study: Study, run: RunDir, round: Round, gate: Gate, fold: FedAvg
+    message: Message, site: str, study: Study, run: RunDir, round: Round, gate: Gate, fold: Rule, heads: Heads
 ) -> tuple[Reply, float]:
     """Fold an update that passes the gate; its reply and its norm.
 
@@ -302,6 +331,10 @@ def _take(
     reply, dropped = withheld(reply, study.privacy.mode)
     if dropped:
         run.event("warning", text=f"{site} sends what the study's privacy withholds, dropped: {', '.join(dropped)}")
+    bound_to(round.orders[site], study.hash, reply)
+    heads.note(site, reply.head)  # what has been spent is spent, whether or not the update is taken
+    if (spent := reply.train.pop("epsilon", None)) is not None:
+        run.metrics(round.stage, round.number, site, {"epsilon": spent})
     norm = gate.check(round.orders[site], study.hash, reply, update, round.tensors)
     assert update is not None  # the gate has seen to it
     down, up = (sum(value.nbytes for value in tensors.values()) for tensors in (round.tensors, update))
@@ -355,9 +388,10 @@ def _stage_before(study: Study, round: Round) -> int:
     return study.stage_of(max(round.number - 2, 0))[0]
 
 
-def _require(study: Study, sites: int, did: str) -> None:
-    if sites < study.aggregation.min_sites:
+def _require(quorum: int, sites: int, did: str) -> None:
+    if sites < quorum:
         raise QuorumLost(
-            f"only {sites} of at least {study.aggregation.min_sites} sites {did}",
-            "see events.jsonl for each site's reason; bring the sites back, or lower aggregation.min_sites",
+            f"only {sites} of at least {quorum} sites {did}",
+            "see events.jsonl for each site's reason; bring the sites back, or lower aggregation.min_sites as far as "
+            "the rule allows",
         )

@@ -55,6 +55,9 @@ def simulate(
         bool,
         typer.Option("--leave-one-site-out", help="Each site in turn takes no part: what is pretraining worth to it?"),
     ] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Show the sites, their classes and shifts; train and write no run.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Rehearse a whole consortium on this machine.
@@ -71,6 +74,8 @@ def simulate(
       polyclinic simulate study.toml --out runs/first --resume
 
       polyclinic simulate study.toml --leave-one-site-out
+
+      polyclinic simulate study.toml --dry-run
     """
     from polyclinic.errors import Refused
     from polyclinic.study import load_study
@@ -82,6 +87,9 @@ def simulate(
         raise Refused("sites are left out on the local engine only", "leave --engine out")
     read = load_study(study)
     check(read, data or study.parent, holding_out)
+    if dry:
+        _preview(read, data or study.parent, state, as_json)
+        return
     with _place(out, read.name) as folder:
         _run(read, folder, data or study.parent, state, engine, resume, as_json, holding_out)
 
@@ -236,6 +244,7 @@ def _run(
 ) -> None:
     from polyclinic.cli import program
     from polyclinic.errors import Interrupted, PolyclinicError, Refused
+    from polyclinic_server.aggregation.private import EpsilonSpent
     from polyclinic_simulations.display import Display, classifier_table, comparison_table, holdout_table
     from polyclinic_simulations.holdout import leave_one_site_out
     from polyclinic_simulations.simulate import simulate as run_it
@@ -255,7 +264,7 @@ def _run(
             raise
         raise Interrupted("interrupted; what was finished is kept", f"go on with: {how}") from None
     except PolyclinicError as error:
-        if not isinstance(error, Refused) and (out / "study.toml").exists():
+        if not isinstance(error, Refused | EpsilonSpent) and (out / "study.toml").exists():
             error.fix += f"\n  then go on with: {how}"
         raise
     if as_json:
@@ -275,6 +284,18 @@ def _run(
     for note in summary["notes"]:
         console.print(note, markup=False)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _preview(study: "Study", data: Path, state: Path, as_json: bool) -> None:
+    from polyclinic_simulations.display import Display
+    from polyclinic_simulations.preview import preview, preview_table
+
+    with Display() as display:
+        found = preview(study, data, state, display.reading)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        Console().print(preview_table(found))
 
 
 def _summary(run: Path) -> dict[str, Any]:

@@ -1,33 +1,54 @@
 """The sites of a simulated study: cohorts built, patients dealt, one state folder a site."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from polyclinic.cohort import Cohort, build_cohort, union
 from polyclinic.cohort.index import read_meta, require_patients
 from polyclinic.errors import CohortError, StudyError
+from polyclinic.files import atomic
 from polyclinic.seeding import seed_for
 from polyclinic.stages import Finetune
-from polyclinic.study import SimulatedSite, Simulation, Study
+from polyclinic.study import Column, Shift, SimulatedSite, Simulation, Study
 from polyclinic_client.site import Site, open_site, write_site
 from polyclinic_server.rundir import RunDir
 from polyclinic_simulations.checks import find, sources
-from polyclinic_simulations.partition import partition
+from polyclinic_simulations.partition import by_column, partition
+from polyclinic_simulations.shift import pixel_shifts, shift_patients, shift_pixels
 
 Progress = Callable[[str, int, int], None]
 """(what is being read, files done, files in all)."""
 
+IMAGES = "images.bin"
+"""In a site's folder: its images, where shifts have changed their pixels."""
+BLOCK = 256
+"""Images that are shifted at once."""
+
 
 @dataclass(frozen=True)
 class Member:
-    """A site before it has a folder: its cohort, and which of the cohort's patients are its own (None: all)."""
+    """A site before it has a folder.
+
+    Attributes:
+        cohort: its cohort as it was built, but for labels that the site's shifts have flipped.
+        patients: which of the cohort's are its own; None: all.
+        shifts: the site's, in their order; those of pixels are not made yet.
+    """
 
     name: str
     cohort: Cohort
     patients: list[int] | None
+    shifts: list[Shift] = field(default_factory=list)
+
+    @cached_property
+    def own(self) -> Cohort:
+        """The cohort of its own patients."""
+        return self.cohort if self.patients is None else self.cohort.select(self.patients)
 
 
 def gather(study: Study, data: Path, state: Path, progress: Progress) -> list[Member]:
@@ -38,14 +59,39 @@ def gather(study: Study, data: Path, state: Path, progress: Progress) -> list[Me
         state: where built cohorts are kept between runs.
 
     Raises:
-        StudyError: the study names no cohort. CohortError: a cohort is missing or cannot be used.
+        StudyError: the study names no cohort, or a shift is of a site that is none. CohortError: a cohort is missing or
+            cannot be used. Refused: its patients cannot be dealt as asked.
     """
     cohorts = {name: _build(name, source, study, data, state, progress) for name, source in sources(study).items()}
-    if study.simulation.site:
-        return [Member(name, cohort, None) for name, cohort in cohorts.items()]
-    wanted, cohort = study.simulation, cohorts["all"]
-    parts = partition(cohort, wanted.sites, wanted.partition, seed_for(study.seed, "partition"))
-    return [Member(f"site-{number}", cohort, part.tolist()) for number, part in enumerate(parts, start=1)]
+    wanted = study.simulation
+    if wanted.site:
+        return [_admit(Member(name, cohort, None), study) for name, cohort in cohorts.items()]
+    cohort, how = cohorts["all"], wanted.partition
+    if isinstance(how, Column):
+        parts = by_column(cohort, how.by)
+        _require_sites(wanted, parts)
+    else:
+        dealt = partition(cohort, wanted.sites, how, seed_for(study.seed, "partition"))
+        parts = {f"site-{number}": part for number, part in enumerate(dealt, start=1)}
+    return [_admit(Member(name, cohort, part.tolist()), study) for name, part in parts.items()]
+
+
+def _require_sites(wanted: Simulation, names: Collection[str]) -> None:
+    try:
+        wanted.require_sites(names)
+    except ValueError as error:
+        problem, _, fix = str(error).rpartition(": ")
+        raise StudyError(problem, fix) from error
+
+
+def _admit(member: Member, study: Study) -> Member:
+    """The member with its shifts, those of labels and patients made."""
+    shifts = study.simulation.shifts_of(member.name)
+    before = np.arange(member.cohort.n_patients) if member.patients is None else np.array(member.patients)
+    with _named(member.name):
+        cohort, patients = shift_patients(member.cohort, before, shifts, study.seed, member.name)
+    same = len(patients) == len(before)
+    return Member(member.name, cohort, member.patients if same else patients.tolist(), shifts)
 
 
 def _build(
@@ -71,33 +117,66 @@ def _named(site: str) -> Iterator[None]:
         raise CohortError(f"site {site!r}: {error.problem}", error.fix) from error
 
 
-def settle(members: list[Member], study: Study, run: RunDir) -> dict[str, Site]:
-    """Give every member a state folder in the run. Nothing is written if the study cannot be run.
+def require(members: list[Member], study: Study) -> None:
+    """Refuse sites that cannot run the study.
 
     Raises:
         CohortError: a member cannot both train and hold patients out.
-        StudyError: there are too few members, or two with the same patients: who trains at one would test at the other.
-        Refused: a member is not what it was when the run began.
+        StudyError: there are too few members, or two share patients: who trains at one would test at the other.
     """
-    seen: dict[str, str] = {}
+    seen: dict[str, dict[int, str]] = {}
     for member in members:
-        patients = json.dumps([read_meta(member.cohort.folder)["digest"], member.patients])
-        if (other := seen.setdefault(patients, member.name)) != member.name:
+        patients = range(member.cohort.n_patients) if member.patients is None else member.patients
+        others = seen.setdefault(read_meta(member.cohort.folder)["digest"], {})
+        if shared := others.keys() & set(patients):
+            other = others[min(shared)]
             raise StudyError(f"sites {other!r} and {member.name!r} have the same patients", "give each its own cohort")
-        chosen = member.cohort if member.patients is None else member.cohort.select(member.patients)
+        others.update(dict.fromkeys(patients, member.name))
         with _named(member.name):
             if study.privacy.mode == "patient":
                 require_patients(member.cohort.folder)
-            Site(member.name, chosen, run.path).split(study)
+            Site(member.name, member.own, Path()).split(study)
     if len(members) < study.aggregation.min_sites:
         raise StudyError(
             f"{len(members)} sites can never be aggregation.min_sites = {study.aggregation.min_sites}",
             "lower min_sites, or simulate more sites",
         )
+
+
+def settle(members: list[Member], study: Study, run: RunDir) -> dict[str, Site]:
+    """Give every member a state folder in the run. Nothing is written if the study cannot be run.
+
+    Raises:
+        CohortError, StudyError: as `require`. Refused: a member is not what it was when the run began.
+    """
+    require(members, study)
     folders = {member.name: run.path / "sites" / member.name for member in members}
     for member in members:
-        write_site(folders[member.name], member.name, member.cohort.folder, member.patients)
+        labels = member.own.labels.tolist() if any(shift.kind == "label_noise" for shift in member.shifts) else None
+        images = IMAGES if any(pixel_shifts(member.shifts)) else None
+        write_site(folders[member.name], member.name, member.cohort.folder, member.patients, labels, images)
+        if images:
+            _store_images(member, study, folders[member.name])
     return {name: open_site(folder) for name, folder in folders.items()}
+
+
+def _store_images(member: Member, study: Study, folder: Path) -> None:
+    """The member's images with its pixel shifts as a file of `folder`, a block at a time; kept if it is there.
+
+    It holds no others than the member's own, so that all sites together store each image of a cohort at most once.
+    """
+    path, whole = folder / IMAGES, member.cohort
+    if path.exists():
+        return
+    for left in folder.glob(f".{IMAGES}.*"):  # by a killed process
+        left.unlink()
+    numbers = np.flatnonzero(np.isin(whole.rows, member.own.rows))
+    numbers = numbers[np.argsort(whole.rows[numbers])]
+    with atomic(path) as file:
+        for start in range(0, len(numbers), BLOCK):
+            block = numbers[start : start + BLOCK]
+            images = np.asarray(whole.images[whole.rows[block]])
+            file.write(shift_pixels(images, block, member.shifts, study.seed, member.name).tobytes())
 
 
 @dataclass(frozen=True)

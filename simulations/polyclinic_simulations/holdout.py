@@ -24,9 +24,10 @@ from polyclinic.errors import CohortError, StudyError
 from polyclinic.evaluation import ClassifierScores
 from polyclinic.files import write_atomic
 from polyclinic.model import encoder_of
+from polyclinic.privacy.dpsgd import sampling_rate
 from polyclinic.report import read_run
 from polyclinic.stages import Finetune
-from polyclinic.study import Study, load_study, resolve
+from polyclinic.study import PatientPrivacy, Study, load_study, resolve
 from polyclinic_client.site import Site
 from polyclinic_client.work import Progress
 from polyclinic_server.rundir import Listener, RunDir
@@ -153,7 +154,9 @@ def _unlabelled(study: Study, sites: Mapping[str, Site]) -> str:
     for name, site in sites.items():
         try:
             for stage in stages:
-                site.labelled(study, stage)
+                training, _ = site.labelled(study, stage)
+                if isinstance(study.privacy, PatientPrivacy):
+                    sampling_rate(training.n_patients, stage.batch_size)  # or a step would expect more than there are
         except CohortError as error:
             reasons[name] = error.problem
     able, needed = len(sites) - len(reasons), min(study.aggregation.min_sites, len(sites))

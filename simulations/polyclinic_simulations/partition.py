@@ -1,4 +1,11 @@
-"""One cohort dealt to several sites, always by patient: every patient goes to exactly one site."""
+"""One cohort dealt to several sites, always by patient: every patient goes to exactly one site.
+
+The class of a patient is the label of its first image. Attributes such as age and sex are no columns of a cohort, so no
+partition is by them.
+"""
+
+import re
+from itertools import chain, count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,17 +13,25 @@ from numpy.typing import NDArray
 from polyclinic.cohort import Cohort
 from polyclinic.errors import Refused
 from polyclinic.seeding import numpy_generator
-from polyclinic.study import Dirichlet, Iid
+from polyclinic.study import Classes, Dirichlet, Iid, Quantity
 
 MIN_PATIENTS = 2
 """A site with one patient could neither train nor hold one out."""
+COLUMNS = {"site": "sites", "view": "views"}
+"""Of a cohort's table, each with the attribute of `Cohort` that holds it."""
+UNKNOWN = "unknown"
+"""The site of patients without a value."""
+LONGEST = 48
+"""Characters of a site's name that come from a value."""
 
 
-def partition(cohort: Cohort, sites: int, how: Iid | Dirichlet, seed: int) -> list[NDArray[np.int64]]:
+def partition(
+    cohort: Cohort, sites: int, how: Iid | Dirichlet | Quantity | Classes, seed: int
+) -> list[NDArray[np.int64]]:
     """Patient numbers of each site, ascending.
 
     Raises:
-        Refused: there are too few patients for the sites.
+        Refused: there are too few patients for the sites, or too few or too many classes.
     """
     if cohort.n_patients < sites * MIN_PATIENTS:
         raise Refused(
@@ -24,24 +39,129 @@ def partition(cohort: Cohort, sites: int, how: Iid | Dirichlet, seed: int) -> li
             "ask for fewer sites, or give a larger cohort",
         )
     rng = numpy_generator(seed)
-    return _iid(cohort, sites, rng) if isinstance(how, Iid) else _dirichlet(cohort, sites, how.alpha, rng)
+    match how:
+        case Iid():
+            parts = np.array_split(rng.permutation(cohort.n_patients), sites)
+        case Dirichlet():
+            parts = _dirichlet(cohort, sites, how.alpha, rng)
+        case Quantity():
+            shares = rng.dirichlet(np.full(sites, how.alpha))
+            parts = _filled(_cut(rng.permutation(cohort.n_patients), shares))
+        case Classes():
+            parts = _classes(cohort, sites, how.per_site, rng)
+    return [np.sort(part) for part in parts]
 
 
-def _iid(cohort: Cohort, sites: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    return [np.sort(part) for part in np.array_split(rng.permutation(cohort.n_patients), sites)]
+def by_column(cohort: Cohort, column: str) -> dict[str, NDArray[np.int64]]:
+    """Patient numbers, ascending, of a site for each value of a column, called by it.
+
+    Patients go where most of their images are, on a tie to the first of those in order.
+
+    Raises:
+        Refused: no image has a value there, or a value has too few patients.
+    """
+    known = {name: getattr(cohort, attribute) for name, attribute in COLUMNS.items()}
+    if column not in known or not (known[column] != "").any():
+        filled = [name for name, values in known.items() if (values != "").any()]
+        raise Refused(
+            f"no image has a value in the column {column!r}",
+            f"set partition.by to {' or '.join(map(repr, filled))}" if filled else "use another partition",
+        )
+    values = known[column]
+    words, codes = np.unique(values, return_inverse=True)
+    counts = np.zeros((cohort.n_patients, len(words)))
+    np.add.at(counts, (cohort.patients, codes), 1.0)
+    counts[:, words == ""] /= len(cohort) + 1  # any value outweighs none
+    chosen = counts.argmax(axis=1)  # (patients,)
+    parts = {str(words[code]): np.flatnonzero(chosen == code) for code in np.unique(chosen)}
+    if small := [word for word, part in parts.items() if len(part) < MIN_PATIENTS]:
+        raise Refused(
+            f"the column {column!r} gives {len(small)} sites fewer than {MIN_PATIENTS} patients: {_listed(small)}",
+            "join these values to others in the cohort's table, or leave their patients out",
+        )
+    return dict(zip(_names(list(parts)), parts.values(), strict=True))
+
+
+def class_of_patients(cohort: Cohort) -> NDArray[np.str_]:
+    """(patients,) the label of each patient's first image."""
+    return cohort.labels[np.searchsorted(cohort.patients, np.arange(cohort.n_patients))]
+
+
+def _cut(members: NDArray[np.int64], shares: NDArray[np.float64]) -> list[NDArray[np.int64]]:
+    """`members` in as many runs as there are shares, which sum to 1; rounded down to whole members."""
+    return np.split(members, (np.cumsum(shares)[:-1] * len(members)).astype(int))
+
+
+def _filled(parts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """The parts, those that are too small with patients of the largest."""
+    lists = [part.tolist() for part in parts]
+    while len(smallest := min(lists, key=len)) < MIN_PATIENTS:
+        smallest.append(max(lists, key=len).pop())
+    return [np.array(part, dtype=np.int64) for part in lists]
 
 
 def _dirichlet(cohort: Cohort, sites: int, alpha: float, rng: np.random.Generator) -> list[NDArray[np.int64]]:
     """Each class cut in proportions ~ Dirichlet(alpha) [Hsu et al., 1909.06335]; too small sites take of others."""
-    first = np.searchsorted(cohort.patients, np.arange(cohort.n_patients))
-    labels = cohort.labels[first]  # (patients,) the label of each patient's first image
-    parts: list[list[int]] = [[] for _ in range(sites)]
+    labels = class_of_patients(cohort)
+    dealt: list[list[NDArray[np.int64]]] = [[] for _ in range(sites)]
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        cuts = (np.cumsum(rng.dirichlet(np.full(sites, alpha)))[:-1] * len(members)).astype(int)
-        for site, part in enumerate(np.split(members, cuts)):
-            parts[site].extend(part.tolist())
-    while len(smallest := min(parts, key=len)) < MIN_PATIENTS:
-        largest = max(parts, key=len)
-        smallest.append(largest.pop())
-    return [np.sort(np.array(part, dtype=np.int64)) for part in parts]
+        for site, part in enumerate(_cut(members, rng.dirichlet(np.full(sites, alpha)))):
+            dealt[site].append(part)
+    return _filled([np.concatenate(parts) for parts in dealt])
+
+
+def _classes(cohort: Cohort, sites: int, per_site: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Shards of one class each, `per_site` of different classes to a site [after McMahan et al., 1602.05629].
+
+    A class has as many shards as any other, or one less, all of nearly the same size; so a site of a rare class is
+    small, and a class with fewer patients than shards is missing at some of its sites.
+    """
+    labels = class_of_patients(cohort)
+    names = np.unique(labels)
+    if per_site > len(names):
+        raise Refused(
+            f"{per_site} classes a site are asked for and the patients have {len(names)}: {_listed(names)}",
+            f"set partition.per_site to at most {len(names)}",
+        )
+    if sites * per_site < len(names):
+        raise Refused(
+            f"{sites} sites of {per_site} classes leave patients of some of the {len(names)} classes to nobody",
+            f"set partition.per_site to at least {-(-len(names) // sites)}, or ask for more sites",
+        )
+    shards = np.zeros((sites, len(names)), bool)
+    for site in range(sites):
+        rarest = np.lexsort((rng.random(len(names)), shards.sum(axis=0)))  # ties in random order
+        shards[site, rarest[:per_site]] = True
+    dealt: list[list[NDArray[np.int64]]] = [[] for _ in range(sites)]
+    for number, label in enumerate(names):
+        holders = rng.permutation(np.flatnonzero(shards[:, number]))
+        members = rng.permutation(np.flatnonzero(labels == label))
+        for site, part in zip(holders, np.array_split(members, len(holders)), strict=True):
+            dealt[site].append(part)
+    parts = [np.concatenate(shards) for shards in dealt]
+    if (smallest := min(map(len, parts))) < MIN_PATIENTS:
+        raise Refused(
+            f"a site would have {smallest} patients, as its classes are rare; it needs {MIN_PATIENTS}",
+            "ask for fewer sites or more classes a site, or give a larger cohort",
+        )
+    return parts
+
+
+def _names(values: list[str]) -> list[str]:
+    """A name for each value that is fit for a site: what is not goes, and what is then alike is numbered.
+
+    >>> _names(["", "AP", "AP erect", "AP/erect", "St. Mary's"])
+    ['unknown', 'AP', 'AP-erect', 'AP-erect-2', 'St.-Mary-s']
+    """
+    names: list[str] = []
+    for value in values:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-._")[:LONGEST] or UNKNOWN
+        numbered = (f"{name}-{number}" for number in count(2))
+        names.append(next(free for free in chain([name], numbered) if free not in names))
+    return names
+
+
+def _listed(words: list[str] | NDArray[np.str_], most: int = 8) -> str:
+    """Some words, in quotes."""
+    return ", ".join(repr(str(word)) for word in words[:most]) + (", ..." if len(words) > most else "")

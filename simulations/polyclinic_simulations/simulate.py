@@ -34,6 +34,7 @@ from polyclinic_client.app import make_app
 from polyclinic_client.site import Site
 from polyclinic_client.work import Progress
 from polyclinic_server import checkpoints
+from polyclinic_server.aggregation.private import EpsilonSpent
 from polyclinic_server.app import lead
 from polyclinic_server.rundir import Listener, RunDir
 from polyclinic_simulations.compare import encoder_features, row, row_folder, row_names
@@ -81,12 +82,29 @@ def simulate(
             run_ray(run, [site.state for site in sites.values()], study.compute.threads)
         else:
             apps = {name: make_app(partial(_given, site), progress) for name, site in sites.items()}
-            lead(LocalGrid(apps, expire=True), run)
+            with _unless_spent(study, run):
+                lead(LocalGrid(apps, expire=True), run)
         summary = _conclude(study, run, sites, engine, listen, progress, started - before)
         run.event("report_written")
         tidy(out / "sites", out / "rows")
         keep_newest(run.checkpoints)
         return summary
+
+
+@contextmanager
+def _unless_spent(study: Study, run: RunDir) -> Iterator[None]:
+    """Go on to the report where a study has spent its epsilon, if that was in its last stage.
+
+    Raises:
+        EpsilonSpent: it was in an earlier one: what the study was for has not begun.
+    """
+    try:
+        yield
+    except EpsilonSpent as error:
+        found = checkpoints.newest(run.checkpoints, study.hash, lambda text: run.event("warning", text=text))
+        if found is None or found[0].round == 0 or found[0].stage < len(study.stages) - 1:
+            raise
+        run.event("warning", text=f"ended after round {found[0].round} of {study.rounds}: {error.problem}")
 
 
 def _given(site: Site, context: object) -> Site:
@@ -195,7 +213,7 @@ def _conclude(
         "hash": study.hash,
         "engine": engine,
         "sites": {n: {"patients": s.cohort.n_patients, "images": len(s.cohort)} for n, s in sites.items()},
-        "rounds": study.rounds,
+        "rounds": newest[0].round,
         "test_patients": who_is_tested(sites, study),
         **measured,
         "warnings": _warnings(run.path),
@@ -234,7 +252,7 @@ def _rows(
             if isinstance(study.stages[-1], Finetune):
                 continue  # of the rows that are trained, the classifier may still be measured
             break
-        except QuorumLost:  # a site that could not train has cost the study nothing but its own row
+        except (QuorumLost, EpsilonSpent):  # a site that could not train has cost the study nothing but its own row
             notes.append(f"no row {name}: the study could not be trained on it: {_why_not(row_folder(run.path, name))}")
             continue
         if probed is not None:

@@ -95,7 +95,7 @@ def test_when_it_is_spent_the_site_abstains(whose: str, site: Site, monkeypatch:
     study = private(epsilon=1.01 * once if whose == "the study's" else 100.0)
     site = replace(site, caps=() if whose == "the study's" else (Cap(1.01 * once, 1e-3),))
     answer(*start(study), site)
-    with pytest.raises(BudgetSpent, match=r"round 2 of study 'tiny' would take the patients here to epsilon"):
+    with pytest.raises(BudgetSpent, match=r"round 2 of study 'tiny' would pass what the"):
         answer(*start(study, 2), site)
     assert len(trained) == 1
     if whose == "the site's":

@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen, MultipleOf
@@ -18,6 +18,7 @@ from polyclinic.stages import SEPARABLE_METHODS, Views
 from polyclinic.study import (
     MAX_CHARACTERS,
     Aggregation,
+    AnyAggregation,
     Compute,
     Dirichlet,
     Encoder,
@@ -25,6 +26,7 @@ from polyclinic.study import (
     Head,
     Images,
     Study,
+    TrimmedMeanRule,
     load_study,
     parse_canonical,
     parse_study,
@@ -45,23 +47,32 @@ method = "simclr"
 rounds = 2
 """
 
+RULES: dict[str, type[BaseModel]] = {
+    get_args(model.model_fields["rule"].annotation)[0]: model for model in get_args(get_args(AnyAggregation)[0])
+}
+"""Every rule with the class of its settings."""
+
 TABLES: list[tuple[str, type[BaseModel]]] = [
     ("study", Head),
     ("images", Images),
     ("encoder", Encoder),
     ("evaluation", Evaluation),
     ("aggregation", Aggregation),
+    *((f"aggregation:{rule}", model) for rule, model in RULES.items()),
     ("compute", Compute),
     ("simulation.partition", Dirichlet),
     ("stages.0.views", Views),
     *((f"stages.0:{method}", model) for method, model in METHOD_STAGES.items()),
 ]
-"""Every table that has bounds. `stages.0:mae` is the first stage with that method."""
+"""Every table that has bounds. `stages.0:mae` is the first stage with that method, `aggregation:krum` has that rule."""
 
 
 def study_with(key: str, value: Any) -> tuple[dict[str, Any], str]:
     """A small study that is right but for `value` at `key` (as in TABLES), and the key as errors name it."""
     data = copy.deepcopy(SMALL)
+    if key.startswith("aggregation:"):
+        rule, _, last = key.removeprefix("aggregation:").partition(".")
+        return data | {"aggregation": {"rule": rule, last: value}}, f"aggregation.{last}"
     if ":" in key:
         stage, _, rest = key.partition(":")
         method, _, rest = rest.partition(".")
@@ -120,6 +131,19 @@ def test_the_bounds_above_are_many() -> None:
     assert len(list(bounds())) > 50  # else the walk over the tables has lost some
 
 
+NOISE = {"kind": "noise", "severity": 0.5}
+
+
+def shifted(**shift: Any) -> dict[str, Any]:
+    """A simulation of three sites with a shift."""
+    return {"sites": 3, "cohort": "x", "shift": [{**NOISE, **shift}]}
+
+
+def named(shifts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A simulation of the site `a` with shifts of its own."""
+    return {"site": [{"name": "a", "cohort": "x", "shift": shifts}]}
+
+
 @pytest.mark.parametrize(
     ("key", "value", "problem", "fix"),
     [
@@ -157,12 +181,37 @@ def test_the_bounds_above_are_many() -> None:
         ("evaluation.labels", {"yes": ["a"], "no": ["a"]}, "the label 'a' stands under both 'yes' and 'no'", "in one"),
         ("evaluation.labels", {"yes": "a"}, "evaluation.labels.yes is 'a'", "a list"),
         ("evaluation.rows", ["pixel"], "evaluation.rows.0 is 'pixel'", "'pixels', 'random'"),
-        ("aggregation.rule", "krum", "aggregation.rule is 'krum'", "'fedavg'"),
+        ("aggregation.rule", "krun", "aggregation.rule is 'krun'", "one of 'fedavg', 'fedprox', 'fedavgm'"),
+        ("aggregation.f", 1, "unknown key 'aggregation.f'", "the known keys are 'rule', 'weighting'"),  # fedavg's
+        ("aggregation", {"rule": "krum", "mu": 1}, "unknown key 'aggregation.mu'", "the known keys are 'rule'"),
+        ("aggregation", {"rule": "fedavgm", "momentm": 1}, "unknown key 'aggregation.momentm'", "is 'momentum'"),
+        ("aggregation", {"rule": "krum", "weighting": "patients"}, "aggregation.weighting is 'patients'", "'equal'"),
+        ("aggregation", {"rule": "median", "weighting": "tempered"}, "aggregation.weighting is 'tempered'", "'equal'"),
         ("privacy.mode", "patent", "privacy.mode is 'patent'", "one of 'none', 'patient', 'site'"),
         ("simulation.sites", 3, "sites is 3 and cohort is ''", "both"),
         ("simulation", {"site": [{"name": "a", "cohort": "x"}] * 2}, "two sites are called 'a'", "its own name"),
         ("simulation", {"site": [{"name": "a", "cohort": "x"}], "sites": 2, "cohort": "y"}, "split from one", "keep"),
         ("simulation.partition", {"kind": "dirichlet"}, "simulation.partition.alpha is missing", "add it"),
+        ("simulation.partition", {"kind": "quantity", "alpha": 0}, "simulation.partition.alpha is 0", "more than 0"),
+        ("simulation.partition", {"kind": "classes", "per_site": 0}, "partition.per_site is 0", "at least 1"),
+        (
+            "simulation",
+            {"sites": 3, "cohort": "x", "partition": {"kind": "column", "by": "view"}},
+            "sites is 3 and partition.kind is 'column'",
+            "leave `sites` out",
+        ),
+        ("simulation", shifted(kind="nois"), "simulation.shift.0.kind is 'nois'", "the nearest is 'noise'"),
+        ("simulation", shifted(kind="xyz"), "simulation.shift.0.kind is 'xyz'", "give one of 'response', 'sharpness'"),
+        ("simulation", shifted(kind=[]), "simulation.shift.0.kind is []", "give one of"),
+        ("simulation", shifted(severity=1.01), "simulation.shift.0.severity is 1.01", "at most 1"),
+        ("simulation", shifted(severity=-0.01), "simulation.shift.0.severity is -0.01", "at least 0"),
+        ("simulation", shifted(site=["site-1"]), "unknown key 'simulation.shift.0.site'", "'sites'"),
+        ("simulation", shifted(sites=["site-1", "site-4"]), "names 'site-4'", "the nearest is 'site-3'"),
+        ("simulation", shifted(sites=["Q"]), "names 'Q', which is no site", "give one of 'site-1', 'site-2', 'site-3'"),
+        ("simulation", shifted(kind="prevalence"), 'a shift of kind "prevalence" names no class', "add label"),
+        ("simulation", shifted(label="ill"), "a shift of kind 'noise' has no label", "leave `label` out"),
+        ("simulation", named([{**NOISE, "sites": ["a"]}]), "unknown key 'simulation.site.0.shift.0.sites'", "severity"),
+        ("simulation", named([]) | {"shift": [{**NOISE, "sites": ["b"]}]}, "names 'b'", "give one of 'a'"),
         ("simulation.partition", {"kind": "skew"}, "simulation.partition.kind is 'skew'", "one of 'iid', 'dirichlet'"),
     ],
 )
@@ -291,6 +340,21 @@ def test_the_simulation_is_not_part_of_the_identity_and_everything_else_is() -> 
     assert rehearsed.hash == resolve(SMALL).hash
     assert rehearsed != resolve(SMALL)
     assert resolve(study_with("study.seed", 1)[0]).hash != resolve(SMALL).hash
+
+
+def test_a_site_has_the_shifts_of_all_sites_then_its_own() -> None:
+    blur, dim = ({"kind": kind, "severity": 0.25} for kind in ("sharpness", "response"))
+    sites = [{"name": "a", "cohort": "x", "shift": [dim]}, {"name": "b", "cohort": "y"}]
+    simulation = resolve(SMALL | {"simulation": {"site": sites, "shift": [NOISE, {**blur, "sites": ["a"]}]}}).simulation
+    assert [shift.kind for shift in simulation.shifts_of("a")] == ["noise", "sharpness", "response"]
+    assert [shift.kind for shift in simulation.shifts_of("b")] == ["noise"]
+
+
+def test_a_simulation_with_shifts_and_a_partition_survives_toml() -> None:
+    for kind in ({"kind": "column", "by": "view"}, {"kind": "classes", "per_site": 2}):
+        simulation = {**shifted(), "sites": 0 if kind["kind"] == "column" else 3, "partition": kind}
+        study = resolve(SMALL | {"simulation": simulation})
+        assert parse_study(study.to_toml(), "again") == study
 
 
 def test_writing_a_default_out_or_a_whole_number_for_a_fraction_changes_nothing() -> None:
@@ -441,6 +505,39 @@ def test_defaults_stay_as_they_were_approved() -> None:
     assert resolve(SMALL).hash == "7ffaa01dc1a74d9f9e75b17753ae8dff2f02387ee794db9b2e793263e9057bfe"
 
 
+def test_naming_the_default_rule_changes_nothing_and_another_is_another_study() -> None:
+    assert resolve(SMALL | {"aggregation": {"rule": "fedavg"}}).hash == resolve(SMALL).hash
+    studies = {rule: resolve(SMALL | {"aggregation": {"rule": rule}}) for rule in RULES}
+    assert len({study.hash for study in studies.values()}) == len(RULES)
+    for rule, study in studies.items():
+        assert parse_canonical(study.canonical(), rule) == parse_study(study.to_toml(), rule) == study
+        assert json.loads(study.canonical())["aggregation"].keys() == RULES[rule].model_fields.keys()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_patients_are_promised_privacy_under_any_rule(rule: str) -> None:
+    assert resolve({**PRIVATE, "aggregation": {"rule": rule}}).aggregation.weighting == "equal"
+
+
+@pytest.mark.parametrize(
+    ("rule", "keys", "least"),
+    [
+        ("fedavg", {}, 1),
+        ("ldawa", {}, 1),
+        ("median", {}, 3),
+        ("krum", {"f": 4}, 11),
+        *(("trimmed_mean", {"fraction": 1 / n}, n) for n in (3, 7, 10, 100)),
+        ("trimmed_mean", {"fraction": 0.45}, 3),
+    ],
+)
+def test_a_rule_says_how_many_updates_it_needs(rule: str, keys: dict[str, float], least: int) -> None:
+    made = resolve(SMALL | {"aggregation": {"rule": rule, **keys}}).aggregation
+    assert made.least == least
+    if isinstance(made, TrimmedMeanRule):
+        assert (made.cut(least - 1), made.cut(least)) == (0, 1)
+        assert all(n - 2 * made.cut(n) >= 1 for n in range(1, 500))
+
+
 def test_a_number_of_thousands_of_digits_is_a_bad_study() -> None:
     with pytest.raises(StudyError, match="holds a value that no study has"):
         parse_study('[study]\nname = "x"\nseed = 0x' + "f" * 3900, "here")
@@ -480,6 +577,11 @@ def test_a_promise_of_privacy_brings_the_defaults_that_it_needs() -> None:
         ({"stages": [{"kind": "finetune", "rounds": 3, "class_weights": "balanced"}]}, "stages.0.class_weights"),
         ({"stages": [{"kind": "finetune", "rounds": 9, "patience": 2}]}, "a stage's patience is above 0"),
         ({"stages": [{"kind": "finetune", "rounds": 9, "patience": 2}], "privacy": {"mode": "site"}}, "patience"),
+        *(
+            ({"privacy": {"mode": "site"}, "aggregation": {"rule": rule}}, f"aggregation.rule is '{rule}'")
+            for rule in RULES
+            if rule != "fedavg"
+        ),
         ({"privacy": {"mode": "patient", "noise": 0.0}}, "privacy.noise is 0.0"),
         ({"privacy": {"mode": "patient", "noise": -1.0}}, "privacy.noise is -1.0"),
         ({"privacy": {"mode": "patient", "clip": 0.0}}, "privacy.clip is 0.0"),

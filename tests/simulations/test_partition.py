@@ -1,6 +1,7 @@
 """Dealing patients: each to one site, from the seed alone, by the law that was asked for."""
 
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from numpy.typing import NDArray
 
 from polyclinic.cohort import Cohort
 from polyclinic.errors import Refused
-from polyclinic.study import Dirichlet, Iid
-from polyclinic_simulations.partition import MIN_PATIENTS, partition
+from polyclinic.study import Classes, Dirichlet, Iid, Quantity
+from polyclinic_simulations.partition import MIN_PATIENTS, by_column, partition
 
 from ..tiny import in_memory
 
@@ -30,9 +31,13 @@ def shares(parts: list[NDArray[np.int64]], labels: NDArray[np.str_], label: str)
     return found / found.sum()
 
 
-WAYS = st.just(Iid()) | st.builds(
-    lambda alpha: Dirichlet(kind="dirichlet", alpha=alpha), st.sampled_from([1e-300, 1e-6, 0.05, 0.5, 1.0, 1e6])
+ALPHAS = st.sampled_from([1e-300, 1e-6, 0.05, 0.5, 1.0, 1e6])
+WAYS = (
+    st.just(Iid())
+    | st.builds(lambda alpha: Dirichlet(kind="dirichlet", alpha=alpha), ALPHAS)
+    | st.builds(lambda alpha: Quantity(kind="quantity", alpha=alpha), ALPHAS)
 )
+Way = Iid | Dirichlet | Quantity | Classes
 
 
 @given(
@@ -41,7 +46,7 @@ WAYS = st.just(Iid()) | st.builds(
     WAYS,
     st.integers(0, 2**63 - 1),
 )
-def test_every_patient_goes_to_exactly_one_site(labels: list[str], sites: int, how: Iid | Dirichlet, seed: int) -> None:
+def test_every_patient_goes_to_exactly_one_site(labels: list[str], sites: int, how: Way, seed: int) -> None:
     patients = cohort(labels, images=2)
     if len(labels) < sites * MIN_PATIENTS:
         with pytest.raises(Refused, match=f"{len(labels)} patients cannot be dealt to {sites} sites"):
@@ -55,8 +60,16 @@ def test_every_patient_goes_to_exactly_one_site(labels: list[str], sites: int, h
     assert all(np.array_equal(one, other) for one, other in zip(parts, again, strict=True))
 
 
-@pytest.mark.parametrize("how", [Iid(), Dirichlet(kind="dirichlet", alpha=0.5)])
-def test_other_seeds_deal_otherwise(how: Iid | Dirichlet) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        Iid(),
+        Dirichlet(kind="dirichlet", alpha=0.5),
+        Quantity(kind="quantity", alpha=0.5),
+        Classes(kind="classes", per_site=1),
+    ],
+)
+def test_other_seeds_deal_otherwise(how: Way) -> None:
     patients = cohort(["a", "b"] * 50)
     dealt = {tuple(part.tobytes() for part in partition(patients, 4, how, seed)) for seed in range(20)}
     assert len(dealt) == 20
@@ -90,3 +103,105 @@ def test_classes_are_dealt_independently() -> None:
         parts = partition(cohort(labels.tolist()), 4, how, seed)
         pairs.append((shares(parts, labels, "a")[0], shares(parts, labels, "b")[0]))
     assert abs(np.corrcoef(np.array(pairs).T)[0, 1]) < 0.25
+
+
+@pytest.mark.parametrize("alpha", [0.5, 5.0])
+def test_sizes_of_sites_follow_dirichlets_law_and_their_labels_are_alike(alpha: float) -> None:
+    sites, draws = 4, 400
+    labels = np.array(["a", "a", "b", "a"] * 200)
+    patients = cohort(labels.tolist())
+    how = Quantity(kind="quantity", alpha=alpha)
+    dealt = [partition(patients, sites, how, seed) for seed in range(draws)]
+    sizes = np.array([[len(part) for part in parts] for parts in dealt]) / len(labels)
+    variance = (sites - 1) / (sites**2 * (sites * alpha + 1))  # of one share
+    assert sizes.mean(axis=0) == pytest.approx(1 / sites, abs=4 * np.sqrt(variance / draws))
+    assert sizes.var(axis=0).mean() == pytest.approx(variance, rel=0.15)
+    z = [
+        ((labels[part] == "a").mean() - 0.75) / np.sqrt(0.75 * 0.25 / len(part) * (1 - len(part) / len(labels)))
+        for parts in dealt
+        for part in parts
+        if 50 <= len(part) <= 750
+    ]
+    assert np.mean(z) == pytest.approx(0, abs=0.2)
+    assert np.std(z) == pytest.approx(1, abs=0.1)  # as drawn without looking at labels
+
+
+@given(
+    st.lists(st.integers(12, 30), min_size=1, max_size=6), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32)
+)
+def test_a_site_sees_as_many_classes_as_asked_for(counts: list[int], sites: int, per_site: int, seed: int) -> None:
+    """With classes large enough for all: each has as many shards as any other, or one less."""
+    labels = np.repeat([f"class {n}" for n in range(len(counts))], counts)
+    patients, how = cohort(labels.tolist()), Classes(kind="classes", per_site=per_site)
+    if per_site > len(counts):
+        with pytest.raises(Refused, match=f"have {len(counts)}: 'class 0'"):
+            partition(patients, sites, how, seed)
+        return
+    if sites * per_site < len(counts):
+        with pytest.raises(Refused, match=rf"to nobody\n  fix: .* at least {ceil(len(counts) / sites)},"):
+            partition(patients, sites, how, seed)
+        return
+    parts = partition(patients, sites, how, seed)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
+    assert all(len(np.unique(labels[part])) == per_site for part in parts)
+    shards = [sum(label in labels[part] for part in parts) for label in np.unique(labels)]
+    assert max(shards) - min(shards) <= 1
+
+
+def test_all_pairs_of_classes_meet_equally_often() -> None:
+    """One site of two classes among four: each of the six pairs in a sixth of the draws."""
+    labels = np.repeat(["a", "b", "c", "d"], 10)
+    how, found = Classes(kind="classes", per_site=2), []
+    for seed in range(600):
+        first = partition(cohort(labels.tolist()), 2, how, seed)[0]
+        found.append("".join(np.unique(labels[first])))
+    counts = np.unique(found, return_counts=True)[1]
+    assert len(counts) == 6
+    assert ((counts - 100) ** 2 / 100).sum() < 20.5  # chi-squared, 5 degrees of freedom, p = 0.001
+
+
+def test_classes_too_rare_for_their_sites_are_refused() -> None:
+    labels = ["a"] * 40 + ["b"]
+    with pytest.raises(Refused, match="would have 0 patients"):
+        partition(cohort(labels), 4, Classes(kind="classes", per_site=1), 0)
+
+
+def test_sites_of_a_column_have_its_values_and_a_patient_the_one_of_most_images() -> None:
+    patients = cohort(["a"] * 8, images=3)
+    one = np.array([["PA"] * 3, ["PA", "LL/2", "LL/2"], ["", "", "PA"], [""] * 3] * 2).ravel()
+    parts = by_column(replace(patients, views=one), "view")
+    assert {name: part.tolist() for name, part in parts.items()} == {
+        "LL-2": [1, 5],
+        "PA": [0, 2, 4, 6],
+        "unknown": [3, 7],
+    }
+
+
+def test_values_that_give_the_same_name_are_numbered() -> None:
+    values = np.repeat(["é", "ö", "AP erect", "AP/erect", "x" * 90, "x" * 91], 2)
+    parts = by_column(replace(cohort(["a"] * 12), sites=values), "site")
+    assert set(parts) == {"AP-erect", "AP-erect-2", "unknown", "unknown-2", "x" * 48, "x" * 48 + "-2"}
+
+
+@given(st.lists(st.sampled_from(["", "north", "south"]), min_size=1, max_size=40), st.integers(1, 3))
+def test_a_column_loses_no_patient(values: list[str], images: int) -> None:
+    values = values[: len(values) // images * images] or [*"nnn"][:images]
+    patients = cohort(["a"] * (len(values) // images), images)
+    try:
+        parts = by_column(replace(patients, sites=np.array(values)), "site")
+    except Refused as error:
+        assert "fewer than 2 patients" in error.problem or set(values) == {""}
+        return
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(patients.n_patients))
+    assert all(len(part) >= MIN_PATIENTS and (np.diff(part) > 0).all() for part in parts.values())
+
+
+def test_a_column_without_values_is_refused_and_those_with_values_are_named() -> None:
+    patients = replace(cohort(["a"] * 4), views=np.array(["PA", "PA", "AP", "AP"]))
+    for column in ("site", "scanner"):
+        with pytest.raises(Refused, match=rf"column '{column}'\n  fix: set partition.by to 'view'"):
+            by_column(patients, column)
+    with pytest.raises(Refused, match="use another partition"):
+        by_column(cohort(["a"] * 4), "view")
+    with pytest.raises(Refused, match=r"1 sites fewer than 2 patients: 'AP'"):
+        by_column(replace(patients, views=np.array(["PA", "PA", "PA", "AP"])), "view")

@@ -21,10 +21,10 @@ from polyclinic_client.site import Site, open_site
 from polyclinic_server import rundir
 from polyclinic_server.rundir import RunDir
 from polyclinic_simulations import simulate as module
-from polyclinic_simulations.holdout import leave_one_site_out
+from polyclinic_simulations.holdout import _unlabelled, leave_one_site_out
 from polyclinic_simulations.simulate import claimed, simulate, who_is_tested
 
-from ..tiny import SIMCLR, SITES, TinyEncoder, draw, tiny_study, write_cohort
+from ..tiny import SIMCLR, SITES, TinyEncoder, draw, in_memory, tiny_study, write_cohort
 
 TUNE = {"kind": "finetune", "rounds": 1, "batch_size": 8, "views": {"flip": False}}
 LABELS = {"labels": {"spot": ["spot"], "clear": ["clear"]}}
@@ -315,3 +315,47 @@ def test_runs_have_the_same_test_patients_where_their_digests_agree(tmp_path: Pa
     for one, images in found:
         for other, others in found:
             assert (one == other) == (images == others)
+
+
+def private(folder: Path, epsilon: float) -> Study:
+    """Three hospitals of thirty patients fine-tune under a promise to patients."""
+    for number, name in enumerate(SITES):
+        if not (folder / "data" / name).exists():
+            write_cohort(folder / "data" / name, 30, seed=number)
+    return tiny_study(
+        stages=[{**TUNE, "rounds": 3, "batch_size": 4}],
+        evaluation={**LABELS, "rows": ["random", "alone", "pooled"]},
+        privacy={"mode": "patient", "noise": 2.0, "epsilon": epsilon, "delta": 1e-3},
+        simulation={"site": [{"name": name, "cohort": name} for name in SITES]},
+    )
+
+
+def test_a_private_study_is_compared_and_says_what_it_spent(tmp_path: Path) -> None:
+    found = run(private(tmp_path, 100.0), tmp_path)
+    assert found["epsilon"].keys() == set(SITES)
+    assert found["comparison"].keys() == {"random", "federated", "pooled", *(f"alone:{name}" for name in SITES)}
+    assert not any("loss" in line for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines())
+
+
+def test_a_study_whose_epsilon_is_spent_is_reported_as_far_as_it_came(tmp_path: Path) -> None:
+    whole = run(private(tmp_path, 100.0), tmp_path)
+    found = simulate(
+        private(tmp_path, min(whole["epsilon"].values()) * 0.85),
+        tmp_path / "short",
+        tmp_path / "data",
+        tmp_path / "state",
+    )
+    assert 0 < found["rounds"] < 3
+    assert any("ended after round" in text for text in found["warnings"])
+    assert "federated" in found["comparison"]
+    assert not [row for row in found["comparison"] if row.startswith("alone")]
+    assert any("no row alone:north" in note for note in found["notes"])
+    assert {path.name for path in (tmp_path / "short").iterdir()} >= {"report.html", "MODEL_CARD.md", "summary.json"}
+
+
+def test_where_too_few_are_left_for_a_step_a_fraction_of_the_labels_is_noted(tmp_path: Path) -> None:
+    """When a site is left out of a private study: it used to end the run."""
+    study = private(tmp_path, 100.0)
+    sites = {name: Site(name, in_memory(patients), tmp_path / name) for name, patients in (("a", 30), ("b", 4))}
+    assert _unlabelled(study, {"a": sites["a"]}) == ""
+    assert "only 0 of at least 1 sites can be trained on (b: " in _unlabelled(study, {"b": sites["b"]})

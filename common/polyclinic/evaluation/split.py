@@ -68,7 +68,7 @@ def labelled_patients(
         train[patients[: max(round(stage.label_fraction * len(patients)), 1)]] = True
     if not train.any():
         raise CohortError(
-            "no training patient has a label of a class in [evaluation] labels",
+            "no training patient has a label of a class in [evaluation] labels, or none of them was drawn",
             "add the site's words to the study's labels, or leave the site out of it",
         )
     validation = cohort.select(np.flatnonzero(kept & (group >= 0))) if (kept & (group >= 0)).any() else None

@@ -216,12 +216,12 @@ def _keep_to(cap: Cap, charge: Charge, event: Event, before: Sequence[Event]) ->
         return
     spent = epsilon(before, cap.delta)
     steps = rounds_that_fit(cap.epsilon, cap.delta, Event(event.noise, event.rate, 1), before)
-    raise BudgetSpent(
-        f"round {charge.round} of study {charge.name!r} would take the patients here to epsilon {after:.3f} at delta "
-        f"{cap.delta:g}; {'the study' if cap.study else 'the site'} may spend {cap.epsilon:g}, {spent:.3f} is spent "
-        f"and {max(0.0, cap.epsilon - spent):.3f} left: {steps} of the round's {event.steps} steps",
-        "nothing was trained; plan more noise or fewer rounds (polyclinic privacy plan), "
-        f"or raise the epsilon of {'the study' if cap.study else 'the site'}",
+    whose = "the study" if cap.study else "the site"
+    raise BudgetSpent(  # the figures stay here: only the problem leaves a site, and they would tell of its patients
+        f"round {charge.round} of study {charge.name!r} would pass what {whose} may spend of patients' privacy here",
+        f"nothing was trained: it would come to epsilon {after:.3f} at delta {cap.delta:g} of {cap.epsilon:g}, "
+        f"{spent:.3f} is spent, and {steps} of its {event.steps} steps are left; plan more noise or fewer rounds "
+        f"(polyclinic privacy plan), or raise the epsilon of {whose}",
     )
 
 
@@ -229,8 +229,8 @@ def check_delta(delta: float, patients: int) -> None:
     """Refuse a delta at which publishing one patient outright would keep the promise."""
     if patients < 1 or delta * patients >= 1:
         raise Refused(
-            f"delta is {delta:g} with {patients} patients, and at 1 / patients or more no epsilon promises anything",
-            f"give a delta far below 1 / patients, such as {0.1 / max(1, patients):.0e}",
+            f"delta is {delta:g}, which is 1 / patients or more, where no epsilon promises anything",
+            f"with {patients} patients give one far below that, such as {0.1 / max(1, patients):.0e}",
         )
 
 

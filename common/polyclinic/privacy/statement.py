@@ -43,7 +43,8 @@ def _of_patients(privacy: PatientPrivacy, spent: str) -> str:
     return (
         f"Differential privacy of every patient, made at the sites. Unit: a patient of a site with all images there; "
         f"relation: adding or removing one. The updates that a site has sent in this study are (epsilon, "
-        f"delta)-differentially private with {spent}. Mechanism: DP-SGD; a step reads one random image of each "
+        f"delta)-differentially private with {spent}, as each site has said in its last answer; what a round cost that "
+        f"it did not finish in time stands in its own ledger. Mechanism: DP-SGD; a step reads one random image of each "
         f"patient that is drawn, clips each patient's gradient to a norm of {privacy.clip:g} over all trained "
         f"weights, adds Gaussian noise of standard deviation {privacy.noise * privacy.clip:g} (noise "
         f"{privacy.noise:g} times clip) to their sum and divides by the expected number of patients. Sampling: "

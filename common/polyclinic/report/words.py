@@ -18,7 +18,16 @@ ENCODERS = {
     "vit_small": "ViT-S",
     "vit_base": "ViT-B",
 }
-RULES = {"fedavg": "FedAvg"}
+RULES = {
+    "fedavg": "FedAvg",
+    "fedprox": "FedProx",
+    "fedavgm": "FedAvgM",
+    "fedadam": "FedAdam",
+    "ldawa": "L-DAWA",
+    "median": "the coordinate-wise median",
+    "trimmed_mean": "the coordinate-wise trimmed mean",
+    "krum": "Krum",
+}
 WEIGHTING = {"patients": "by patients", "equal": "equally", "tempered": "by the square root of patients"}
 PRIVACY = {
     "none": "without differential privacy",

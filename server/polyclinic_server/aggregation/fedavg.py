@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from polyclinic.study import Aggregation
 from polyclinic.wire import Tensors
 
 STEP = 2.0**-28
@@ -27,11 +28,19 @@ def weight_of(patients: int, weighting: str) -> int:
 
 
 class FedAvg:
-    """The running sum of one round. `add` updates, then `close` into the new global tensors."""
+    """The running sum of one round. `add` updates, then `close` into the new global tensors.
 
-    def __init__(self, tensors: Tensors) -> None:
+    Attributes:
+        holds_updates: whether all updates of the round are in memory until it closes.
+        state: what the rule remembers from round to round, float32 and flat; empty where a stage begins.
+    """
+
+    holds_updates = False
+
+    def __init__(self, tensors: Tensors, settings: Aggregation | None = None, state: Tensors | None = None) -> None:
         self._sums = {name: np.zeros(value.size, np.int64) for name, value in tensors.items()}
         self.weight = 0
+        self.state = state or {}
 
     def add(self, update: Iterable[tuple[str, NDArray[np.float32]]], weight: int) -> None:
         """Add an update, tensor by tensor; its names, shapes and values have passed the gate.
@@ -48,16 +57,20 @@ class FedAvg:
                 total[at : at + CHUNK] += _steps(flat[at : at + CHUNK], weight)
 
     def close(self, tensors: Tensors) -> Tensors:
-        """The new global tensors: the old ones plus the weighted mean of the updates. The sums are given up."""
+        """The new global tensors: the old ones plus `step`. The sums are given up."""
         new: Tensors = {}
         for name, value in tensors.items():
             flat, total = value.reshape(-1), self._sums.pop(name)
             result = np.empty(flat.size, np.float32)
             for at in range(0, flat.size, CHUNK):
-                mean = total[at : at + CHUNK] * (STEP / self.weight)
-                result[at : at + CHUNK] = flat[at : at + CHUNK] + mean
+                mean = total[at : at + CHUNK] * np.float64(STEP / self.weight)
+                result[at : at + CHUNK] = flat[at : at + CHUNK] + self.step(name, at, mean)
             new[name] = result.reshape(value.shape)
         return new
+
+    def step(self, name: str, at: int, mean: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What is added to a tensor's values from `at` on, whose updates have the weighted mean `mean`: that."""
+        return mean
 
 
 def _steps(values: NDArray[np.float32], weight: int) -> NDArray[np.int64]:

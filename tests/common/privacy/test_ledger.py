@@ -101,7 +101,7 @@ def test_no_round_passes_a_cap(ledger: PrivacyLedger, fit: int) -> None:
         ledger.reserve(CHARGE, [CAP])
     spent = ledger.epsilon(DELTA)
     left = rounds_that_fit(CAP.epsilon, DELTA, replace(EVENT, steps=1), [replace(EVENT, steps=fit * 20)])
-    assert f"may spend 4, {spent:.3f} is spent and {4 - spent:.3f} left: {left} of the round's 20" in str(caught.value)
+    assert f"of 4, {spent:.3f} is spent, and {left} of its 20 steps are left" in str(caught.value)
     assert "polyclinic privacy plan" in caught.value.fix
     assert caught.value.exit_code == 2
     assert spent == epsilon([replace(EVENT, steps=fit * 20)], DELTA) <= CAP.epsilon
@@ -129,7 +129,7 @@ def test_a_cap_of_a_study_is_for_that_study_only(used: PrivacyLedger) -> None:
 
 
 def test_a_cap_that_was_passed_before_lets_nothing_more_through(used: PrivacyLedger) -> None:
-    with pytest.raises(BudgetSpent, match=r"and 0\.000 left: 0 of the round's 1 steps"):
+    with pytest.raises(BudgetSpent, match="and 0 of its 1 steps are left"):
         used.reserve(replace(CHARGE, noise=1000.0, rate=1e-6, steps=1), [Cap(0.1, DELTA)])
 
 

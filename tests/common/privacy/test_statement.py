@@ -77,7 +77,7 @@ def test_without_privacy_one_honest_sentence() -> None:
 
 def test_a_site_that_has_said_nothing_is_promised_nothing() -> None:
     text = statement(study(**PATIENT), {**SPENT, "west": None})
-    assert "1.000 at east, 2.306 at north, at delta = 1e-06; nothing is known of west." in text
+    assert "1.000 at east, 2.306 at north, at delta = 1e-06; nothing is known of west, as each site" in text
     assert "at every site" not in statement(study(**PATIENT), {"east": 1.0, "west": None})
     assert "an epsilon that no site has said yet" in statement(study(**PATIENT), {"west": None})
 

@@ -1,0 +1,113 @@
+"""`polyclinic simulate --dry-run`: the sites as they would be, and nothing run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polyclinic import cli
+
+from ..tiny import write_cohort
+
+STUDY = """
+[study]
+name = "tiny"
+[images]
+size = 16
+[evaluation.labels]
+ill = ["spot"]
+well = ["clear"]
+[[stages]]
+kind = "pretrain"
+method = "simclr"
+rounds = 1
+[simulation]
+cohort = "all"
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_cohort(tmp_path / "all", 24)
+
+
+def dry(simulation: str, *more: str) -> int:
+    Path("study.toml").write_text(STUDY + simulation)
+    return cli.run(["simulate", "study.toml", "--dry-run", *more])
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_sites_classes_and_shifts_are_shown_and_no_run_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    simulation = 'sites = 3\npartition = { kind = "classes", per_site = 1 }'
+    assert dry(simulation, "--json") == 0
+    before = shown(capsys)["sites"]
+    assert sum(site["patients"] for site in before.values()) == 24
+    assert all(site["images"] == 2 * site["patients"] and len(site["classes"]) == 1 for site in before.values())
+    assert not any(site["shift"] for site in before.values())
+    assert dry(simulation, "--out", "run", "--state", "there") == 0
+    assert {path.name for path in Path().iterdir()} == {"all", "study.toml", ".polyclinic", "there"}
+
+
+def test_prevalence_and_labels_are_those_after_the_shifts(capsys: pytest.CaptureFixture[str]) -> None:
+    simulation = 'sites = 2\nshift = [{ kind = "prevalence", severity = 1, label = "spot", sites = ["site-2"] }]'
+    assert dry(simulation, "--json") == 0
+    found = shown(capsys)
+    assert found["study"] == "tiny"
+    one, two = found["sites"]["site-1"], found["sites"]["site-2"]
+    assert one["patients"] == sum(one["classes"].values()) == 12
+    assert set(one["classes"]) == {"ill", "well"}
+    assert two["classes"] == {"well": two["patients"]}
+    assert 0 < two["patients"] < 12
+    assert two["shift"] == [{"kind": "prevalence", "severity": 1.0}]
+    flipped = 'sites = 2\nshift = [{ kind = "label_noise", severity = 1 }]'
+    assert dry(flipped, "--json") == 0
+    turned = shown(capsys)["sites"]["site-1"]["classes"]
+    assert turned == {"ill": one["classes"]["well"], "well": one["classes"]["ill"]}
+
+
+def test_the_table_has_a_row_a_site_and_a_column_a_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry('sites = 2\nshift = [{ kind = "noise", severity = 0.5, sites = ["site-2"] }]') == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if "patients" in line and "images" in line)
+    assert [word for word in ("site", "patients", "images", "ill", "well", "shift") if word not in head] == []
+    one, two = (next(line for line in lines if name in line) for name in ("site-1", "site-2"))
+    assert "12" in one
+    assert "24" in one
+    assert "noise" not in one
+    assert "noise 0.5" in two
+
+
+def test_rare_classes_share_no_column(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("all/labels.csv")
+    rows = path.read_text().splitlines()
+    named = [f"{row.split(',')[0]},w{k // 4:02},{row.split(',')[2]}" for k, row in enumerate(rows[1:])]
+    path.write_text("\n".join([rows[0], *named]))
+    assert dry("sites = 2") == 0
+    assert "4 rarer classes are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("simulation", "said"),
+    [
+        ("sites = 13", "24 patients cannot be dealt to 13 sites"),
+        ('sites = 2\npartition = { kind = "classes", per_site = 3 }', "3 classes a site are asked for"),
+        ('partition = { kind = "column", by = "site" }', "no image has a value in the column 'site'"),
+        (
+            'sites = 2\npartition = { kind = "classes", per_site = 1 }\n'
+            'shift = [{ kind = "prevalence", severity = 1, label = "spot" }]',
+            "patients",
+        ),
+        ("sites = 1", "1 sites can never be aggregation.min_sites = 2"),
+        ('sites = 2\nshift = [{ kind = "nois", severity = 1 }]', "the nearest is 'noise'"),
+        ('sites = 2\nshift = [{ kind = "prevalence", severity = 1, label = "spots" }]', "the nearest is 'spot'"),
+    ],
+)
+def test_what_would_be_refused_is_refused_dry(simulation: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry(simulation) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("runs").exists()

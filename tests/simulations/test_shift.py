@@ -1,0 +1,384 @@
+"""Shifts at intake: what each does in figures, that it can be seen, and that a site keeps it from run to run."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from polyclinic.cohort import Cohort, build_cohort
+from polyclinic.encoders import ENCODERS
+from polyclinic.errors import CohortError, Refused, StudyError
+from polyclinic.study import Images, PixelShift, Shift, Study, resolve
+from polyclinic_client.site import Site, open_site
+from polyclinic_simulations import consortium
+from polyclinic_simulations.consortium import IMAGES, gather, settle
+from polyclinic_simulations.phantom import write_site
+from polyclinic_simulations.shift import SHIFTS, shift_patients, shift_pixels
+from polyclinic_simulations.simulate import simulate, who_is_tested
+
+from ..tiny import SIMCLR, TinyEncoder, in_memory, open_run, tiny_study, write_cohort
+
+KINDS: tuple[PixelShift, ...] = get_args(PixelShift)
+DRAWN = {"noise", "inversion", "collimation", "marker"}
+"""Those that differ from image to image."""
+
+
+def shifts(kind: str, severity: float, label: str = "") -> list[Shift]:
+    return [Shift.model_validate({"kind": kind, "severity": severity, "label": label})]
+
+
+def shifted(images: NDArray[np.uint8], kind: str, severity: float, seed: int = 7, site: str = "north") -> Any:
+    return shift_pixels(images, np.arange(len(images)), shifts(kind, severity), seed, site)
+
+
+def flat(grey: int, count: int = 1, size: int = 32) -> NDArray[np.uint8]:
+    """Images of one grey."""
+    return np.full((count, 1, size, size), grey, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    """Fifty invented patients of one scanner."""
+    folder = tmp_path_factory.mktemp("phantom")
+    write_site(folder / "north", "north", 50, 3)
+    return build_cohort(folder / "north", Images(size=48), folder / "state", workers=1)
+
+
+@pytest.fixture(scope="module")
+def images(phantom: Cohort) -> NDArray[np.uint8]:
+    return phantom.pixels(slice(None)).numpy()
+
+
+def features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(images, features) histograms of greys, and of their differences over 1, 2 and 4 pixels."""
+    edges = np.array([0, 1, 2, 4, 8, 16, 32, 64, 256])
+    found = [np.histogram(image, 16, (0, 256))[0] for image in images]
+    rows = [list(grey) for grey in found]
+    for row, image in zip(rows, images.astype(int)[:, 0], strict=True):
+        for lag in (1, 2, 4):
+            for step in (image[lag:] - image[:-lag], image[:, lag:] - image[:, :-lag]):
+                row += list(np.histogram(np.abs(step), edges)[0])
+    return np.array(rows, float)
+
+
+def domain_auc(images: NDArray[np.uint8], patients: NDArray[np.int32], kind: str, severity: float) -> float:
+    """How well images of shifted patients are told from others, by patients that were not learnt from."""
+    there = patients % 2 == 1
+    mixed = images.copy()
+    mixed[there] = shifted(images, kind, severity)[there]
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+    folds = {"cv": GroupKFold(5), "groups": patients, "method": "predict_proba"}
+    return float(roc_auc_score(there, cross_val_predict(model, features(mixed), there, **folds)[:, 1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_domain_classifier_sees_each_shift_the_better_the_stronger_it_is(
+    kind: str, phantom: Cohort, images: NDArray[np.uint8]
+) -> None:
+    none, some, much = (domain_auc(images, phantom.patients, kind, severity) for severity in (0.0, 0.4, 1.0))
+    assert abs(none - 0.5) < 0.1
+    assert some > none + 0.05
+    assert much > max(some - 0.01, 0.9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_effect_grows_from_nothing(kind: str, images: NDArray[np.uint8]) -> None:
+    assert shifted(images, kind, 0.0).tobytes() == images.tobytes()
+    effects = [np.abs(shifted(images, kind, s).astype(int) - images).mean() for s in (0.1, 0.3, 0.6, 1.0)]
+    assert 0 < effects[0] < effects[1] < effects[2] < effects[3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("severity", [5e-324, 1e-200, 1e-9])
+def test_hardly_any_severity_changes_hardly_anything(kind: str, severity: float, images: NDArray[np.uint8]) -> None:
+    made = shifted(images[:5], kind, severity).astype(int)
+    assert np.abs(made - images[:5]).max() <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_shifted_alike_again_alone_and_not_alike_elsewhere(kind: str, images: NDArray[np.uint8]) -> None:
+    some = images[:20]
+    whole = shifted(some, kind, 0.6)
+    assert whole.dtype == np.uint8
+    assert whole.shape == some.shape
+    for number in (0, 7, 19):
+        alone = shift_pixels(some[number : number + 1], np.array([number]), shifts(kind, 0.6), 7, "north")
+        assert alone[0].tobytes() == whole[number].tobytes()
+    before = shift_pixels(some, np.arange(20), [*shifts("response", 0.0), *shifts(kind, 0.6)], 7, "north")
+    for other in (shifted(some, kind, 0.6, seed=8), shifted(some, kind, 0.6, site="south"), before):
+        assert (other.tobytes() == whole.tobytes()) == (kind not in DRAWN)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_colour_channels_are_kept_in_place(kind: str, images: NDArray[np.uint8]) -> None:
+    """All but noise do the same to each channel."""
+    colour = np.repeat(images[:4], 3, axis=1)
+    made = shifted(colour, kind, 0.6)
+    assert made.shape == colour.shape
+    if kind != "noise":
+        assert (made == shifted(images[:4], kind, 0.6)).all()
+
+
+def test_shifts_compose_in_the_order_given(images: NDArray[np.uint8]) -> None:
+    numbers, (dim, coarse) = np.arange(9), (shifts(kind, 0.5)[0] for kind in ("response", "bit_depth"))
+    both = shift_pixels(images[:9], numbers, [dim, coarse], 7, "north")
+    by_hand = SHIFTS["bit_depth"](SHIFTS["response"](images[:9], 0.5, []), 0.5, [])
+    assert (both == by_hand).all()
+    assert (both != shift_pixels(images[:9], numbers, [coarse, dim], 7, "north")).any()
+
+
+def test_the_response_curve_is_a_gamma() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    for severity, gamma in ((0.5, np.sqrt(2.5)), (1.0, 2.5)):
+        assert (shifted(ramp, "response", severity).ravel() == np.round(255 * (np.arange(256) / 255) ** gamma)).all()
+
+
+def test_a_wave_loses_the_contrast_that_the_mtf_says() -> None:
+    size, severity = 64, 0.5
+    sigma = 0.02 * severity * size  # pixels
+    at = np.arange(size) + 0.5
+    for waves in (4, 8, 16):  # half-waves in phase with the mirrored edges
+        frequency = waves / size / 2
+        wave = np.round(127.5 + 100 * np.cos(2 * np.pi * frequency * at))
+        image = np.broadcast_to(wave, (1, 1, size, size)).astype(np.uint8)
+        left = shifted(image, "sharpness", severity)[0, 0, 0].astype(float) - 127.5
+        amplitude = 2 * (left * np.cos(2 * np.pi * frequency * at)).mean()
+        assert amplitude == pytest.approx(100 * np.exp(-2 * (np.pi * sigma * frequency) ** 2), abs=0.5)
+
+
+@pytest.mark.parametrize("severity", [0.2, 1.0])
+def test_quantum_noise_is_that_of_its_dose(severity: float) -> None:
+    for grey in (20, 100):
+        made = shifted(flat(grey, count=40), "noise", severity).astype(float)
+        assert made.mean() == pytest.approx(grey, rel=0.02)
+        assert made.std() == pytest.approx(0.15 * severity * np.sqrt(grey * 255), rel=0.05)
+    assert (shifted(flat(0), "noise", severity) == 0).all()
+
+
+@pytest.mark.parametrize(("severity", "levels"), [(0.5, 32), (5 / 6, 8), (1.0, 4)])
+def test_bits_are_lost_and_black_and_white_are_kept(severity: float, levels: int) -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    made = np.unique(shifted(ramp, "bit_depth", severity))
+    assert (made == np.round(np.linspace(0, 255, levels))).all()
+
+
+def test_a_part_of_the_images_is_inverted() -> None:
+    made = shifted(flat(10, count=2000, size=2), "inversion", 0.3)
+    assert set(np.unique(made)) == {10, 245}
+    assert (made[:, 0, 0, 0] == 245).mean() == pytest.approx(0.3, abs=0.04)
+    assert (shifted(flat(10, count=50), "inversion", 1.0) == 245).all()
+
+
+def test_the_collimator_leaves_a_window() -> None:
+    made = shifted(flat(200, count=300, size=100), "collimation", 0.5)[:, 0] == 200
+    for lit in (made.any(axis=1), made.any(axis=2)):  # (images, 100) columns, rows
+        first, last = lit.argmax(axis=1), lit[:, ::-1].argmax(axis=1)
+        for border in (first, last):
+            assert border.min() == 5
+            assert border.max() == 10
+            assert border.mean() == pytest.approx(7.5, abs=0.3)
+    assert (made == (made.any(axis=1)[:, None, :] & made.any(axis=2)[:, :, None])).all()
+
+
+def test_markers_are_letters_in_the_upper_corners() -> None:
+    made = shifted(flat(0, count=400, size=96), "marker", 0.5)[:, 0]
+    assert set(np.unique(made)) == {0, 255}
+    marked = made[made.any(axis=(1, 2))] > 0
+    assert len(marked) / 400 == pytest.approx(0.5, abs=0.1)
+    sides = []
+    for image in marked:
+        rows, columns = np.flatnonzero(image.any(axis=1)), np.flatnonzero(image.any(axis=0))
+        assert rows[-1] < 0.3 * 96
+        assert 12 <= rows[-1] - rows[0] + 1 <= 20  # a letter of 14.4 pixels, and its stroke
+        assert columns[-1] < 0.3 * 96 or columns[0] > 0.7 * 96
+        stem, upper = image[rows[0] : rows[-1] + 1, columns[0]], image[rows[0] + 4, columns[0] + 5 :]
+        assert stem.mean() > 0.7
+        sides.append((bool(columns[0] > 48), bool(upper.any())))  # (on the right, an R: L has nothing beside its stem)
+    counts = [sides.count(each) for each in set(sides)]
+    assert len(counts) == 4
+    assert min(counts) > 0.15 * len(marked)
+
+
+def test_local_contrast_leaves_flat_parts_and_widens_an_edge() -> None:
+    assert (shifted(flat(90), "local_contrast", 1.0) == 90).all()
+    edge = flat(100, size=64)
+    edge[..., 32:] = 140
+    made = shifted(edge, "local_contrast", 0.5)[0, 0, 30].astype(int)
+    assert made[0] == 100
+    assert made[-1] == 140
+    assert made[31] < 90
+    assert made[32] > 150
+
+
+def test_resolution_averages_and_keeps_the_mean() -> None:
+    assert (shifted(flat(90), "resolution", 1.0) == 90).all()
+    board = flat(0, size=32)
+    board[0, 0] = 200 * (np.indices((32, 32)).sum(axis=0) % 2)
+    assert (shifted(board, "resolution", 1.0) == 100).all()  # squares of a pixel are lost in those of four
+
+
+def patients_of(cohort: Cohort) -> NDArray[np.int64]:
+    return np.arange(cohort.n_patients)
+
+
+def test_label_noise_flips_its_part_of_the_sites_labels_to_other_words_of_the_cohort() -> None:
+    cohort = in_memory(3000, images=1)
+    words = np.array(["a", "b", "c", ""] * 750)
+    cohort = replace(cohort, labels=words)
+    own = patients_of(cohort)[:2000]
+    wrong = {}
+    for severity in (0.0, 0.2, 0.6):
+        made, patients = shift_patients(cohort, own, shifts("label_noise", severity), 7, "north")
+        assert (patients == own).all()
+        changed = made.labels != words
+        assert not changed[2000:].any()
+        assert not changed[words == ""].any()
+        assert changed[:2000][words[:2000] != ""].mean() == pytest.approx(severity, abs=0.03)
+        wrong[severity] = changed
+        again = shift_patients(cohort, own, shifts("label_noise", severity), 7, "north")[0]
+        assert (again.labels == made.labels).all()
+        if severity == 0.6:
+            became = made.labels[(words == "a") & changed]
+            assert (became == "b").mean() == pytest.approx(0.5, abs=0.1)
+            assert set(became) == {"b", "c"}
+    assert not (wrong[0.2] & ~wrong[0.6]).any()
+    with pytest.raises(CohortError, match="fewer than two"):
+        shift_patients(replace(cohort, labels=np.full(3000, "a")), own, shifts("label_noise", 0.5), 7, "north")
+
+
+def test_prevalence_keeps_patients_of_one_class_away() -> None:
+    cohort = replace(in_memory(2000, images=1), labels=np.array(["a", "b", "a|b", "c"] * 500))
+    own = patients_of(cohort)[:1600]
+    left = {}
+    for severity in (0.0, 0.3, 0.7, 1.0):
+        made, patients = shift_patients(cohort, own, shifts("prevalence", severity, "b"), 7, "north")
+        assert made is cohort
+        gone = np.setdiff1d(own, patients)
+        assert set(np.unique(cohort.labels[gone])) <= {"b", "a|b"}
+        assert len(gone) / 800 == pytest.approx(severity, abs=0.06)
+        left[severity] = set(patients.tolist())
+    assert left[0.0] > left[0.3] > left[0.7] > left[1.0]
+    with pytest.raises(CohortError, match=r"label 'xyz'.*\n  fix: give one of 'a', 'b', 'c'"):
+        shift_patients(cohort, own, shifts("prevalence", 0.5, "xyz"), 7, "north")
+    with pytest.raises(CohortError, match="the nearest is 'b'"):
+        shift_patients(cohort, own, shifts("prevalence", 0.5, "bb"), 7, "north")
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Study]:
+    """Three sites dealt from one cohort: one as it is, one noisy, one with two shifts and wrong labels."""
+    monkeypatch.setitem(ENCODERS, "resnet18", lambda encoder, images: TinyEncoder(images.channels))
+    monkeypatch.setattr(consortium, "BLOCK", 7)
+    write_cohort(tmp_path / "data", 36)
+    yield with_shifts(
+        {"kind": "noise", "severity": 0.5, "sites": ["site-2", "site-3"]},
+        {"kind": "label_noise", "severity": 0.3, "sites": ["site-3"]},
+        {"kind": "response", "severity": 1.0, "sites": ["site-3"]},
+        {"kind": "collimation", "severity": 0.0},
+    )
+
+
+def with_shifts(*shifts: dict[str, Any]) -> Study:
+    return tiny_study(
+        stages=[{**SIMCLR, "rounds": 2}], simulation={"sites": 3, "cohort": "data", "shift": list(shifts)}
+    )
+
+
+def settled(study: Study, at: Path, out: str = "run") -> dict[str, Site]:
+    members = gather(study, at, at / "state", lambda what, done, total: None)
+    return settle(members, study, open_run(at / out, study))
+
+
+def test_a_site_opens_with_its_shifted_images_and_labels(study: Study, tmp_path: Path) -> None:
+    plain, made = settled(with_shifts(), tmp_path, "plain"), settled(study, tmp_path)
+    whole = build_cohort(tmp_path / "data", study.images, tmp_path / "state")
+    for name, site in made.items():
+        cohort, before = site.cohort, plain[name].cohort
+        assert (cohort.rows == before.rows).all()  # an image has the same number everywhere
+        numbers = np.flatnonzero(np.isin(whole.rows, cohort.rows))
+        expected = shift_pixels(
+            before.pixels(slice(None)).numpy(), numbers, study.simulation.shifts_of(name), study.seed, name
+        )
+        assert cohort.pixels(slice(None)).numpy().tobytes() == expected.tobytes()
+        some = cohort.select([1, 3])
+        assert (some.pixels([0]).numpy() == expected[np.flatnonzero(cohort.patients == 1)[:1]]).all()
+        assert (cohort.labels != before.labels).any() == (name == "site-3")
+        stored = tmp_path / "run" / "sites" / name / IMAGES
+        assert stored.exists() == (name != "site-1")
+        assert not stored.exists() or stored.stat().st_size == len(cohort) * 16 * 16
+    assert isinstance(made["site-1"].cohort.images, np.memmap)
+    first = {name: made[name] for name in ("site-1", "site-2")}
+    assert who_is_tested(first, study) == who_is_tested({name: plain[name] for name in first}, study)
+
+
+def test_the_shifted_images_are_made_once_and_again_where_that_was_cut_short(study: Study, tmp_path: Path) -> None:
+    settled(study, tmp_path)
+    folder = tmp_path / "run" / "sites" / "site-2"
+    bits, when = (folder / IMAGES).read_bytes(), (folder / IMAGES).stat().st_mtime_ns
+    settled(study, tmp_path)
+    assert (folder / IMAGES).stat().st_mtime_ns == when
+    (folder / IMAGES).rename(folder / f".{IMAGES}.1.tmp")
+    open_site.cache_clear()
+    with pytest.raises(CohortError, match="own images are gone"):
+        open_site(folder)
+    settled(study, tmp_path)
+    assert (folder / IMAGES).read_bytes() == bits
+    assert {path.name for path in folder.iterdir()} == {IMAGES, "site.json"}
+
+
+def test_a_site_with_other_labels_or_images_is_not_the_one_that_began(study: Study, tmp_path: Path) -> None:
+    settled(study, tmp_path)
+    with pytest.raises(Refused, match="site 'site-2' have changed since this run began"):
+        settled(with_shifts(), tmp_path)
+    with pytest.raises(Refused, match="site 'site-3' have changed since this run began"):
+        settled(with_shifts(*[s.model_dump() for s in study.simulation.shift if s.kind != "label_noise"]), tmp_path)
+
+
+def test_a_shifted_run_goes_on_to_the_same_bits(study: Study, tmp_path: Path) -> None:
+    def stop(event: Any) -> None:
+        if event["event"] == "round_closed":
+            raise KeyboardInterrupt
+
+    where = tmp_path, tmp_path / "state"
+    whole = simulate(study, tmp_path / "whole", *where)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(study, tmp_path / "run", *where, listen=stop)
+    assert simulate(study, tmp_path / "run", *where, resume=True)["comparison"] == whole["comparison"]
+    bits = {(tmp_path / run / "encoder.safetensors").read_bytes() for run in ("whole", "run")}
+    assert len(bits) == 1
+
+
+def test_sites_that_share_patients_are_refused_though_prevalence_differs(tmp_path: Path) -> None:
+    write_cohort(tmp_path / "data", 20)
+    rare = {"kind": "prevalence", "severity": 0.5, "label": "spot"}
+    sites = [{"name": "a", "cohort": "data"}, {"name": "b", "cohort": "data", "shift": [rare]}]
+    with pytest.raises(StudyError, match="sites 'a' and 'b' have the same patients"):
+        settled(tiny_study(simulation={"site": sites}), tmp_path)
+
+
+def test_a_shift_of_a_site_that_the_column_does_not_make_is_refused(tmp_path: Path) -> None:
+    folder = write_cohort(tmp_path / "data", 12)
+    lines = (folder / "labels.csv").read_text().splitlines()
+    views = ["view", *(["PA"] * 12 + ["AP"] * 12)]
+    (folder / "labels.csv").write_text("\n".join(f"{row},{view}" for row, view in zip(lines, views, strict=True)))
+    simulation: dict[str, Any] = {"cohort": "data", "partition": {"kind": "column", "by": "view"}}
+    assert {
+        m.name for m in gather(tiny_study(simulation=simulation), tmp_path, tmp_path / "state", lambda *_: None)
+    } == {
+        "PA",
+        "AP",
+    }
+    simulation["shift"] = [{"kind": "noise", "severity": 0.5, "sites": ["PAA"]}]
+    with pytest.raises(StudyError, match=r"names 'PAA', which is no site\n  fix: the nearest is 'PA'"):
+        gather(
+            resolve(tiny_study().plain() | {"simulation": simulation}), tmp_path, tmp_path / "state", lambda *_: None
+        )
