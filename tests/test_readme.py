@@ -26,11 +26,13 @@ def test_a_command_knows_its_options(line: str) -> None:
 
 
 def test_the_studies_are_studies() -> None:
-    first, last, promise = STUDIES
+    first, last, dealt, promise = STUDIES
     assert [stage.method for stage in parse_study(first, "README").stages] == ["simclr"]
     whole = parse_study(first + last, "README")
     assert [stage.method for stage in whole.stages] == ["simclr", "supervised"]
     assert whole.evaluation.classes == ["ill", "well"]
+    pretraining = first[: first.index("[[simulation.site]]")]
+    assert [shift.kind for shift in parse_study(pretraining + dealt, "README").simulation.shift] == ["noise", "response"]
     masked = first.replace('"simclr"', '"mae"') + '[encoder]\nname = "vit_tiny"\n'
     assert parse_study(masked + promise, "README").privacy.mode == "patient"
     with pytest.raises(StudyError, match="not separable"):
