@@ -32,7 +32,8 @@ def test_the_studies_are_studies() -> None:
     assert [stage.method for stage in whole.stages] == ["simclr", "supervised"]
     assert whole.evaluation.classes == ["ill", "well"]
     pretraining = first[: first.index("[[simulation.site]]")]
-    assert [shift.kind for shift in parse_study(pretraining + dealt, "README").simulation.shift] == ["noise", "response"]
+    shifts = parse_study(pretraining + dealt, "README").simulation.shift
+    assert [shift.kind for shift in shifts] == ["noise", "response"]
     masked = first.replace('"simclr"', '"mae"') + '[encoder]\nname = "vit_tiny"\n'
     assert parse_study(masked + promise, "README").privacy.mode == "patient"
     with pytest.raises(StudyError, match="not separable"):

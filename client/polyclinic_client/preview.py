@@ -130,8 +130,8 @@ def _spending(hospital: Hospital, study: Study, trains_on: Sequence[Cohort | Non
     """
     if not isinstance(study.privacy, PatientPrivacy):
         return None
-    from polyclinic.privacy.accounting import Event, epsilon
-    from polyclinic.privacy.dpsgd import sampling_rate, steps_of_round
+    from polyclinic.privacy.accounting import epsilon
+    from polyclinic.privacy.dpsgd import event_of_round
 
     own, ledger = hospital.settings.policy, hospital.spending
     caps = [Cap(study.privacy.epsilon, study.privacy.delta, study.hash), *own.caps]
@@ -140,9 +140,7 @@ def _spending(hospital: Hospital, study: Study, trains_on: Sequence[Cohort | Non
         if training is not None:
             for cap in caps:
                 check_delta(cap.delta, training.n_patients)
-            rate = sampling_rate(training.n_patients, stage.batch_size)
-            event = Event(study.privacy.noise, rate, steps_of_round(training.n_patients, stage))
-            rounds += [event] * stage.rounds
+            rounds += [event_of_round(study.privacy, training.n_patients, stage)] * stage.rounds
     before = {cap: ledger.events(cap.study) for cap in caps}
 
     def fit(made: int) -> bool:

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -163,10 +163,9 @@ def _round(
 
 def _charge(order: Order, study: Study, site: Site, training: Cohort) -> Charge:
     """What a round of a stage costs the patients it is trained on."""
-    from polyclinic.privacy.dpsgd import sampling_rate, steps_of_round
+    from polyclinic.privacy.dpsgd import event_of_round
 
     assert isinstance(study.privacy, PatientPrivacy)
-    stage = study.stages[order.stage]
     return Charge(
         study=study.hash,
         name=study.name,
@@ -175,9 +174,7 @@ def _charge(order: Order, study: Study, site: Site, training: Cohort) -> Charge:
         model=order.model,
         cohort=site.cohort_id(training),
         patients=training.n_patients,
-        noise=study.privacy.noise,
-        rate=sampling_rate(training.n_patients, stage.batch_size),
-        steps=steps_of_round(training.n_patients, stage),
+        **asdict(event_of_round(study.privacy, training.n_patients, study.stages[order.stage])),
     )
 
 

@@ -56,7 +56,7 @@ class OpacusHooks:
     def sums(self, coefficients: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(number, sum) of each parameter."""
         for number, parameter in enumerate(self.parameters):
-            yield number, torch.tensordot(coefficients, parameter.grad_sample, 1)
+            yield number, torch.tensordot(coefficients.float(), parameter.grad_sample, 1)
             parameter.grad = parameter.grad_sample = None
 
     def close(self) -> None:

@@ -74,15 +74,11 @@ def plan(
 def _of_patients(
     study: "Study", privacy: "PatientPrivacy", patients: int | None, delta: float | None
 ) -> dict[str, Any]:
-    from polyclinic.privacy.accounting import Event
-    from polyclinic.privacy.dpsgd import sampling_rate, steps_of_round
+    from polyclinic.privacy.dpsgd import event_of_round
 
     if patients is None:
         raise Refused("privacy.mode is 'patient', and epsilon depends on the patients of a site", "give --patients N")
-    rounds = [
-        Event(privacy.noise, sampling_rate(patients, stage.batch_size), steps_of_round(patients, stage))
-        for stage in study.stages
-    ]
+    rounds = [event_of_round(privacy, patients, stage) for stage in study.stages]
     return {"mode": "patient", "patients": patients, **_worth(study, privacy, rounds, patients, delta)}
 
 

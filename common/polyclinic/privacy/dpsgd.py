@@ -13,16 +13,22 @@ What one patient may change must be that patient's term only. Hence views, masks
 generators that nobody knows the seed of: from those of the study, which are read in sequence, one patient more would
 shift the known draws of all others. Patients and images are drawn by numpy's PCG64 and noise by torch's generator of
 the device (Mersenne twister on a processor, Philox on CUDA), all seeded by the operating system, anew in every round.
-None of them is a cryptographic generator: whoever sees enough of its bare output could foretell the rest. Noise is in
-floating point, and what its lowest bits tell (Mironov, On significance of the least significant bits for differential
-privacy, CCS 2012) is not defended. Nor is it that the last digits of a gradient depend on how many patients share its
-pass: nothing that shows in ordinary weights, but in some made a thousand times larger one patient moved the sum by a
-few per cent more than C. With `physical_batch = 1` nothing is shared.
+None of them is a cryptographic generator: whoever sees enough of its bare output could foretell the rest.
+
+Nor may one patient more change the last digits of the others' gradients, from which weights made for that make whole
+clips. How a product of matrices rounds depends on its shape. So views are drawn patient by patient, and every pass has
+`physical_batch` rows, the last of them for nobody where patients do not fill it. That at a fixed shape a row's bits
+depend neither on its place nor on the other rows is no promise of torch's: the tests show it on a processor, for whole
+models and for powers of two as `physical_batch` (an odd number of rows is another matter); of CUDA it is assumed.
+
+Norms, sums and noise are in double precision, in which noise reaches 8.6 standard deviations (in single precision 5.8,
+too few for a small delta), and are rounded once, when the noise is in. What the lowest bits of the noise tell (Mironov,
+On significance of the least significant bits for differential privacy, CCS 2012) is not defended.
 """
 
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -36,12 +42,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from polyclinic.cohort import Cohort
 from polyclinic.errors import CohortError, StudyError
 from polyclinic.methods.base import Batch, Method, ViewBatch
+from polyclinic.privacy.accounting import Event
 from polyclinic.privacy.gradients import Gradients
 from polyclinic.stages import Stage
 from polyclinic.study import Compute, PatientPrivacy
 
 MARGIN = 1e-4
 """By which every norm is taken for larger than it came out: no rounding may carry a patient beyond the clip."""
+NOBODY = -1
+"""In place of a patient's number, in rows that only fill a pass."""
 WORDS = 624
 """Of 32 bits, the state of a Mersenne twister."""
 MERSENNE = slice(24, 24 + WORDS * 8)
@@ -56,8 +65,8 @@ def sampling_rate(cohort_patients: int, batch_size: int) -> float:
     """
     if cohort_patients < batch_size:
         raise CohortError(
-            f"the site has {cohort_patients} patients and a step under privacy.mode 'patient' expects {batch_size}",
-            f"set batch_size to at most {cohort_patients} in the study (a hundredth of them costs little privacy), or "
+            f"the site has fewer patients than a step under privacy.mode 'patient' expects, which is {batch_size}",
+            f"it has {cohort_patients}: set batch_size to that at most (a hundredth of them costs little privacy), or "
             "add patients",
         )
     return batch_size / cohort_patients
@@ -66,6 +75,11 @@ def sampling_rate(cohort_patients: int, batch_size: int) -> float:
 def steps_of_round(patients: int, stage: Stage) -> int:
     """Steps in which `local_epochs` times as many patients are expected as there are."""
     return stage.local_epochs * math.ceil(patients / stage.batch_size)
+
+
+def event_of_round(privacy: PatientPrivacy, patients: int, stage: Stage) -> Event:
+    """What a round of a stage costs each of the patients that a site trains on; raises as `sampling_rate`."""
+    return Event(privacy.noise, sampling_rate(patients, stage.batch_size), steps_of_round(patients, stage))
 
 
 def secret_generator(device: torch.device) -> torch.Generator:
@@ -120,7 +134,11 @@ class PatientRecipe:
         if not trainable:
             raise StudyError("all of the model is frozen", "set probe_rounds to 0, or train another stage")
         device = trainable[0].device
-        torch.manual_seed(secrets.randbits(63))  # of dropout and drop path; the loop restores its own state afterwards
+        if device.type == "mps":
+            raise StudyError("this accelerator has no double precision, which the promise needs", "train elsewhere")
+        # Of dropout and drop path; the loop restores its own states afterwards.
+        torch.manual_seed(secrets.randbits(63))
+        torch.set_rng_state(secret_generator(torch.device("cpu")).get_state())
         gradients = Gradients(module)
         try:
             self._round = _Round(gradients, secret_generator(device), secret_generator(device))
@@ -165,8 +183,8 @@ class PatientRecipe:
         sums, losses = self.clipped_sums(module, method, batch)
         now, deviation = self._now, self.privacy.noise * self.privacy.clip
         for parameter, total in zip(now.gradients.parameters, sums, strict=True):
-            noise = torch.randn(total.shape, generator=now.noise, device=total.device)
-            parameter.grad = total.add_(noise, alpha=deviation).div_(self._expected)
+            noise = torch.randn(total.shape, generator=now.noise, device=total.device, dtype=total.dtype)
+            parameter.grad = total.add_(noise, alpha=deviation).div_(self._expected).to(parameter.dtype)
         optimizer.step()
         return losses
 
@@ -178,7 +196,8 @@ class PatientRecipe:
         """The clipped gradients of a batch of one image a patient, summed, without noise.
 
         Returns:
-            A sum for each trainable parameter, in memory as that lies, and the losses of those who are part of it.
+            A float64 sum for each trainable parameter, in memory as that lies, and the losses of those who are part of
+            it.
 
         Raises:
             StudyError: the method's loss is not separable.
@@ -190,19 +209,23 @@ class PatientRecipe:
             )
         if len(set(batch.patients.tolist())) < len(batch.patients):
             raise ValueError("two images of one patient in a batch")
-        sums, losses = [torch.zeros_like(p) for p in self._now.gradients.parameters], [batch.images.new_zeros(0)]
-        if len(batch.images):
-            views = method.views(batch, self._now.views)  # of all at once: parts must not decide what is drawn
-            for start in range(0, len(views.patients), self.privacy.physical_batch):
-                rows = torch.arange(start, min(start + self.privacy.physical_batch, len(views.patients)))
-                losses.append(self._add(sums, module, method, rows_of(views, rows)))
-        return sums, torch.cat(losses)
+        sums = [torch.zeros_like(p, dtype=torch.float64) for p in self._now.gradients.parameters]
+        losses = [self._add(sums, module, method, views) for views in self._passes(method, batch)]
+        return sums, torch.cat([batch.images.new_zeros(0), *losses])
+
+    def _passes(self, method: Method, batch: Batch) -> Iterator[ViewBatch]:
+        """Views of a batch, `physical_batch` rows each time; images that the method leaves out are in none of them."""
+        size, generator = self.privacy.physical_batch, self._now.views
+        drawn = [method.views(one, generator) for one in singly(batch)]
+        rows = [one for one in drawn if len(one.patients)]
+        nobody = Batch(torch.zeros_like(batch.images[:1]), torch.tensor([NOBODY]), torch.zeros_like(batch.targets[:1]))
+        rows += [method.views(nobody, generator) for _ in range(-len(rows) % size)]
+        return (together(rows[start : start + size]) for start in range(0, len(rows), size))
 
     def _add(self, sums: list[Tensor], module: nn.Module, method: Method, views: ViewBatch) -> Tensor:
         """Add the clipped gradients of `views` to the sums; returns the losses.
 
-        Whoever's gradient has no finite norm is left out, and the others are computed again, since infinity times a
-        weight of 0 is no number in a sum over patients.
+        Whoever's gradient has no finite norm is left out, and nothing changes for the others.
         """
         gradients = self._now.gradients
         losses = method.loss(module, views)
@@ -212,21 +235,26 @@ class PatientRecipe:
                 "train with mae, sssd or supervised",
             )
         norms = gradients.norms(losses)
-        fit = norms.isfinite().cpu()
-        if not fit.all():
-            others = rows_of(views, fit.nonzero().squeeze(1))
-            return self._add(sums, module, method, others) if fit.any() else losses.new_zeros(0)
-        coefficients = (self.privacy.clip / (norms * (1 + MARGIN))).clamp(max=1).to(losses)
+        fit = norms.isfinite() & (views.patients != NOBODY).to(norms.device)
+        coefficients = torch.where(fit, (self.privacy.clip / (norms * (1 + MARGIN))).clamp(max=1), 0)
         for number, added in gradients.sums(coefficients):
             sums[number] += added
-        return losses.detach()
+        return losses.detach()[fit]
 
     @property
     def _now(self) -> _Round:
         return cast(_Round, self._round)
 
 
-def rows_of(views: ViewBatch, rows: Tensor) -> ViewBatch:
-    """Some rows, numbered on the CPU, of what a separable method has drawn."""
-    extra = {name: value[rows] for name, value in views.extra.items()}
-    return ViewBatch(tuple(view[rows] for view in views.views), views.patients[rows], extra)
+def singly(batch: Batch) -> Iterator[Batch]:
+    """Batches of one image each."""
+    for n in range(len(batch.images)):
+        row = slice(n, n + 1)
+        yield Batch(batch.images[row], batch.patients[row], batch.targets[row])
+
+
+def together(rows: Sequence[ViewBatch]) -> ViewBatch:
+    """The views of some images as those of one batch."""
+    views = tuple(map(torch.cat, zip(*(row.views for row in rows), strict=True)))
+    extra = {name: torch.cat([row.extra[name] for row in rows]) for name in rows[0].extra}
+    return ViewBatch(views, torch.cat([row.patients for row in rows]), extra)

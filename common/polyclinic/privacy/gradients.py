@@ -1,15 +1,19 @@
 """Gradients of single patients, clipped and summed in one pass backwards: what DP-SGD asks of a model.
 
 Hooks see what enters each layer and the gradient of what leaves it, and Opacus knows what that makes the gradients of
-single samples. To a linear layer with inputs a_t and
-gradients g_t at places t (a convolution is one, of patches) patient i adds the product G_i = sum over t of g_t a_t'. Of
-products and factors the smaller are kept until coefficients are known. From factors,
+single samples. To a linear layer with inputs a_t and gradients g_t at places t (a convolution is one, of patches)
+patient i adds the product G_i = sum over t of g_t a_t'. Of products and factors the smaller are kept until coefficients
+are known. From factors,
 
     |G_i|^2 = sum over s, t of (g_s' g_t) (a_s' a_t)
 
 and the weighted sum over patients is one product of matrices (book-keeping: Bu et al., Differentially private
 optimization on large foundation models at small cost, ICML 2023; the choice by layer: Bu et al., Scalable and efficient
 training of large convolutional neural networks with differential privacy, NeurIPS 2022).
+
+Whoever sends the weights may choose them such that factors are 1e-38 and 1e38, of which single precision cannot take
+the square, or such that all but the last digits of a sum cancel. So norms and sums are in double precision, where
+products of four single-precision numbers neither under- nor overflow, from factors that are kept as they came out.
 
 Opacus's own ghost clipping goes backwards a second time for the sum. With weights on which single precision loses most
 digits, and a coordinator could send such, the second pass disagrees with the norms of the first: in a search over
@@ -30,9 +34,12 @@ from polyclinic.errors import PolyclinicError, StudyError
 
 SMALLER = 1.0
 """Factors are kept where they are smaller than this many times the products."""
-ROUNDING = 1e-5
-"""By which the square of a norm from factors is taken for larger, as a fraction of what it were if no terms cancelled:
-single precision loses no more than that, and a patient may not be longer than the norm says."""
+ROUNDING = 1e-10
+"""By which the square of a norm from factors is taken for larger, as a fraction of what it were if no terms cancelled.
+
+Double precision loses less, and clipped terms before they cancel are then 1e5 clips long at most: too little for the
+rounding of their sum to matter.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,15 @@ class Products:
     samples: Tensor
 
     def norms(self) -> Tensor:
-        """(n,)."""
-        norms: Tensor = torch.linalg.vector_norm(self.samples.flatten(1), dim=1)
-        return norms
+        """(n,) float64."""
+        return torch.stack([torch.linalg.vector_norm(sample.double()) for sample in self.samples])
 
     def sum(self, coefficients: Tensor) -> Tensor:
-        """The gradients, weighted by (n,) coefficients."""
-        total: Tensor = torch.tensordot(coefficients, self.samples, 1)
+        """The gradients, weighted by (n,) coefficients; in float64, and without those of coefficient 0."""
+        total = torch.zeros_like(self.samples[0], dtype=torch.float64)
+        for coefficient, sample in zip(coefficients.tolist(), self.samples, strict=True):
+            if coefficient:
+                total.add_(sample, alpha=coefficient)
         return total
 
 
@@ -69,17 +78,20 @@ class Factors:
     inputs: Tensor
 
     def norms(self) -> Tensor:
-        """(n,), not below the true ones by rounding."""
-        g, a = self.gradients @ self.gradients.mT, self.inputs @ self.inputs.mT  # (n, places, places) both
+        """(n,) float64, not below the true ones by rounding."""
+        gradients, inputs = self.gradients.double(), self.inputs.double()
+        g, a = gradients @ gradients.mT, inputs @ inputs.mT  # (n, places, places) both
         squares = (g * a).sum(dim=(1, 2)).clamp(min=0)
         uncancelled = (g.diagonal(dim1=1, dim2=2) * a.diagonal(dim1=1, dim2=2)).sqrt().sum(dim=1).square()
         norms: Tensor = (squares + ROUNDING * uncancelled).sqrt()
         return norms
 
     def sum(self, coefficients: Tensor) -> Tensor:
-        """(out, in) the products, weighted by (n,) coefficients."""
-        weighted = self.gradients * coefficients.view(-1, 1, 1)
-        total: Tensor = weighted.flatten(0, 1).T @ self.inputs.flatten(0, 1)  # (out, n * places) x (n * places, in)
+        """(out, in) the products, weighted by (n,) coefficients; in float64, and without those of coefficient 0."""
+        rows = coefficients.nonzero().squeeze(1)
+        weighted = self.gradients[rows].double() * coefficients[rows].view(-1, 1, 1)
+        inputs = self.inputs[rows].double()
+        total: Tensor = weighted.flatten(0, 1).T @ inputs.flatten(0, 1)  # (out, n * places) x (n * places, in)
         return total
 
 
@@ -191,11 +203,17 @@ class Gradients:
                 f"{len(losses)} losses came of {max(map(len, norms))} rows in a layer: its rows are not patients",
                 "train with mae, sssd or supervised",
             )
-        together: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0, dtype=torch.float64)
+        together: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         return together
 
     def sums(self, coefficients: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(number, sum) of each parameter that the losses depend on: its gradients, weighted by (n,) coefficients."""
+        """(number, float64 sum) of each parameter that the losses depend on: its gradients, weighted.
+
+        Whoever has a coefficient of 0 has no part in the sums, not even a gradient that is not finite.
+
+        Args:
+            coefficients: (n,) float64.
+        """
         for number, parameter in enumerate(self.parameters):
             if part := self._parts.pop(parameter, None):
                 yield number, part.sum(coefficients).view_as(parameter)

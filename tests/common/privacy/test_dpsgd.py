@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from scipy import stats
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from polyclinic.methods.base import Batch, Method, ViewBatch
 from polyclinic.methods.supervised import Classifier
 from polyclinic.privacy import dpsgd, gradients
 from polyclinic.privacy.dpsgd import PatientRecipe, sampling_rate, secret_generator, steps_of_round
-from polyclinic.privacy.gradients import Factors
+from polyclinic.privacy.gradients import Factors, Part, Products
 from polyclinic.seeding import forked
 from polyclinic.stages import AnyStage, Stage, with_defaults
 from polyclinic.study import Compute, PatientPrivacy
@@ -36,6 +36,8 @@ from ...tiny import TinyEncoder
 SIDE = 16
 FP32 = Compute(threads=1, precision="fp32")
 MODES = ["products", "factors"]
+UNCHANGED = {"crop": (1.0, 1.0), "flip": False, "rotation": 0.0, "jitter": 0.0}
+"""Views that are the images."""
 SILENT = 1e-12
 """Noise too small to see."""
 
@@ -97,9 +99,20 @@ def cohort(images: list[int]) -> Cohort:
     return Cohort(Path(), pixels, np.arange(len(pixels)), numbers, unknown, unknown, unknown, unknown)
 
 
+def rows_of(views: ViewBatch, rows: Tensor) -> ViewBatch:
+    extra = {name: value[rows] for name, value in views.extra.items()}
+    return ViewBatch(tuple(view[rows] for view in views.views), views.patients[rows], extra)
+
+
 def hold(method: Method, views: ViewBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is drawn, it is these views."""
-    monkeypatch.setattr(method, "views", lambda batch, generator: views)
+    """Whatever is drawn for a patient of these views, it is these."""
+    draw = type(method).views
+
+    def held(batch: Batch, generator: torch.Generator) -> ViewBatch:
+        rows = torch.isin(views.patients, batch.patients)
+        return rows_of(views, rows) if rows.any() else draw(method, batch, generator)
+
+    monkeypatch.setattr(method, "views", held)
 
 
 def loop(method: Method, module: nn.Module, views: ViewBatch, clip: float) -> list[Tensor]:
@@ -132,7 +145,7 @@ CASES = [("mae", "vit"), ("sssd", "vit"), ("supervised", "vit"), ("supervised", 
 
 
 @pytest.mark.parametrize("mode", MODES, indirect=True)
-@pytest.mark.parametrize("physical", [1, 3, 16])
+@pytest.mark.parametrize("physical", [1, 4, 16])
 @pytest.mark.parametrize(("name", "encoder"), CASES)
 def test_the_sum_is_that_of_a_loop_over_patients(
     name: str, encoder: str, physical: int, mode: None, monkeypatch: pytest.MonkeyPatch
@@ -180,6 +193,28 @@ def test_norms_are_not_too_small_where_terms_cancel() -> None:
     assert (Factors(g, a).norms().double() >= exact).all()
 
 
+@pytest.mark.parametrize(("small", "large"), [(2.6e-23, 1e19), (1e-38, 1e38), (1e-44, 1.0), (1e30, 1e37)])
+@pytest.mark.parametrize("kept", [Factors, lambda g, a: Products(g.double().mT.float() @ a)])
+def test_no_size_of_gradients_is_lost(kept: Callable[[Tensor, Tensor], Part], small: float, large: float) -> None:
+    """Squares of these are 0 or infinite in single precision, and so are coefficients and products of some."""
+    g, a = torch.full((1, 64, 96), small), torch.full((1, 64, 32), large / 10)
+    part = kept(g, a)
+    if isinstance(part, Products) and not part.samples.isfinite().all():
+        assert not part.norms().isfinite().any()
+        return
+    exact = 64 * math.sqrt(96 * 32) * float(g[0, 0, 0]) * float(a[0, 0, 0])
+    norms = part.norms()
+    assert float(norms) == pytest.approx(exact, rel=1e-4)
+    for clip in (1e-6, 1.0, 1e6):
+        assert float(part.sum(clip / norms).norm()) == pytest.approx(clip, rel=1e-7)
+
+
+@pytest.mark.parametrize(("field", "value"), [("clip", 5e-46), ("clip", 9e-7), ("physical_batch", 3)])
+def test_settings_that_single_precision_undoes_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=field):
+        PatientPrivacy.model_validate({"mode": "patient", field: value})
+
+
 def silent(module: nn.Module) -> torch.optim.Optimizer:
     """Leaves the weights as they are, so that gradients can be looked at."""
     return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0)
@@ -204,7 +239,7 @@ def test_the_gradient_is_the_sum_over_the_expected_number() -> None:
     method.views = lambda drawn, generator: ViewBatch((drawn.images,), drawn.patients, {"targets": drawn.targets})  # type: ignore[method-assign]
     [found] = gradient_of_steps(recipe, module, method, batch(7), expected=10)
     sums = clipped(recipe, module, method, batch(7))
-    torch.testing.assert_close(found, torch.cat([s.flatten() for s in sums]) / 10, atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(found.double(), torch.cat([s.flatten() for s in sums]) / 10, atol=1e-7, rtol=1e-5)
 
 
 def test_noise_has_its_deviation_in_every_parameter_also_without_patients() -> None:
@@ -224,6 +259,22 @@ def test_noise_has_its_deviation_in_every_parameter_also_without_patients() -> N
         assert abs(float(one @ other)) < 6 * math.sqrt(len(one))
 
 
+def test_noise_is_rounded_only_once_it_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In single precision a normal draw is never beyond 5.8 deviations, having 24 random bits."""
+    method, module = build("supervised", "tiny")
+    recipe = PatientRecipe(privacy(noise=0.5, clip=0.1))
+    drawn: list[Tensor] = []
+    draw = torch.randn
+    monkeypatch.setattr(dpsgd.torch, "randn", lambda *size, **how: drawn.append(draw(*size, **how)) or drawn[-1])
+    monkeypatch.setattr(recipe, "clipped_sums", lambda *_: (fixed, torch.zeros(0)))
+    fixed = [torch.full_like(p, math.pi, dtype=torch.float64) for p in module.parameters()]
+    [found] = gradient_of_steps(recipe, module, method, batch())
+    noise = torch.cat([part.flatten() for part in drawn])
+    assert noise.dtype == torch.float64
+    assert float((noise.float().double() != noise).double().mean()) > 0.99
+    assert torch.equal(found, ((math.pi + noise * 0.05) / 4).float())
+
+
 def test_two_runs_of_a_study_share_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither noise nor views nor dropout nor patients come from the study's seed."""
     drawn: list[list[Tensor]] = [[], []]
@@ -236,7 +287,7 @@ def test_two_runs_of_a_study_share_no_draw(monkeypatch: pytest.MonkeyPatch) -> N
             gradient_of_steps(PatientRecipe(privacy(noise=SILENT)), module, method, batch())
         with training.repeatable(3), PatientRecipe(privacy()).attached(module):
             run.append(torch.rand(8))
-    (noise, views, dropout), (noise2, views2, dropout2) = drawn
+    (noise, views, *_, dropout), (noise2, views2, *_, dropout2) = drawn
     assert float((noise == noise2).float().mean()) < 1e-3
     assert not torch.equal(views.extra["order"], views2.extra["order"])  # type: ignore[attr-defined]
     assert not torch.equal(views.views[0], views2.views[0])  # type: ignore[attr-defined]
@@ -279,6 +330,16 @@ def test_every_word_of_the_processors_generator_is_secret() -> None:
     assert ours.tolist() == [int(word) % 2**20 for word in theirs.random_raw(1500)]
 
 
+def test_dropout_is_not_drawn_from_a_seed_of_few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpsgd.secrets, "randbits", lambda bits: 5)
+    _, module = build("supervised", "tiny")
+    drawn = []
+    for _ in range(2):
+        with forked(0), PatientRecipe(privacy()).attached(module):
+            drawn.append(torch.rand(9))
+    assert not torch.isclose(*drawn).any()
+
+
 def test_patients_are_drawn_independently_and_one_image_of_each() -> None:
     images = [1, 2, 3, 1, 5, 1, 1, 2, 1, 4]
     held, stage = cohort(images), Stage(rounds=1, batch_size=3, local_epochs=1000)
@@ -309,8 +370,11 @@ def test_all_patients_are_drawn_where_as_many_are_expected() -> None:
 
 @pytest.mark.parametrize("patients", [0, 1, 7])
 def test_a_site_too_small_for_the_batch_is_told_so(patients: int) -> None:
-    with pytest.raises(CohortError, match=f"{patients} patients"):
+    """How many it has is told to who reads the site's own log: the problem alone leaves the site."""
+    with pytest.raises(CohortError, match="fewer patients than a step") as told:
         PatientRecipe(privacy()).indices(cohort([1] * patients), Stage(rounds=1, batch_size=8), 0, False)
+    assert f"it has {patients}" in told.value.fix
+    assert "8" in told.value.problem and (not patients or str(patients) not in told.value.problem)
 
 
 @pytest.mark.parametrize("mode", MODES, indirect=True)
@@ -322,7 +386,7 @@ def test_frozen_parameters_have_no_part_in_norm_and_sum(mode: None, monkeypatch:
     sums = clipped(PatientRecipe(privacy(clip=0.05)), module, method, drawn)
     assert [s.shape for s in sums] == [(2, 16), (2,)]
     expected = loop(method, module, method.views(drawn, torch.Generator()), 0.05)
-    torch.testing.assert_close(sums, expected, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(sums, [total.double() for total in expected], atol=1e-6, rtol=1e-3)
     assert not any(p.requires_grad for p in module.get_submodule("encoder").parameters())
 
 
@@ -348,13 +412,35 @@ def test_a_patient_without_a_finite_gradient_adds_nothing(
     hold(method, others, monkeypatch)
     expected = clipped(recipe, module, method, batch(3))
     torch.testing.assert_close(sums, expected, atol=1e-7, rtol=1e-4)
-    hold(method, rows := dpsgd.rows_of(views, torch.tensor([2, 4])), monkeypatch)
-    assert len(rows.patients) == 2 and norm(clipped(recipe, module, method, batch(2))) == 0
+    both = torch.tensor([2, 4])
+    hold(method, views, monkeypatch)
+    assert norm(clipped(recipe, module, method, Batch(drawn.images[both], both, drawn.targets[both]))) == 0
+
+
+def test_an_overflow_changes_nothing_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch overflows where it is kept, in half of the patients: they are left out, and nothing is drawn anew."""
+    method, module = build("supervised", drop_path=0.5, views=UNCHANGED)
+    with torch.no_grad():
+        module.get_submodule("encoder.blocks.0.mlp.fc2").bias.fill_(3e38)  # type: ignore[operator, union-attr]
+    recipe, left_out = PatientRecipe(privacy(clip=0.1)), []
+    for seed in range(8):
+        outcomes = []
+        for patients in (6, 7):
+            bits, data = secrets_from(seed)
+            monkeypatch.setattr(dpsgd.secrets, "randbits", bits)
+            monkeypatch.setattr(dpsgd.secrets, "token_bytes", data)
+            with forked(0), recipe.attached(module):
+                outcomes.append(recipe.clipped_sums(module, method, batch(patients)))
+        (without, fewer), (sums, losses) = outcomes
+        left_out.append(len(losses) == len(fewer))
+        moved = norm([one - other for one, other in zip(sums, without, strict=True)])
+        assert moved < 1e-12 if left_out[-1] else 0.05 < moved <= 0.1
+    assert 0 < sum(left_out) < len(left_out)
 
 
 @pytest.mark.parametrize("mode", MODES, indirect=True)
 def test_images_without_a_label_add_nothing(mode: None) -> None:
-    method, module = build("supervised", views={"crop": (1.0, 1.0), "flip": False, "rotation": 0.0, "jitter": 0.0})
+    method, module = build("supervised", views=UNCHANGED)
     drawn = batch()
     labelled = [0, 3, 6]
     few = Batch(drawn.images[labelled], torch.arange(3), drawn.targets[labelled])
@@ -557,7 +643,7 @@ def test_one_patient_more_moves_the_gradient_by_no_more_than_the_clip(
         monkeypatch.setattr(dpsgd, "sampling_rate", lambda patients, batch_size: 1.0)
         stage = stage_of(name, batch_size=6, optimizer="sgd", learning_rate=1.0, weight_decay=0.0, warmup_rounds=0.0)
         stage = stage.model_copy(update={"schedule": "constant", "layer_decay": 1.0, "rounds": 1})
-        method, module = build(name, views={"crop": (1.0, 1.0), "flip": False, "rotation": 0.0, "jitter": 0.0})
+        method, module = build(name, views=UNCHANGED)
         views = method.views
         monkeypatch.setattr(method, "views", lambda *given, views=views: in_order(views(*given)))
         before = copy.deepcopy(module.state_dict())

@@ -94,8 +94,13 @@ def test_protecting_sites_adds_gaussians_and_says_what_few_sites_mean(plan: Plan
     ("privacy", "options", "problem", "fix"),
     [
         ({"mode": "none"}, ["--patients", "1010"], "promises no differential privacy", "add [privacy] with mode"),
-        (STUDY["privacy"], ["--patients", "39"], "39 patients", "batch_size"),
-        (STUDY["privacy"], ["--patients", "1010", "--delta", "1e-3"], "delta is 0.001 with 1010 patients", "1e-04"),
+        (STUDY["privacy"], ["--patients", "39"], "fewer patients than a step", "it has 39: set batch_size"),
+        (
+            STUDY["privacy"],
+            ["--patients", "1010", "--delta", "1e-3"],
+            "delta is 0.001, which is 1 / patients or more",
+            "with 1010 patients",
+        ),
         (STUDY["privacy"], ["--patients", "1010", "--delta", "0"], "delta is 0.0", "give one above 0"),
         (STUDY["privacy"], [], "epsilon depends on the patients", "--patients N"),
         ({"mode": "site"}, ["--patients", "9"], "depends on the sites", "--sites N"),
