@@ -68,12 +68,17 @@ def in_words(facts: dict[str, Any]) -> Iterator[str]:
 def spending(hospital: Hospital) -> dict[str, Any]:
     """What studies have spent of the patients' privacy, for JSON: epsilon at the site's delta, by study and together.
 
-    `limit` and `left` are None where the site has no limit of its own.
+    `limit` and `left` are None where the site has no limit of its own; `unprotected` are the studies that have let
+    updates out without a promise, which no epsilon covers.
     """
     from polyclinic.privacy.accounting import epsilon
 
     ledger, policy = hospital.spending, hospital.settings.policy
-    spent = ledger.epsilon(policy.delta)
+    spent, charged = ledger.epsilon(policy.delta), ledger.by_study()
+    rounds: dict[str, set[int]] = {}
+    for entry in hospital.ledger.entries():
+        if "tensors" in entry and entry["study"] not in {row.study for row in charged}:
+            rounds.setdefault(entry["study"], set()).add(entry["round"])
     return {
         "epsilon": spent,
         "delta": policy.delta,
@@ -89,8 +94,9 @@ def spending(hospital: Hospital) -> dict[str, Any]:
                 "epsilon": epsilon(row.events, policy.delta),
                 "last": row.last,
             }
-            for row in ledger.by_study()
+            for row in charged
         ],
+        "unprotected": [{"hash": study, "rounds": len(made)} for study, made in rounds.items()],
     }
 
 
@@ -99,8 +105,11 @@ def spending_words(facts: dict[str, Any]) -> Iterator[str]:
     for row in facts["studies"]:
         rounds = f"{row['rounds']} rounds, {row['steps']} steps, the last at {row['last']}"
         yield f"{row['study']} ({row['hash'][:16]}): epsilon {row['epsilon']:.3f}; {rounds}"
+    for row in facts["unprotected"]:
+        left = f"updates of {row['rounds']} rounds left without a promise"
+        yield f"study {row['hash'][:16]}: {left}; no epsilon covers them"
     if not facts["studies"]:
-        yield "no study has spent anything of the patients' privacy here"
+        yield "no study that promises patients privacy has trained here"
     limit = (
         f"of the site's {facts['limit']:g}, {facts['left']:.3f} left" if facts["limit"] else "no limit of the site's"
     )

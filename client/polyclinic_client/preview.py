@@ -24,6 +24,7 @@ class Spending:
         fits: of its rounds, those that neither the study's limit nor the site's own forbids.
         before: what was spent here by all studies, at the site's delta.
         after: that, and what fits of this study.
+        delta: the site's.
         caps: the study's limit, and the site's own if it has one.
     """
 
@@ -31,6 +32,7 @@ class Spending:
     fits: int
     before: float
     after: float
+    delta: float
     caps: list[Cap]
 
 
@@ -158,6 +160,7 @@ def _spending(hospital: Hospital, study: Study, trains_on: Sequence[Cohort | Non
         fits=fits,
         before=epsilon(spent, own.delta) if spent else 0.0,
         after=epsilon([*spent, *rounds[:fits]], own.delta),
+        delta=own.delta,
         caps=caps,
     )
 
@@ -190,6 +193,6 @@ def _privacy(study: Study, spending: Spending | None) -> Iterator[str]:
             yield f"only {spending.fits} of its {study.rounds} rounds are within the limits: the site then sits out"
         limit = f" of {own[0].epsilon:g}" if own else ", without a limit of the site's own,"
         yield (
-            f"all studies together have spent {spending.before:.2f}{limit} here, and will have spent "
-            f"{spending.after:.2f} after it"
+            f"at this site's own delta, {spending.delta:g}, all studies together have spent "
+            f"{spending.before:.2f}{limit} here, and will have spent {spending.after:.2f} after it"
         )

@@ -191,7 +191,7 @@ def _spent(study: Study, site: Site) -> dict[str, float]:
     if spent == 0:  # noise beyond what any figure shows
         return {"epsilon": 0.0}
     digit = 10.0 ** (math.floor(math.log10(spent)) - 1)
-    return {"epsilon": math.ceil(spent / digit) * digit}
+    return {"epsilon": float(f"{math.ceil(spent / digit) * digit:.2g}")}
 
 
 def evaluate(encoder: nn.Module, training: Cohort, testing: Cohort, study: Study, views: Views) -> dict[str, float]:

@@ -177,7 +177,15 @@ def _preview(study: "Study", seats: dict[str, int]) -> Iterator[str]:
     stages = ", then ".join(f"{stage.rounds} rounds of {stage.method}" for stage in study.stages)
     yield f"{study.name} ({study.hash}): {stages}"
     yield f"at {plural(len(seats), 'site')}: {', '.join(seats)}"
-    yield f"each round sends every site {size:.1f} MB and takes as much back: {len(tensors)} tensors, and its metrics"
+    figures = "and its metrics" if study.privacy.mode == "none" else "and no figure of patients, no loss and no AUC"
+    yield f"each round sends every site {size:.1f} MB and takes as much back: {len(tensors)} tensors, {figures}"
+    if study.privacy.mode != "none":
+        promise = study.privacy
+        whose = "patients, made at the sites" if promise.mode == "patient" else "whole sites, made here"
+        yield (
+            f"differential privacy of {whose}: noise {promise.noise:g}, clip {promise.clip:g}, at most epsilon "
+            f"{promise.epsilon:g} at delta {promise.delta:g}; see polyclinic privacy plan"
+        )
     yield f"a round closes when all have answered, or after {study.aggregation.round_deadline_s / 60:.0f} minutes"
 
 

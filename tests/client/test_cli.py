@@ -207,7 +207,7 @@ def test_what_a_study_would_spend_is_said_before_it_is_approved(capsys: pytest.C
     shown = " ".join(said(capsys).split())
     assert "an epsilon of" in shown
     assert "no number of patients and no figure leaves" in shown
-    assert "all studies together have spent 0.00, without a limit of the site's own, here" in shown
+    assert "at this site's own delta, 1e-06, all studies together have spent 0.00, without a limit" in shown
     assert "with it the number of patients" not in shown
     assert run(["site", "approve", "private.toml", "--json"]) == 0
     spending = json.loads(capsys.readouterr().out)["privacy"]["spending"]
@@ -226,7 +226,8 @@ def test_what_a_study_would_spend_is_said_before_it_is_approved(capsys: pytest.C
 def test_what_was_spent_is_shown_by_study(capsys: pytest.CaptureFixture[str]) -> None:
     said(capsys)
     assert run(["site", "ledger"]) == 0
-    assert "no study has spent anything" in said(capsys)
+    assert "no study that promises patients privacy has trained here" in said(capsys)
+    Hospital(Path("site")).ledger.append({"kind": "train", "study": "c" * 64, "round": 1, "tensors": []})
     ledger = Hospital(Path("site")).spending
     charge = Charge("a" * 64, "first", 0, 1, "m", "c", 100, 1.0, 0.1, 20)
     ledger.commit(ledger.reserve(charge, []), 20)
@@ -235,6 +236,7 @@ def test_what_was_spent_is_shown_by_study(capsys: pytest.CaptureFixture[str]) ->
     shown = said(capsys)
     assert "first (aaaaaaaaaaaaaaaa): epsilon" in shown
     assert "1 rounds, 7 steps" in shown
+    assert "study cccccccccccccccc: updates of 1 rounds left without a promise; no epsilon covers them" in shown
     assert "no limit of the site's" in shown
     settings = Path("site/site.toml")
     settings.write_text(settings.read_text().replace("epsilon = 0.0", "epsilon = 9.0"))
