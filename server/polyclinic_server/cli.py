@@ -292,13 +292,15 @@ def stop(home: HomeDir = Path("coordinator")) -> None:
     """Stop the running study. What is finished is kept; it is not gone on with."""
     from polyclinic.errors import Refused
     from polyclinic_server.home import Home
+    from polyclinic_server.rundir import last_event
     from polyclinic_server.supervisor import stop_run
 
     found = Home(home)
     if (run := found.launched) is None:
         raise Refused("no study is running", "see polyclinic coordinator status")
+    ended = last_event(run) in ("run_reported", "run_failed")
     stop_run(found, run)
-    print(f"stopped: {run}")
+    print(f"{'it had ended before' if ended else 'stopped'}: {run}")
 
 
 RunName = Annotated[str | None, typer.Argument(help="Its folder's name under runs/. Default: the run launched last.")]
