@@ -76,8 +76,9 @@ def spending(hospital: Hospital) -> dict[str, Any]:
     ledger, policy = hospital.spending, hospital.settings.policy
     spent, charged = ledger.epsilon(policy.delta), ledger.by_study()
     rounds: dict[str, set[int]] = {}
+    promised = {row.study for row in charged}
     for entry in hospital.ledger.entries():
-        if "tensors" in entry and entry["study"] not in {row.study for row in charged}:
+        if "tensors" in entry and entry["study"] not in promised:
             rounds.setdefault(entry["study"], set()).add(entry["round"])
     return {
         "epsilon": spent,

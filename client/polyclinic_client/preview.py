@@ -21,7 +21,8 @@ class Spending:
 
     Attributes:
         epsilon: all rounds of the study, at the study's delta.
-        fits: of its rounds, those that neither the study's limit nor the site's own forbids.
+        rounds: of the study that train here; of a stage without labels here there are none.
+        fits: of these, those that neither the study's limit nor the site's own forbids.
         before: what was spent here by all studies, at the site's delta.
         after: that, and what fits of this study.
         delta: the site's.
@@ -29,6 +30,7 @@ class Spending:
     """
 
     epsilon: float
+    rounds: int
     fits: int
     before: float
     after: float
@@ -149,7 +151,7 @@ def _spending(hospital: Hospital, study: Study, trains_on: Sequence[Cohort | Non
         return all(epsilon([*before[cap], *rounds[:made]], cap.delta) <= cap.epsilon for cap in caps)
 
     fits = bisect.bisect_left(range(len(rounds)), True, key=lambda made: not fit(made + 1))
-    if not fits:
+    if rounds and not fits:
         raise Refused(
             "no round of the study is within what may be spent of the patients' privacy here",
             "see polyclinic site ledger, and polyclinic privacy plan for a study with more noise",
@@ -157,8 +159,9 @@ def _spending(hospital: Hospital, study: Study, trains_on: Sequence[Cohort | Non
     spent = ledger.events()
     return Spending(
         epsilon=epsilon(rounds, study.privacy.delta),
+        rounds=len(rounds),
         fits=fits,
-        before=epsilon(spent, own.delta) if spent else 0.0,
+        before=epsilon(spent, own.delta),
         after=epsilon([*spent, *rounds[:fits]], own.delta),
         delta=own.delta,
         caps=caps,
@@ -189,8 +192,8 @@ def _privacy(study: Study, spending: Spending | None) -> Iterator[str]:
             f"differential privacy of patients, made here: an epsilon of {spending.epsilon:.2f} at delta {ours.delta:g}"
             f" for the whole study, whose own limit is {ours.epsilon:g}; no number of patients and no figure leaves"
         )
-        if spending.fits < study.rounds:
-            yield f"only {spending.fits} of its {study.rounds} rounds are within the limits: the site then sits out"
+        if spending.fits < spending.rounds:
+            yield f"only {spending.fits} of its {spending.rounds} rounds are within the limits: the site then sits out"
         limit = f" of {own[0].epsilon:g}" if own else ", without a limit of the site's own,"
         yield (
             f"at this site's own delta, {spending.delta:g}, all studies together have spent "
