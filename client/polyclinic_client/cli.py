@@ -37,7 +37,7 @@ def init(
     from pydantic import TypeAdapter, ValidationError
 
     from polyclinic.errors import Refused
-    from polyclinic.study import Name
+    from polyclinic.settings import Name
     from polyclinic_client.hospital import make_hospital
 
     try:

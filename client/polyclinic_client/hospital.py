@@ -35,8 +35,9 @@ from polyclinic.errors import CohortError, Refused
 from polyclinic.explain import explain
 from polyclinic.files import locked, storage, write_atomic, write_secret
 from polyclinic.privacy.ledger import PrivacyLedger
+from polyclinic.settings import Name
 from polyclinic.stages import Finetune, Stage
-from polyclinic.study import Name, Study, parse_canonical
+from polyclinic.study import Study, parse_canonical
 from polyclinic.wire import describe
 from polyclinic_client import policy as limits
 from polyclinic_client.ledger import Ledger

@@ -30,9 +30,10 @@ from polyclinic.evaluation import (
 from polyclinic.methods.base import Method
 from polyclinic.model import build_stage, load_tensors, shared_tensors
 from polyclinic.privacy.ledger import Cap, Charge
+from polyclinic.rules import FedProxRule
 from polyclinic.seeding import seed_for
 from polyclinic.stages import Finetune, Views
-from polyclinic.study import FedProxRule, PatientPrivacy, Study, parse_canonical
+from polyclinic.study import PatientPrivacy, Study, parse_canonical
 from polyclinic.training import PLAIN, Recipe, pick_device, proximal, train, use_threads
 from polyclinic.wire import EVALUATION, Malformed, Order, Reply, Tensors, digest
 from polyclinic_client.site import Site

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from polyclinic.errors import Refused
-from polyclinic.study import Name
+from polyclinic.settings import Name
 
 LARGEST = 64_000
 """Bytes of such a file."""

@@ -5,16 +5,9 @@ A new method adds its class here, its file under `methods/` and one line in `MET
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class Settings(BaseModel):
-    """A part of a study: frozen, checked, and closed to keys it does not know."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
+from polyclinic.settings import Settings
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 

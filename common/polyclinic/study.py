@@ -4,14 +4,9 @@
 resolved study without `[simulation]`, so a rehearsed study and the deployed one have the same SHA-256.
 """
 
-import difflib
 import hashlib
-import itertools
 import json
-import math
-import re
 import tomllib
-from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -19,7 +14,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 import tomli_w
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -29,13 +23,10 @@ from pydantic import (
 
 from polyclinic.errors import StudyError
 from polyclinic.explain import explain
-from polyclinic.stages import SEPARABLE_METHODS, TOKEN_METHODS, AnyStage, Finetune, Settings, with_defaults
-
-
-def _is_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
-        raise ValueError("give 1 to 64 letters, digits, dots, hyphens and underscores, a letter or digit first")
-    return value
+from polyclinic.rules import AnyAggregation, FedAvgRule
+from polyclinic.settings import Name, Settings
+from polyclinic.simulation import Simulation
+from polyclinic.stages import SEPARABLE_METHODS, TOKEN_METHODS, AnyStage, Finetune, with_defaults
 
 
 def _is_power_of_two(value: int) -> int:
@@ -44,16 +35,12 @@ def _is_power_of_two(value: int) -> int:
     return value
 
 
-Name = Annotated[str, AfterValidator(_is_name)]
-"""Of a study or a site: fit for a file name."""
 EncoderName = Literal["resnet18", "resnet50", "bit_resnet50", "vit_tiny", "vit_small", "vit_base"]
 Row = Literal["pixels", "random", "alone", "pooled", "scratch"]
 Precision = Literal["fp32", "bf16"]
 
 MAX_CHARACTERS = 256_000
 """Of a study; a site reads what a coordinator sends."""
-MAX_LISTED = 12
-"""Known words that an error lists where none is near."""
 MAX_LINE = 4_000
 """Characters; the time to read TOML grows with the square of the number of parts in a dotted key."""
 
@@ -150,125 +137,6 @@ class Evaluation(Settings):
         return sorted(self.labels.keys() - {"ignore"})
 
 
-class Aggregation(Settings):
-    """`[aggregation]`: how the coordinator combines the updates, and what its gate lets through. Rules add keys."""
-
-    rule: str = "fedavg"
-    weighting: Literal["patients", "equal", "tempered"] = "patients"
-    """`tempered`: by the square root of the number of patients."""
-    min_sites: int = Field(default=2, ge=1, le=100_000)
-    """Accepted updates below which a round fails; with some rules it fails below more."""
-    round_deadline_s: float = Field(default=3600.0, gt=0)
-    """Seconds after which a round closes without the sites that have not replied."""
-    norm_limit: float = Field(default=10.0, gt=1)
-    """An update whose norm is above this many times the median of those accepted so far is refused."""
-    max_patients: int = Field(default=65_536, ge=1, le=65_536)
-    """A site counts for no more patients than this; one that claims more is refused."""
-
-    @property
-    def least(self) -> int:
-        """Updates that the rule needs where there is more than one site, whatever `min_sites` says."""
-        return 1
-
-
-class FedAvgRule(Aggregation):
-    """`[aggregation]`: rule = "fedavg", the mean of the updates."""
-
-    rule: Literal["fedavg"] = "fedavg"
-
-
-class FedProxRule(Aggregation):
-    """`[aggregation]`: rule = "fedprox", the mean of updates that are held near the tensors they started from."""
-
-    rule: Literal["fedprox"]
-    mu: float = Field(default=0.01, gt=0, le=1_000)
-    """Of the term mu/2 |w - w_g|^2 in every site's loss. The paper tries 0.001 to 1."""
-
-
-class FedAvgMRule(Aggregation):
-    """`[aggregation]`: rule = "fedavgm", the mean update with momentum at the coordinator."""
-
-    rule: Literal["fedavgm"]
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of a step, what goes on into the next: in the long run steps grow by 1 / (1 - momentum)."""
-    learning_rate: float = Field(default=1.0, gt=0, le=100)
-    """Of the coordinator's steps. 1 - momentum makes them as long as fedavg's."""
-
-
-class FedAdamRule(Aggregation):
-    """`[aggregation]`: rule = "fedadam", Adam at the coordinator with the mean update for a gradient."""
-
-    rule: Literal["fedadam"]
-    learning_rate: float = Field(default=0.01, gt=0, le=100)
-    """Of the coordinator's steps: about the most that one moves a weight by."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Memory of the mean update."""
-    beta2: float = Field(default=0.99, ge=0, lt=1)
-    """Memory of its square."""
-    tau: float = Field(default=1e-3, gt=0, le=1)
-    """Size of a mean update below which a weight moves in proportion to it."""
-
-
-class LDawaRule(Aggregation):
-    """`[aggregation]`: rule = "ldawa", every layer's mean weighted by how well a site's agrees with the global one."""
-
-    rule: Literal["ldawa"]
-
-
-class Robust(Aggregation):
-    """Settings of the rules that stand some sites which send anything. They hold all updates of a round in memory."""
-
-    weighting: Literal["equal"] = "equal"
-    """All updates count alike: a weight is one more thing that such a site could lie about."""
-
-
-class MedianRule(Robust):
-    """`[aggregation]`: rule = "median", of every weight by itself. A round needs 3 updates."""
-
-    rule: Literal["median"]
-
-    @property
-    def least(self) -> int:
-        """Of two, the median is the mean."""
-        return 3
-
-
-class TrimmedMeanRule(Robust):
-    """`[aggregation]`: rule = "trimmed_mean", of every weight by itself, without the largest and smallest updates."""
-
-    rule: Literal["trimmed_mean"]
-    fraction: float = Field(default=0.2, ge=0.01, lt=0.5)
-    """Of the updates that is left out at each end, rounded down; a round needs so many that it leaves out one."""
-
-    def cut(self, updates: int) -> int:
-        """Updates that are left out at each end, of so many."""
-        return int(self.fraction * updates)
-
-    @property
-    def least(self) -> int:
-        """With fewer, nothing is left out and the rule stands nobody."""
-        return next(n for n in itertools.count(math.floor(1 / self.fraction)) if self.cut(n))
-
-
-class KrumRule(Robust):
-    """`[aggregation]`: rule = "krum", the one update that lies nearest to the others."""
-
-    rule: Literal["krum"]
-    f: int = Field(default=1, ge=0, le=10_000)
-    """Sites that may send anything; a round needs 2 f + 3 updates."""
-
-    @property
-    def least(self) -> int:
-        """As the paper asks."""
-        return 2 * self.f + 3
-
-
-AnyAggregation = Annotated[
-    FedAvgRule | FedProxRule | FedAvgMRule | FedAdamRule | LDawaRule | MedianRule | TrimmedMeanRule | KrumRule,
-    Field(discriminator="rule"),
-]
-
-
 class Compute(Settings):
     """`[compute]`: resolved here and never timed, so that all sites and engines compute alike."""
 
@@ -316,157 +184,6 @@ class SitePrivacy(Gaussian):
     """Differential privacy of every site, made at the coordinator: whole updates are clipped, their sum gets noise."""
 
     mode: Literal["site"]
-
-
-class Iid(Settings):
-    """Patients dealt at random, sites of equal size."""
-
-    kind: Literal["iid"] = "iid"
-
-
-class Dirichlet(Settings):
-    """Label skew: each class is dealt to the sites in proportions drawn from Dirichlet(alpha)."""
-
-    kind: Literal["dirichlet"]
-    alpha: float = Field(gt=0, le=1e6)
-
-
-class Quantity(Settings):
-    """Quantity skew: labels alike, sizes of the sites drawn from Dirichlet(alpha)."""
-
-    kind: Literal["quantity"]
-    alpha: float = Field(gt=0, le=1e6)
-
-
-class Classes(Settings):
-    """Each site sees a few classes only."""
-
-    kind: Literal["classes"]
-    per_site: int = Field(ge=1, le=100_000)
-    """Classes that a site sees at most; patients without a label are a class of their own."""
-
-
-class Column(Settings):
-    """Each value of a column is a site; `sites` is left out."""
-
-    kind: Literal["column"]
-    by: str
-    """`site` or `view`; a patient goes to the value that most of its images have."""
-
-
-PixelShift = Literal[
-    "response",
-    "sharpness",
-    "noise",
-    "bit_depth",
-    "inversion",
-    "collimation",
-    "marker",
-    "local_contrast",
-    "resolution",
-]
-ShiftKind = Literal[PixelShift, "label_noise", "prevalence"]
-
-
-def nearest(word: object, known: Iterable[str]) -> str:
-    """What to give in place of a word that is not known: the nearest, or some of them where it is like none."""
-    words = list(known)
-    if near := difflib.get_close_matches(str(word), words, n=1, cutoff=0.5):
-        return f"the nearest is {near[0]!r}"
-    return "give one of " + ", ".join(map(repr, words[:MAX_LISTED])) + (", ..." if len(words) > MAX_LISTED else "")
-
-
-def _is_kind(value: object) -> object:
-    if value not in get_args(ShiftKind):
-        raise ValueError(nearest(value, get_args(ShiftKind)))
-    return value
-
-
-class Shift(Settings):
-    """`[[simulation.site.shift]]`: made at the site's intake, one after another, behind those of several sites."""
-
-    kind: Annotated[ShiftKind, BeforeValidator(_is_kind)]
-    severity: float = Field(ge=0, le=1)
-    """0: nothing changes."""
-    label: str = ""
-    """The cohort's word for the class that grows rare with kind = "prevalence"; no other kind has one."""
-
-    @model_validator(mode="after")
-    def _has_a_label(self) -> Self:
-        if self.kind == "prevalence" and not self.label:
-            raise ValueError('a shift of kind "prevalence" names no class: add label = "..."')
-        if self.kind != "prevalence" and self.label:
-            raise ValueError(f"a shift of kind {self.kind!r} has no label: leave `label` out")
-        return self
-
-
-class SharedShift(Shift):
-    """`[[simulation.shift]]`: made at the intake of several sites, one after another."""
-
-    sites: list[Name] = Field(default_factory=list)
-    """Whose; empty: all."""
-
-
-class SimulatedSite(Settings):
-    """`[[simulation.site]]`: a named site with a cohort of its own."""
-
-    name: Name
-    cohort: str
-    allow_burned_in: bool = False
-    """Use what may show a patient's name in its pixels: ultrasound, secondary captures, files marked as annotated."""
-    shift: list[Shift] = Field(default_factory=list, max_length=100)
-
-
-class Simulation(Settings):
-    """`[simulation]`: which cohorts play the sites. Not part of the study's hash."""
-
-    sites: int = Field(default=0, ge=0, le=100_000)
-    cohort: str = ""
-    allow_burned_in: bool = False
-    """As of a site, for the one cohort."""
-    partition: Annotated[Iid | Dirichlet | Quantity | Classes | Column, Field(discriminator="kind")] = Iid()
-    shift: list[SharedShift] = Field(default_factory=list, max_length=100)
-    site: list[SimulatedSite] = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.site and (self.sites or self.cohort):
-            raise ValueError(
-                "sites are split from one cohort and named as well: keep `sites` and `cohort`, or [[simulation.site]]"
-            )
-        if isinstance(self.partition, Column):
-            if self.sites:
-                raise ValueError(
-                    f"sites is {self.sites} and partition.kind is 'column', whose values are the sites: leave `sites` "
-                    "out"
-                )
-        elif bool(self.sites) != bool(self.cohort):
-            raise ValueError(f"sites is {self.sites} and cohort is {self.cohort!r}: give both, or neither")
-        names = [site.name for site in self.site]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two sites are called {twice[0]!r}: give each its own name")
-        return self
-
-    @model_validator(mode="after")
-    def _shifts_have_sites(self) -> Self:
-        if self.shift and (self.site or not isinstance(self.partition, Column)):  # whose sites only the cohort knows
-            self.require_sites([site.name for site in self.site] or [f"site-{n + 1}" for n in range(self.sites)])
-        return self
-
-    def require_sites(self, names: Collection[str]) -> None:
-        """Raise a ValueError, "what is wrong: what to do", where a shift is of a site that is not among `names`."""
-        known = set(names)
-        for number, shift in enumerate(self.shift):
-            if unknown := sorted(set(shift.sites) - known):
-                raise ValueError(
-                    f"simulation.shift.{number}.sites names {unknown[0]!r}, which is no site: "
-                    + (nearest(unknown[0], names) if names else "leave it out")
-                )
-
-    def shifts_of(self, name: str) -> list[Shift]:
-        """The shifts of a site in the order in which they are made."""
-        own = [shift for site in self.site if site.name == name for shift in site.shift]
-        return [shift for shift in self.shift if not shift.sites or name in shift.sites] + own
 
 
 def _is_private(where: str, stage: AnyStage) -> None:

@@ -49,7 +49,7 @@ def init(
 
     from polyclinic.enrolment import Address
     from polyclinic.errors import Refused
-    from polyclinic.study import Name
+    from polyclinic.settings import Name
     from polyclinic_server.home import Settings, make_home
 
     try:

@@ -12,7 +12,7 @@ from statistics import median_low
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.study import Aggregation
+from polyclinic.rules import Aggregation
 from polyclinic.wire import Order, Reply, Tensors
 from polyclinic_server.aggregation.fedavg import CHUNK, LARGEST_VALUE
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from polyclinic.errors import CohortError, StudyError
+from polyclinic.simulation import SimulatedSite, Simulation
 from polyclinic.stages import Finetune
-from polyclinic.study import SimulatedSite, Simulation, Study
+from polyclinic.study import Study
 
 
 def check(study: Study, data: Path, holding_out: bool) -> None:

@@ -13,8 +13,9 @@ from polyclinic.cohort.index import read_meta, require_patients
 from polyclinic.errors import CohortError, StudyError
 from polyclinic.files import atomic
 from polyclinic.seeding import seed_for
+from polyclinic.simulation import Column, Shift, SimulatedSite, Simulation
 from polyclinic.stages import Finetune
-from polyclinic.study import Column, Shift, SimulatedSite, Simulation, Study
+from polyclinic.study import Study
 from polyclinic_client.site import Site, open_site, write_site
 from polyclinic_server.rundir import RunDir
 from polyclinic_simulations.checks import find, sources

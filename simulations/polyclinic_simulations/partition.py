@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from polyclinic.cohort import Cohort
 from polyclinic.errors import Refused
 from polyclinic.seeding import numpy_generator
-from polyclinic.study import Classes, Dirichlet, Iid, Quantity
+from polyclinic.simulation import Classes, Dirichlet, Iid, Quantity
 
 MIN_PATIENTS = 2
 """A site with one patient could neither train nor hold one out."""

@@ -21,7 +21,8 @@ from PIL import Image
 from polyclinic.cohort import Cohort
 from polyclinic.errors import CohortError
 from polyclinic.seeding import numpy_generator, seed_for
-from polyclinic.study import PixelShift, Shift, nearest
+from polyclinic.settings import nearest
+from polyclinic.simulation import PixelShift, Shift
 from polyclinic_simulations.partition import class_of_patients
 
 Pixels = NDArray[np.uint8]

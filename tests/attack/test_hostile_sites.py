@@ -466,7 +466,7 @@ NAMES = st.sampled_from(["reply", "update", "train", "evaluation", "other"])
 
 @given(st.dictionaries(NAMES, RECORDS, max_size=5))
 def test_nothing_but_a_refusal_comes_of_any_content(records: dict[str, Any]) -> None:
-    from polyclinic.study import Aggregation
+    from polyclinic.rules import Aggregation
     from polyclinic_server.gate import Gate
 
     tensors = {"a": np.ones(2, np.float32), "b": np.ones((), np.float32)}

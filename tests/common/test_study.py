@@ -14,19 +14,17 @@ from pydantic import BaseModel
 
 from polyclinic.errors import StudyError
 from polyclinic.methods import METHODS, make_method
+from polyclinic.rules import Aggregation, AnyAggregation, TrimmedMeanRule
+from polyclinic.simulation import Dirichlet
 from polyclinic.stages import SEPARABLE_METHODS, Views
 from polyclinic.study import (
     MAX_CHARACTERS,
-    Aggregation,
-    AnyAggregation,
     Compute,
-    Dirichlet,
     Encoder,
     Evaluation,
     Head,
     Images,
     Study,
-    TrimmedMeanRule,
     load_study,
     parse_canonical,
     parse_study,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from polyclinic import wire
-from polyclinic.study import Aggregation
+from polyclinic.rules import Aggregation
 from polyclinic.wire import Order, Reply, Tensors
 from polyclinic_server.gate import NORM_FLOOR, Gate, RefusedUpdate
 

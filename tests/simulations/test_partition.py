@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from polyclinic.cohort import Cohort
 from polyclinic.errors import Refused
-from polyclinic.study import Classes, Dirichlet, Iid, Quantity
+from polyclinic.simulation import Classes, Dirichlet, Iid, Quantity
 from polyclinic_simulations.partition import MIN_PATIENTS, by_column, partition
 
 from ..tiny import in_memory

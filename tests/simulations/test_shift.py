@@ -17,7 +17,8 @@ from sklearn.preprocessing import StandardScaler
 from polyclinic.cohort import Cohort, build_cohort
 from polyclinic.encoders import ENCODERS
 from polyclinic.errors import CohortError, Refused, StudyError
-from polyclinic.study import Images, PixelShift, Shift, Study, resolve
+from polyclinic.simulation import PixelShift, Shift
+from polyclinic.study import Images, Study, resolve
 from polyclinic_client.site import Site, open_site
 from polyclinic_simulations import consortium
 from polyclinic_simulations.consortium import IMAGES, gather, settle

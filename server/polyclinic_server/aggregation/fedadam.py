@@ -10,7 +10,7 @@ As in the paper, and unlike Adam's, the moments are not corrected for their star
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.study import FedAdamRule
+from polyclinic.rules import FedAdamRule
 from polyclinic.wire import Tensors
 from polyclinic_server.aggregation.fedavg import FedAvg
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.study import Aggregation
+from polyclinic.rules import Aggregation
 from polyclinic.wire import Tensors
 
 STEP = 2.0**-28

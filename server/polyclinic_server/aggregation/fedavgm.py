@@ -6,7 +6,7 @@ v <- momentum v + d,    w <- w + learning_rate v;    v = 0 where a stage begins.
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.study import FedAvgMRule
+from polyclinic.rules import FedAvgMRule
 from polyclinic.wire import Tensors
 from polyclinic_server.aggregation.fedavg import FedAvg
 

@@ -11,7 +11,7 @@ sums of squared differences in float64.
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.study import KrumRule
+from polyclinic.rules import KrumRule
 from polyclinic.wire import Tensors, digest
 from polyclinic_server.aggregation.fedavg import CHUNK
 from polyclinic_server.aggregation.gathered import Gathered

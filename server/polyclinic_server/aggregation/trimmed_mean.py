@@ -10,7 +10,7 @@ import numpy as np
 from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 from numpy.typing import NDArray
 
-from polyclinic.study import TrimmedMeanRule
+from polyclinic.rules import TrimmedMeanRule
 from polyclinic.wire import Tensors
 from polyclinic_server.aggregation.gathered import Gathered
 

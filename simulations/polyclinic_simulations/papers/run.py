@@ -18,7 +18,8 @@ from polyclinic.errors import CohortError, Refused
 from polyclinic.files import atomic, locked, write_atomic
 from polyclinic.model import encoder_of
 from polyclinic.seeding import seed_for
-from polyclinic.study import Dirichlet, Study, load_study, resolve
+from polyclinic.simulation import Dirichlet
+from polyclinic.study import Study, load_study, resolve
 from polyclinic_client.site import Site
 from polyclinic_client.work import Progress
 from polyclinic_server.rundir import Listener

@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 from polyclinic import wire
 from polyclinic.errors import QuorumLost, StudyError
 from polyclinic.model import initial_tensors
-from polyclinic.study import Aggregation, AnyAggregation, Study
+from polyclinic.rules import Aggregation, AnyAggregation
+from polyclinic.study import Study
 from polyclinic_server import checkpoints, rounds
 from polyclinic_server.aggregation import RULES
 from polyclinic_server.aggregation.fedavg import CHUNK, FedAvg, weight_of
