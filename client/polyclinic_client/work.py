@@ -30,12 +30,13 @@ from polyclinic.evaluation import (
 from polyclinic.methods.base import Method
 from polyclinic.model import build_stage, load_tensors, shared_tensors
 from polyclinic.privacy.ledger import Cap, Charge
-from polyclinic.rules import FedProxRule
+from polyclinic.rules import FedBNRule, FedEMARule, FedProxRule
 from polyclinic.seeding import seed_for
 from polyclinic.stages import Finetune, Views
 from polyclinic.study import PatientPrivacy, Study, parse_canonical
 from polyclinic.training import PLAIN, Recipe, pick_device, proximal, train, use_threads
 from polyclinic.wire import EVALUATION, Malformed, Order, Reply, Tensors, digest
+from polyclinic_client import personal
 from polyclinic_client.site import Site
 from polyclinic_client.state import SiteState
 
@@ -67,6 +68,10 @@ def answer(
         if tensors.keys() != set(method.shared(module)):
             raise Malformed("the order's tensors are not those of its stage")
         load_tensors(module, tensors)
+        state = SiteState(site.state / study.hash[:16])
+        own = state.own_before(order.round + (not order.train))  # an order that trains nothing comes after its round
+        if isinstance(study.aggregation, FedBNRule):
+            personal.lay_over(module, own)
         module.to(pick_device())
         training, testing = site.split(study)
         stage = study.stages[order.stage]
@@ -84,7 +89,7 @@ def answer(
         reply = Reply(study.hash, order.stage, order.round, site.name, 0, {}, _that_may_leave(measured))
         if not order.train:
             return reply, None
-        patients, metrics, update = _round(order, tensors, study, method, module, site, training, progress)
+        patients, metrics, update = _round(order, tensors, study, method, module, site, training, state, own, progress)
         head = site.spending.head() if study.privacy.mode == "patient" else ""
         return replace(reply, patients=patients, train=metrics, head=head), update
 
@@ -114,10 +119,11 @@ def _round(
     module: nn.Module,
     site: Site,
     training: Cohort,
+    state: SiteState,
+    own: dict[str, torch.Tensor],
     progress: Progress | None,
 ) -> tuple[int, dict[str, float], Tensors]:
     """(patients, metrics, update) of a round: as stored if it was made before from the same tensors, or trained."""
-    state = SiteState(site.state / study.hash[:16])
     if (stored := state.update(order.round, order.model)) is not None:
         facts = json.loads(stored[1]["facts"])
         return facts["patients"], facts["metrics"], {name: value.numpy() for name, value in stored[0].items()}
@@ -126,6 +132,7 @@ def _round(
     if isinstance(stage, Finetune):
         targets = _targets(training, study, stage)
         cast("Supervised", method).balance(targets)
+    noted = personal.blend(module, own, rule.tau) if isinstance(rule, FedEMARule) else {}
     recipe: Recipe = PLAIN
     reserved = 0
     if isinstance(study.privacy, PatientPrivacy):
@@ -158,7 +165,8 @@ def _round(
     after = shared_tensors(method, module)
     update = {name: after[name] - tensors[name] for name in after}
     facts = {"model": order.model, "facts": json.dumps({"patients": patients, "metrics": metrics})}
-    state.keep(order.round, order.stage, {n: torch.from_numpy(u) for n, u in update.items()}, facts, moments)
+    own = personal.to_keep(rule, module) | noted
+    state.keep(order.round, order.stage, {n: torch.from_numpy(u) for n, u in update.items()}, facts, moments, own)
     return patients, metrics, update
 
 

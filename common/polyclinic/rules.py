@@ -47,6 +47,21 @@ class FedProxRule(Aggregation):
     """Of the term mu/2 |w - w_g|^2 in every site's loss. The paper tries 0.001 to 1."""
 
 
+class FedBNRule(Aggregation):
+    """`[aggregation]`: rule = "fedbn", the mean of updates of sites that keep their own normalisation layers."""
+
+    rule: Literal["fedbn"]
+
+
+class FedEMARule(Aggregation):
+    """`[aggregation]`: rule = "fedema", the mean of updates of sites that start between the global encoder and
+    their own."""
+
+    rule: Literal["fedema"]
+    tau: float = Field(default=0.7, gt=0, le=1)
+    """Share of its own encoder with which a site starts its second round; later shares go with the divergence."""
+
+
 class FedAvgMRule(Aggregation):
     """`[aggregation]`: rule = "fedavgm", the mean update with momentum at the coordinator."""
 
@@ -126,6 +141,15 @@ class KrumRule(Robust):
 
 
 AnyAggregation = Annotated[
-    FedAvgRule | FedProxRule | FedAvgMRule | FedAdamRule | LDawaRule | MedianRule | TrimmedMeanRule | KrumRule,
+    FedAvgRule
+    | FedProxRule
+    | FedBNRule
+    | FedEMARule
+    | FedAvgMRule
+    | FedAdamRule
+    | LDawaRule
+    | MedianRule
+    | TrimmedMeanRule
+    | KrumRule,
     Field(discriminator="rule"),
 ]

@@ -41,7 +41,20 @@ class Column(Settings):
 
     kind: Literal["column"]
     by: str
-    """`site` or `view`; a patient goes to the value that most of its images have."""
+    """`site`, `view`, `sex` or `age`; a patient goes to the value that most of its images have."""
+    edges: list[Annotated[int, Field(ge=1, le=90)]] = Field(default_factory=list, max_length=89)
+    """Years at which one site's patients end and the next one's begin, ascending: [40, 60] makes the sites under-40,
+    40-59 and 60-and-over. Only with by = "age"; every age above 89 is kept as 90."""
+
+    @model_validator(mode="after")
+    def _edges_are_of_ages(self) -> Self:
+        if self.by == "age" and not self.edges:
+            raise ValueError('partition.by is "age" and nothing says where groups begin: add edges = [40, 60]')
+        if self.by != "age" and self.edges:
+            raise ValueError(f"partition.by is {self.by!r}, which has no edges: leave `edges` out")
+        if self.edges != sorted(set(self.edges)):
+            raise ValueError(f"partition.edges is {self.edges}: give years in ascending order, each once")
+        return self
 
 
 PixelShift = Literal[
@@ -55,7 +68,11 @@ PixelShift = Literal[
     "local_contrast",
     "resolution",
 ]
-ShiftKind = Literal[PixelShift, "label_noise", "prevalence"]
+LabelShift = Literal["label_noise", "label_policy"]
+MixShift = Literal["prevalence", "view_mix", "sex_mix", "age_mix"]
+ShiftKind = Literal[PixelShift, LabelShift, MixShift]
+VALUED: dict[str, str] = {"prevalence": "class", "view_mix": "view", "sex_mix": "sex", "label_policy": "class"}
+"""The kinds of shift that concern patients of one value, with what that is a value of."""
 
 
 def _is_kind(value: object) -> object:
@@ -70,15 +87,24 @@ class Shift(Settings):
     kind: Annotated[ShiftKind, BeforeValidator(_is_kind)]
     severity: float = Field(ge=0, le=1)
     """0: nothing changes."""
-    label: str = ""
-    """The cohort's word for the class that grows rare with kind = "prevalence"; no other kind has one."""
+    value: str = ""
+    """The cohort's word for whom the shift concerns: the class that grows rare with kind = "prevalence", the view with
+    "view_mix", the sex (F, M or O) with "sex_mix", the class that is called otherwise with "label_policy"; no other
+    kind has one."""
+    becomes: str = ""
+    """What a site of another reading convention calls that class, in the cohort's words; only with kind =
+    "label_policy"."""
 
     @model_validator(mode="after")
-    def _has_a_label(self) -> Self:
-        if self.kind == "prevalence" and not self.label:
-            raise ValueError('a shift of kind "prevalence" names no class: add label = "..."')
-        if self.kind != "prevalence" and self.label:
-            raise ValueError(f"a shift of kind {self.kind!r} has no label: leave `label` out")
+    def _has_a_value(self) -> Self:
+        if self.kind in VALUED and not self.value:
+            raise ValueError(f'a shift of kind {self.kind!r} names no {VALUED[self.kind]}: add value = "..."')
+        if self.kind not in VALUED and self.value:
+            raise ValueError(f"a shift of kind {self.kind!r} has no value: leave `value` out")
+        if self.kind == "label_policy" and self.becomes in ("", self.value):
+            raise ValueError(f'the class {self.value!r} becomes no other: give another as becomes = "..."')
+        if self.kind != "label_policy" and self.becomes:
+            raise ValueError(f"a shift of kind {self.kind!r} calls nothing otherwise: leave `becomes` out")
         return self
 
 
@@ -89,11 +115,133 @@ class SharedShift(Shift):
     """Whose; empty: all."""
 
 
+Hour = Annotated[float, Field(ge=0, le=24)]
+RoundNumber = Annotated[int, Field(ge=1, le=1_000_000)]
+ANY_ROUND = (1, 1_000_000)
+
+
+class SimulatedClock(Settings):
+    """`[simulation.clock]`: time that passes as fast as the sites can be trained here, by what theirs would take.
+
+    `aggregation.round_deadline_s` is of this time, as are the seconds of a round. Only training, the way of the tensors
+    and waiting take any.
+    """
+
+    images_per_s: float = Field(default=0.0, ge=0, le=1e6)
+    """Images that a site trains on in a second. 0: time is this machine's, and nobody is slow or late."""
+    bytes_per_s: float = Field(default=1e6, gt=0, le=1e12)
+    """Of a site's connection, either way."""
+    nights: tuple[Hour, Hour] = (0.0, 24.0)
+    """Hours of the day from and to which sites train, such as [20, 6]; what they do not finish rests until then."""
+    start_hour: float = Field(default=0.0, ge=0, lt=24)
+    """Of the day at which the run begins."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.nights[0] == 24 or self.nights[0] == self.nights[1]:
+            raise ValueError(
+                f"simulation.clock.nights is {list(self.nights)}: give two different hours, [0, 24] for the whole day"
+            )
+        fields = type(self).model_fields.items()
+        if not self.images_per_s and any(getattr(self, name) != field.default for name, field in fields):
+            raise ValueError("simulation.clock does not say how fast sites train: add images_per_s, such as 100")
+        return self
+
+
+class Fault(Settings):
+    """`[[simulation.fault]]`: what goes wrong at sites, in the order given; the other rows train without.
+
+    A site whose labels are flipped is no fault but a shift: `label_noise` of severity 1.
+    """
+
+    sites: list[Name] = Field(default_factory=list)
+    """Whose; empty: all."""
+    probability: float = Field(default=1.0, ge=0, le=1)
+    """That it happens to a site in a round; drawn anew for each from the study's seed."""
+    rounds: tuple[RoundNumber, RoundNumber] = ANY_ROUND
+    """The first and the last in which it may, counted across stages."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.rounds[0] > self.rounds[1]:
+            raise ValueError(f"rounds is {list(self.rounds)}: give [first, last] with first <= last")
+        return self
+
+
+class Dropout(Fault):
+    """The site does not answer. Needs the clock."""
+
+    kind: Literal["dropout"]
+
+
+class Lateness(Fault):
+    """The answer waits at the site before it leaves, for a time that is distributed exponentially. Needs the clock."""
+
+    kind: Literal["lateness"]
+    seconds: float = Field(gt=0, le=1e8)
+    """Mean."""
+
+
+class Slow(Fault):
+    """The site trains more slowly. Needs the clock."""
+
+    kind: Literal["slow"]
+    factor: float = Field(ge=1, le=1e6)
+    """Times as long as by `images_per_s`."""
+
+
+class Corrupt(Fault):
+    """Bytes of the update are damaged on the way: a stretch reads as NaN, or all are random."""
+
+    kind: Literal["corrupt"]
+
+
+class SignFlip(Fault):
+    """The site sends the opposite of its update."""
+
+    kind: Literal["sign_flip"]
+
+
+class Scaling(Fault):
+    """The site sends a multiple of its update."""
+
+    kind: Literal["scaling"]
+    factor: float = Field(gt=0, le=1e6)
+
+
+class UpdateNoise(Fault):
+    """The site adds a vector of random direction to its update."""
+
+    kind: Literal["noise"]
+    factor: float = Field(gt=0, le=1e6)
+    """Norm of the vector, as a multiple of the update's."""
+
+
+class Collusion(Fault):
+    """All sites to which it happens in a round send one vector that hides in their spread (arXiv 1902.06156).
+
+    It is mean - z std, weight by weight, over the updates that they have honestly trained.
+    """
+
+    kind: Literal["collusion"]
+    factor: float = Field(ge=0, le=1_000)
+    """z. The larger, the more harm, and the easier to tell from honest updates."""
+
+
+AnyFault = Annotated[
+    Dropout | Lateness | Slow | Corrupt | SignFlip | Scaling | UpdateNoise | Collusion, Field(discriminator="kind")
+]
+TIMED = (Dropout, Lateness, Slow)
+"""Faults that are nothing but time."""
+
+
 class SimulatedSite(Settings):
     """`[[simulation.site]]`: a named site with a cohort of its own."""
 
     name: Name
-    cohort: str
+    cohort: str = ""
+    phantom: int = Field(default=0, ge=0, le=100_000)
+    """In place of a cohort: patients that are invented for the site, seeded by the study."""
     allow_burned_in: bool = False
     """Use what may show a patient's name in its pixels: ultrasound, secondary captures, files marked as annotated."""
     shift: list[Shift] = Field(default_factory=list, max_length=100)
@@ -104,25 +252,37 @@ class Simulation(Settings):
 
     sites: int = Field(default=0, ge=0, le=100_000)
     cohort: str = ""
+    phantom: int = Field(default=0, ge=0, le=100_000)
+    """In place of a cohort: patients that are invented, all as of one hospital, seeded by the study."""
     allow_burned_in: bool = False
     """As of a site, for the one cohort."""
     partition: Annotated[Iid | Dirichlet | Quantity | Classes | Column, Field(discriminator="kind")] = Iid()
     shift: list[SharedShift] = Field(default_factory=list, max_length=100)
+    clock: SimulatedClock = SimulatedClock()
+    fault: list[AnyFault] = Field(default_factory=list, max_length=100)
     site: list[SimulatedSite] = Field(default_factory=list)
+    held_out: list[Name] = Field(default_factory=list)
+    """Sites that take no part in training, whose patients are there to be measured on."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.site and (self.sites or self.cohort):
+        if self.site and (self.sites or self.cohort or self.phantom):
             raise ValueError(
                 "sites are split from one cohort and named as well: keep `sites` and `cohort`, or [[simulation.site]]"
             )
+        sources: list[SimulatedSite | Simulation] = [self, *self.site]
+        for source in sources:
+            if source.cohort and source.phantom:
+                raise ValueError(f"cohort is {source.cohort!r} and phantom is {source.phantom}: keep one of them")
+        if none := [site.name for site in self.site if not (site.cohort or site.phantom)]:
+            raise ValueError(f"the site {none[0]!r} has no patients: give it a cohort, or a number of phantom patients")
         if isinstance(self.partition, Column):
             if self.sites:
                 raise ValueError(
                     f"sites is {self.sites} and partition.kind is 'column', whose values are the sites: leave `sites` "
                     "out"
                 )
-        elif bool(self.sites) != bool(self.cohort):
+        elif bool(self.sites) != bool(self.cohort or self.phantom):
             raise ValueError(f"sites is {self.sites} and cohort is {self.cohort!r}: give both, or neither")
         names = [site.name for site in self.site]
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -130,18 +290,32 @@ class Simulation(Settings):
         return self
 
     @model_validator(mode="after")
-    def _shifts_have_sites(self) -> Self:
-        if self.shift and (self.site or not isinstance(self.partition, Column)):  # whose sites only the cohort knows
+    def _faults_have_time(self) -> Self:
+        for number, fault in enumerate(self.fault):
+            if isinstance(fault, TIMED) and not self.clock.images_per_s:
+                raise ValueError(
+                    f"simulation.fault.{number} is of kind {fault.kind!r}, which needs virtual time: give "
+                    "[simulation.clock] an images_per_s"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _named_sites_exist(self) -> Self:
+        if (self.shift or self.fault or self.held_out) and (
+            self.site or not isinstance(self.partition, Column)
+        ):  # whose sites only the cohort knows
             self.require_sites([site.name for site in self.site] or [f"site-{n + 1}" for n in range(self.sites)])
         return self
 
     def require_sites(self, names: Collection[str]) -> None:
-        """Raise a ValueError, "what is wrong: what to do", where a shift is of a site that is not among `names`."""
+        """Raise a ValueError, "what is wrong: what to do", where a site is named that is not among `names`."""
         known = set(names)
-        for number, shift in enumerate(self.shift):
-            if unknown := sorted(set(shift.sites) - known):
+        named = {f"shift.{number}.sites": shift.sites for number, shift in enumerate(self.shift)}
+        named |= {f"fault.{number}.sites": fault.sites for number, fault in enumerate(self.fault)}
+        for key, sites in {**named, "held_out": self.held_out}.items():
+            if unknown := sorted(set(sites) - known):
                 raise ValueError(
-                    f"simulation.shift.{number}.sites names {unknown[0]!r}, which is no site: "
+                    f"simulation.{key} names {unknown[0]!r}, which is no site: "
                     + (nearest(unknown[0], names) if names else "leave it out")
                 )
 
@@ -149,3 +323,12 @@ class Simulation(Settings):
         """The shifts of a site in the order in which they are made."""
         own = [shift for site in self.site if site.name == name for shift in site.shift]
         return [shift for shift in self.shift if not shift.sites or name in shift.sites] + own
+
+    @property
+    def unreliable(self) -> bool:
+        """Whether time is virtual, or something goes wrong."""
+        return bool(self.fault or self.clock.images_per_s)
+
+    def faults_of(self, name: str) -> dict[int, AnyFault]:
+        """The faults of a site by their place in `fault`."""
+        return {number: fault for number, fault in enumerate(self.fault) if not fault.sites or name in fault.sites}

@@ -36,9 +36,13 @@ def _is_power_of_two(value: int) -> int:
 
 
 EncoderName = Literal["resnet18", "resnet50", "bit_resnet50", "vit_tiny", "vit_small", "vit_base"]
+Norm = Literal["group", "batch"]
 Row = Literal["pixels", "random", "alone", "pooled", "scratch"]
 Precision = Literal["fp32", "bf16"]
 
+BATCH_NORM_ENCODERS = ("resnet18", "resnet50")
+OVERSHOOTING_RULES = ("fedavgm", "fedadam")
+"""Whose step may go beyond all updates of a round."""
 MAX_CHARACTERS = 256_000
 """Of a study; a site reads what a coordinator sends."""
 MAX_LINE = 4_000
@@ -100,6 +104,17 @@ class Encoder(Settings):
     """Side of a Vision Transformer's patches, pixels; not used by a ResNet."""
     context: bool = False
     """Context bottlenecks behind every level (encoders/context.py). On by default where a stage trains mlvicx."""
+    norm: Norm = "group"
+    """Of resnet18 and resnet50 (encoders/resnet.py): batch normalisation is there to compare with."""
+
+    @model_validator(mode="after")
+    def _norm_is_there(self) -> Self:
+        if self.norm == "batch" and self.name not in BATCH_NORM_ENCODERS:
+            raise ValueError(
+                f"encoder.norm is 'batch', and {self.name!r} has no batch normalisation: leave encoder.norm out, or "
+                f"use {' or '.join(BATCH_NORM_ENCODERS)}"
+            )
+        return self
 
 
 class Evaluation(Settings):
@@ -272,6 +287,27 @@ class Study(Settings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _batch_statistics_hold(self) -> Self:
+        if self.encoder.norm != "batch":
+            return self
+        if self.privacy.mode == "patient":
+            raise ValueError(
+                "encoder.norm is 'batch', by which a patient's gradient depends on the others in the batch, and "
+                "privacy.mode 'patient' bounds what one patient adds: set encoder.norm to 'group', or leave it out"
+            )
+        if self.privacy.mode == "site":
+            raise ValueError(
+                "encoder.norm is 'batch', and the noise of privacy.mode 'site' could take a running variance below "
+                "zero: set encoder.norm to 'group', or leave it out"
+            )
+        if self.aggregation.rule in OVERSHOOTING_RULES:
+            raise ValueError(
+                f"encoder.norm is 'batch', and a step of aggregation.rule {self.aggregation.rule!r} may go beyond all "
+                "updates and take a running variance below zero: set encoder.norm to 'group', or the rule to 'fedavg'"
+            )
+        return self
+
     @property
     def name(self) -> str:
         """Of the study."""
@@ -331,10 +367,10 @@ def load_study(path: Path) -> Study:
             text = file.read(MAX_CHARACTERS * 4 + 1).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"cannot read the study file {path}: {error}", "give the path of a TOML file") from error
-    return _with_weights(parse_study(text, str(path)), path)
+    return with_weights(parse_study(text, str(path)), path)
 
 
-def _with_weights(study: Study, path: Path) -> Study:
+def with_weights(study: Study, path: Path) -> Study:
     """`study` with the absolute path and the SHA-256 of its initial weights, where it names a file of them.
 
     Where the study states the SHA-256 itself, the file is not opened: that is compared where the rounds begin.

@@ -21,6 +21,7 @@ from polyclinic.stages import Finetune
 from polyclinic_server import checkpoints, heads
 from polyclinic_server.aggregation.private import EpsilonSpent
 from polyclinic_server.heads import Heads
+from polyclinic_server.mail import Clock
 from polyclinic_server.rounds import run_study
 from polyclinic_server.rundir import ENDED, REGISTERED, RunDir, last_event
 
@@ -55,8 +56,14 @@ def main(grid: Grid, context: Context) -> None:
             raise
 
 
-def lead(grid: Grid, run: RunDir, registered: dict[str, int] | None = None, heads: Heads | None = None) -> None:
-    """As `main`, for a run directory that someone listens to; `registered` and `heads` are those of `run_study`.
+def lead(
+    grid: Grid,
+    run: RunDir,
+    registered: dict[str, int] | None = None,
+    heads: Heads | None = None,
+    clock: Clock | None = None,
+) -> None:
+    """As `main`, for a run directory that someone listens to; `registered`, `heads`, `clock` are those of `run_study`.
 
     Raises:
         EpsilonSpent: the study has ended before its last round; the encoder of those that it could afford is there.
@@ -64,7 +71,7 @@ def lead(grid: Grid, run: RunDir, registered: dict[str, int] | None = None, head
     study = run.study
     seats = json.loads((run.path / "seats.json").read_text())
     try:
-        tensors = run_study(grid, study, run, seats, registered=registered, heads=heads)
+        tensors = run_study(grid, study, run, seats, registered=registered, heads=heads, clock=clock)
     except EpsilonSpent:
         if found := checkpoints.newest(run.checkpoints, study.hash, lambda text: run.event("warning", text=text)):
             save_encoder(run.path / ENCODER, encoder_of(study, found[1]), study)

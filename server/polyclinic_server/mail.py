@@ -39,6 +39,18 @@ GRACE_S = 600.0
 """Seconds after a round's deadline at which its messages expire: a node that comes back later gets none of them."""
 
 
+class Clock:
+    """The time by which sites are waited for: this machine's."""
+
+    def now(self) -> float:
+        """Seconds since some moment."""
+        return time.monotonic()
+
+    def wait(self, until: float) -> None:
+        """Come back when something may have come, at `until` at the latest or soon after."""
+        time.sleep(POLL_S)
+
+
 @dataclass(frozen=True)
 class Round:
     """One round in flight: what is asked of whom, and from which tensors."""
@@ -66,9 +78,11 @@ class Mail:
         study: Study,
         seats: Mapping[str, int],
         registered: Mapping[str, int] | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """With `registered`, {site: node}, a node gets no other seat than that of the site whose key it has."""
         self.nodes: dict[str, int] = {}
+        self._clock = clock or Clock()
         self._grid, self._run, self._seats, self._registered = grid, run, seats, registered
         self._question, self._patience_s = wire.pack_question(study.hash), study.aggregation.round_deadline_s
         self._names: dict[int, str] = {}
@@ -80,12 +94,12 @@ class Mail:
 
     def find(self) -> None:
         """Ask every node who it is, until all enrolled sites are found or patience is at its end."""
-        deadline = time.monotonic() + self._patience_s
+        deadline = self._clock.now() + self._patience_s
         while set(self.nodes) != set(self._seats):
             if not self.look():
-                if time.monotonic() > deadline:
+                if self._clock.now() >= deadline:
                     break
-                time.sleep(POLL_S)
+                self._clock.wait(min([deadline, *self._due.values()]))
         for name in sorted(set(self._seats) - set(self.nodes)):
             self._run.event("site_missing", round=0, site=name)
 
@@ -93,7 +107,7 @@ class Mail:
         """Ask nodes that are new who they are, unless all sites are there, and take what has come; whether it has."""
         if set(self.nodes) == set(self._seats):
             return False
-        now = time.monotonic()
+        now = self._clock.now()
         for node in [node for node in self._grid.get_node_ids() if now >= self._due.get(node, now)]:
             self._due[node], self._asked_at[node] = math.inf, time.time()
             question = Message(self._question, node, MessageType.QUERY, ttl=self._patience_s + GRACE_S)
@@ -143,7 +157,7 @@ class Mail:
             self._run.event("warning", text=text)
 
     def _ask_later(self, node: int) -> None:
-        self._due[node] = time.monotonic() + _wait_s(self._failed[node])
+        self._due[node] = self._clock.now() + _wait_s(self._failed[node])
         self._failed[node] += 1
 
     def replies(self, round: Round) -> Iterator[tuple[str, Message]]:
@@ -152,19 +166,19 @@ class Mail:
         What has arrived by then is taken, even where taking the one before lasted beyond the deadline. A site whose
         node has gone is asked again when it is back. Who comes meanwhile is there for the next round.
         """
-        deadline = time.monotonic() + self._patience_s
+        deadline = self._clock.now() + self._patience_s
         pending = self._send(round, round.orders)
         missing = set(round.orders)
         again = Counter[str]()
         lost: dict[str, float] = {}
-        looked, late = time.monotonic(), False
+        look_at, late = self._clock.now() + AGAIN_S, False
         while (pending or lost) and not late:
-            now = time.monotonic()
-            late = now > deadline
-            if now - looked > AGAIN_S:
+            now = self._clock.now()
+            late = now >= deadline
+            if now >= look_at:
                 self.look()
-                online, looked = set(self._grid.get_node_ids()) if lost else set(), now
-                back = sorted(site for site, due in lost.items() if now > due and self.nodes[site] in online)
+                online, look_at = set(self._grid.get_node_ids()) if lost else set(), now + AGAIN_S
+                back = sorted(site for site, due in lost.items() if now >= due and self.nodes[site] in online)
                 again.update(back)
                 pending |= self._send(round, back)
                 lost = {site: due for site, due in lost.items() if site not in back}
@@ -179,7 +193,7 @@ class Mail:
                 if (sender := _sender(message, pending)) is not None:
                     site = self._names[sender]
                     if _is_lost(message) and again[site] < AGAIN:
-                        lost[site] = time.monotonic() + _wait_s(again[site])
+                        lost[site] = self._clock.now() + _wait_s(again[site])
                         self._run.event("site_lost", round=round.number, site=site, reason=_error(message))
                         continue
                     missing.discard(site)
@@ -190,7 +204,8 @@ class Mail:
                     self._run.event("warning", text="a reply to nothing that was asked was dropped")
                 del message  # or it would stay in memory until the next has come
             if not seen and not late:
-                time.sleep(POLL_S)
+                due = min([*lost.values(), *self._due.values()], default=deadline)
+                self._clock.wait(min(deadline, max(due, look_at)))
         for site in sorted(missing):
             self._run.event("site_missing", round=round.number, site=site)
             self._due[self.nodes.pop(site)] = now  # it may be well again: it is asked before the next round

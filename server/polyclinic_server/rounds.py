@@ -9,7 +9,6 @@ Under differential privacy no figure that a site measures on patients is asked f
 dropped unseen: neither metrics nor events hold any, and nothing is stopped by one.
 """
 
-import time
 from collections.abc import Iterable, Mapping
 
 from flwr.app import Message
@@ -30,7 +29,7 @@ from polyclinic_server.aggregation.private import Budget, EpsilonSpent, PrivateM
 from polyclinic_server.checkpoints import Best, Checkpoint
 from polyclinic_server.gate import Gate, RefusedUpdate, bound_to, withheld
 from polyclinic_server.heads import Heads
-from polyclinic_server.mail import Mail, Round, read, refuse
+from polyclinic_server.mail import Clock, Mail, Round, read, refuse
 from polyclinic_server.progress import records
 from polyclinic_server.rundir import RunDir
 
@@ -48,6 +47,7 @@ def run_study(
     evaluate: bool = True,
     registered: Mapping[str, int] | None = None,
     heads: Heads | None = None,
+    clock: Clock | None = None,
 ) -> Tensors:
     """Lead a study from its newest checkpoint to its end.
 
@@ -58,6 +58,7 @@ def run_study(
         evaluate: have the sites measure the global encoder as `[evaluation]` asks.
         registered: the node that each site's key is registered as; None where nodes are as trusted as sites.
         heads: where the sites' privacy ledgers ended in the studies before.
+        clock: by which rounds end; the machine's own if None.
 
     Returns:
         The global tensors after the last round.
@@ -70,13 +71,13 @@ def run_study(
     """
     _summable(study, seats)
     quorum = _quorum(study, len(seats))
-    heads = heads or Heads()
+    heads, clock = heads or Heads(), clock or Clock()
     budget = _budget(study, run)
     checkpoint, tensors = _start(study, run)
     state = checkpoints.load_state(run.checkpoints, checkpoint)
     if checkpoint.round == 0:
         _warn(study, run, len(seats), tensors)
-    mail = Mail(grid, run, study, seats, registered)
+    mail = Mail(grid, run, study, seats, registered, clock)
     mail.find()
     gate = Gate(study.aggregation, seats, list(checkpoint.norms), mode=study.privacy.mode)
     evaluate = evaluate and study.privacy.mode == "none"
@@ -97,7 +98,7 @@ def run_study(
         orders = _orders(study, number, stage, tensors, mail.nodes, heads, train=True, evaluate=due)
         round = Round(number, stage, tensors, packed, orders)
         fold = _fold(study, tensors, len(seats), state)
-        tensors, norms, accepted = _round(mail, study, run, round, gate, heads, fold, quorum)
+        tensors, norms, accepted = _round(mail, study, run, round, gate, heads, fold, quorum, clock)
         state = fold.state
         if budget is None:
             gate.norms += norms
@@ -281,10 +282,18 @@ def _orders(
 
 
 def _round(
-    mail: Mail, study: Study, run: RunDir, round: Round, gate: Gate, heads: Heads, fold: Rule, quorum: int
+    mail: Mail,
+    study: Study,
+    run: RunDir,
+    round: Round,
+    gate: Gate,
+    heads: Heads,
+    fold: Rule,
+    quorum: int,
+    clock: Clock,
 ) -> tuple[Tensors, list[float], dict[str, Reply]]:
     """The new global tensors, the norms of the updates in them by site name, and what came with these."""
-    started = time.monotonic()
+    started = clock.now()
     run.event("round_started", round=round.number, stage=round.stage, sites=list(round.orders))
     gate.open_round(round.tensors)
     accepted: dict[str, tuple[Reply, float]] = {}
@@ -308,7 +317,7 @@ def _round(
     sent = {site: reply for site, (reply, _) in accepted.items()}
     _stop_collapsed(study, round, sent)
     new = fold.close(round.tensors)
-    _close(study, run, round, sent, gate.seats, time.monotonic() - started)
+    _close(study, run, round, sent, gate.seats, clock.now() - started)
     return new, [norm for _, (_, norm) in sorted(accepted.items())], sent
 
 

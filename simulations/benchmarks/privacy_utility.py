@@ -24,7 +24,7 @@ from polyclinic.errors import Refused
 from polyclinic.privacy.accounting import noise_for
 from polyclinic.privacy.dpsgd import sampling_rate, steps_of_round
 from polyclinic.report.svg import Axis, dots, element, line, polyline, text, tick_text
-from polyclinic.study import resolve
+from polyclinic.study import resolve, with_weights
 from polyclinic_simulations.phantom import write_site
 from polyclinic_simulations.phantom.findings import SHARES
 from polyclinic_simulations.simulate import simulate
@@ -97,7 +97,8 @@ def measure(plain: dict[str, Any], data: Path, state: Path) -> dict[str, Any]:
     """Train, and read the classifier."""
     began = time.monotonic()
     with TemporaryDirectory() as folder:
-        summary = simulate(resolve(plain), Path(folder) / "run", data, state)
+        study = with_weights(resolve(plain), Path(folder))  # as read from a file: with the digest of its weights
+        summary = simulate(study, Path(folder) / "run", data, state)
     spent = summary["epsilon"]
     scores = summary["classifier"]["federated"]
     return {

@@ -12,16 +12,28 @@ def check(study: Study, data: Path, holding_out: bool) -> None:
     """Refuse a study that cannot be simulated. `data` is the folder that relative cohort paths start from.
 
     Raises:
-        StudyError: it names no cohort, or leaves one site out and has nothing to compare. CohortError: one is missing.
+        StudyError: it names no cohort, or leaves one site out and has nothing to compare, or holds sites out besides.
+        CohortError: one is missing.
     """
     if holding_out:
         check_stages(study)
     for name, source in sources(study).items():
-        find(name, source, data)
+        if not source.phantom:
+            find(name, source, data)
 
 
 def check_stages(study: Study) -> None:
-    """Refuse a study that has no pretraining to compare, or no fine-tuning to compare it by."""
+    """Refuse a study with nothing to compare, or nothing to compare it by, or that the protocol would not heed."""
+    if study.simulation.held_out:
+        raise StudyError(
+            "simulation.held_out names sites, and leaving one site out holds out each in turn",
+            "leave held_out out, or --leave-one-site-out",
+        )
+    if study.simulation.unreliable:
+        raise StudyError(
+            "leaving one site out plays neither [simulation.clock] nor [[simulation.fault]]",
+            "leave them out, or --leave-one-site-out",
+        )
     if not isinstance(study.stages[-1], Finetune) or isinstance(study.stages[0], Finetune):
         raise StudyError(
             "leaving one site out compares pretraining, then fine-tuning, with fine-tuning alone",
@@ -34,11 +46,11 @@ def sources(study: Study) -> dict[str, Simulation | SimulatedSite]:
     wanted = study.simulation
     if wanted.site:
         return {site.name: site for site in wanted.site}
-    if wanted.cohort:
+    if wanted.cohort or wanted.phantom:
         return {"all": wanted}
     raise StudyError(
         "the study has no [simulation]: there is no cohort to play the sites",
-        'add [simulation] with sites = 3 and cohort = "DIR", or one [[simulation.site]] a hospital',
+        'add [simulation] with sites = 3 and cohort = "DIR" (or phantom = 120), or one [[simulation.site]] a hospital',
     )
 
 

@@ -33,9 +33,11 @@ def register(app: typer.Typer) -> None:
     """Add this package's commands."""
     from polyclinic_simulations.papers.cli import register as register_papers
     from polyclinic_simulations.phantom.cli import register as register_phantom
+    from polyclinic_simulations.sweep.cli import register as register_sweep
 
     for command in (demo, simulate, compare, evaluate, export):
         app.command()(command)
+    register_sweep(app)
     register_phantom(app)
     register_papers(app)
 
@@ -106,13 +108,11 @@ def demo(
 
       polyclinic demo --seed 1
     """
-    from polyclinic_simulations.demo import demo_patients, demo_study
+    from polyclinic_simulations.demo import demo_study
 
     study = demo_study(seed)
-    with Console(stderr=True).status("writing invented patients as DICOM files"):
-        data = demo_patients(study, state)
     with _place(out, study.name) as folder:
-        _run(study, folder, data, state, Engine.LOCAL, False, as_json)
+        _run(study, folder, state, state, Engine.LOCAL, False, as_json)
 
 
 def compare(runs: Annotated[list[Path], typer.Argument(help="Run directories.")], as_json: Json = False) -> None:

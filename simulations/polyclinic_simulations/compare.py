@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from polyclinic.evaluation import (
 )
 from polyclinic.files import write_atomic
 from polyclinic.model import build_stage, encoder_of, load_tensors
+from polyclinic.rules import Aggregation
 from polyclinic.seeding import seed_for
 from polyclinic.stages import Finetune
 from polyclinic.study import Study, resolve
@@ -41,6 +43,7 @@ from polyclinic_server.rounds import run_study
 from polyclinic_server.rundir import Listener, RunDir
 from polyclinic_simulations.consortium import pool
 from polyclinic_simulations.engines.local import LocalGrid
+from polyclinic_simulations.profile import Half, Profile, profile, together
 
 Features = Callable[[Cohort], NDArray[np.float32]]
 
@@ -68,30 +71,33 @@ def row(
     federated: Tensors,
     listen: Listener | None = None,
     progress: Progress | None = None,
-) -> tuple[Scores | None, ClassifierScores | None]:
-    """One row's probe, and its classifier where the study ends in fine-tuning; what an earlier attempt finished is
-    read back.
+    held_out: Mapping[str, Site] = MappingProxyType({}),
+) -> tuple[Scores | None, ClassifierScores | None, Profile | None]:
+    """One row's probe, its classifier where the study ends in fine-tuning, and its profile; what an earlier attempt
+    finished is read back. Sites that are held out stand in the profile alone.
 
     Raises:
         NotMeasurable: the labels allow neither.
     """
     folder = row_folder(run, name)
     if (path := folder / "scores.json").exists():
-        probed, classified = json.loads(path.read_text())
-        return probed and Scores(**probed), classified and ClassifierScores(**classified)
+        probed, classified, profiled = json.loads(path.read_text())
+        kept = probed and Scores(**probed), classified and ClassifierScores(**classified)
+        return *kept, profiled and Profile(**profiled)
     tensors = federated if name == "federated" else trained_row(name, study, sites, folder, listen, progress)
     encode = pixel_features if name == "pixels" else encoder_features(study, tensors)
     classified = None if tensors is None else classify(study, tensors, sites)
-    scores: tuple[Scores | None, ClassifierScores | None]
+    encoded = encode_sites(encode, study, sites)
+    probed = profiled = None
     try:
-        scores = probe(encode, study, sites), classified
+        probed = probe(encoded, study)
+        profiled = profile(encoded, encode_sites(encode, study, held_out), study, name.removeprefix("alone:"))
     except NotMeasurable:
         if classified is None:
             raise
-        scores = None, classified
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps([found and asdict(found) for found in scores]))
-    return scores
+    write_atomic(path, json.dumps([found and asdict(found) for found in (probed, classified, profiled)]))
+    return probed, classified, profiled
 
 
 def row_folder(run: Path, name: str) -> Path:
@@ -146,23 +152,20 @@ def classify(study: Study, tensors: Tensors, sites: Mapping[str, Site]) -> Class
         return None
 
 
-def probe(encode: Features, study: Study, sites: Mapping[str, Site]) -> Scores:
-    """A linear probe over all sites, given what turns a cohort into features."""
-    splits = [site.split(study) for site in sites.values()]
-    train, test = ([split[half] for split in splits] for half in (0, 1))
-    return linear_probe(
-        *(_together(train, encode, study)), *(_together(test, encode, study)), seed=seed_for(study.seed, "probe")
-    )
+def encode_sites(encode: Features, study: Study, sites: Mapping[str, Site]) -> dict[str, tuple[Half, Half]]:
+    """(train, test) of every site as an encoder sees them."""
+
+    def half(cohort: Cohort) -> Half:
+        classes = classes_of(cohort.labels, study.evaluation.labels)
+        return Half(encode(cohort), classes, cohort.patients.astype(np.int64))
+
+    return {name: (half(train), half(test)) for name, site in sites.items() for train, test in [site.split(study)]}
 
 
-def _together(
-    cohorts: list[Cohort], encode: Features, study: Study
-) -> tuple[NDArray[np.float32], NDArray[np.str_], NDArray[np.int64]]:
-    """(features, classes, patients) of several cohorts, whose patients stay apart."""
-    starts = np.cumsum([0] + [cohort.n_patients for cohort in cohorts])
-    patients = [cohort.patients.astype(np.int64) + start for cohort, start in zip(cohorts, starts, strict=False)]
-    classes = [classes_of(cohort.labels, study.evaluation.labels) for cohort in cohorts]
-    return np.concatenate([encode(c) for c in cohorts]), np.concatenate(classes), np.concatenate(patients)
+def probe(encoded: Mapping[str, tuple[Half, Half]], study: Study) -> Scores:
+    """A linear probe over all sites."""
+    train, test = (together([halves[k] for halves in encoded.values()]) for k in (0, 1))
+    return linear_probe(*train, *test, seed=seed_for(study.seed, "probe"))
 
 
 def encoder_features(study: Study, tensors: Tensors | None) -> Features:
@@ -175,8 +178,14 @@ def encoder_features(study: Study, tensors: Tensors | None) -> Features:
 def train_one(
     study: Study, site: Site, folder: Path, listen: Listener | None = None, progress: Progress | None = None
 ) -> Tensors:
-    """The study with a single site, through the same round loop; resumable in `folder`."""
-    return train_row(study, {site.name: site}, folder, listen, progress)
+    """The study with a single site, through the same round loop; resumable in `folder`.
+
+    By the plain mean: with one update there is nothing that another rule could be better at, and some would be worse.
+    """
+    plain = study.model_dump(mode="json")
+    shared = {key: value for key, value in plain["aggregation"].items() if key in Aggregation.model_fields}
+    own = resolve({**plain, "aggregation": {**shared, "rule": "fedavg"}})
+    return train_row(own, {site.name: site}, folder, listen, progress)
 
 
 def train_row(

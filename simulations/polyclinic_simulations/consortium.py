@@ -3,8 +3,9 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -13,13 +14,14 @@ from polyclinic.cohort.index import read_meta, require_patients
 from polyclinic.errors import CohortError, StudyError
 from polyclinic.files import atomic
 from polyclinic.seeding import seed_for
-from polyclinic.simulation import Column, Shift, SimulatedSite, Simulation
+from polyclinic.simulation import Column, LabelShift, Shift, SimulatedSite, Simulation
 from polyclinic.stages import Finetune
 from polyclinic.study import Study
 from polyclinic_client.site import Site, open_site, write_site
 from polyclinic_server.rundir import RunDir
 from polyclinic_simulations.checks import find, sources
 from polyclinic_simulations.partition import by_column, partition
+from polyclinic_simulations.phantom import keep_site
 from polyclinic_simulations.shift import pixel_shifts, shift_patients, shift_pixels
 
 Progress = Callable[[str, int, int], None]
@@ -36,7 +38,7 @@ class Member:
     """A site before it has a folder.
 
     Attributes:
-        cohort: its cohort as it was built, but for labels that the site's shifts have flipped.
+        cohort: its cohort as it was built, but for labels that the site's shifts have changed.
         patients: which of the cohort's are its own; None: all.
         shifts: the site's, in their order; those of pixels are not made yet.
     """
@@ -60,16 +62,19 @@ def gather(study: Study, data: Path, state: Path, progress: Progress) -> list[Me
         state: where built cohorts are kept between runs.
 
     Raises:
-        StudyError: the study names no cohort, or a shift is of a site that is none. CohortError: a cohort is missing or
-            cannot be used. Refused: its patients cannot be dealt as asked.
+        StudyError: the study names no cohort, or a site that is none. CohortError: a cohort is missing or cannot be
+            used. Refused: its patients cannot be dealt as asked.
     """
-    cohorts = {name: _build(name, source, study, data, state, progress) for name, source in sources(study).items()}
+    cohorts = {
+        name: _build(name, number, source, study, data, state, progress)
+        for number, (name, source) in enumerate(sources(study).items())
+    }
     wanted = study.simulation
     if wanted.site:
         return [_admit(Member(name, cohort, None), study) for name, cohort in cohorts.items()]
     cohort, how = cohorts["all"], wanted.partition
     if isinstance(how, Column):
-        parts = by_column(cohort, how.by)
+        parts = by_column(cohort, how)
         _require_sites(wanted, parts)
     else:
         dealt = partition(cohort, wanted.sites, how, seed_for(study.seed, "partition"))
@@ -96,9 +101,19 @@ def _admit(member: Member, study: Study) -> Member:
 
 
 def _build(
-    name: str, source: Simulation | SimulatedSite, study: Study, data: Path, state: Path, progress: Progress
+    name: str,
+    number: int,
+    source: Simulation | SimulatedSite,
+    study: Study,
+    data: Path,
+    state: Path,
+    progress: Progress,
 ) -> Cohort:
-    path = find(name, source, data)
+    if source.phantom:
+        told = partial(progress, f"{name}: inventing patients")
+        path = keep_site(state, name, source.phantom, study.seed, number=number, progress=told)
+    else:
+        path = find(name, source, data)
     with _named(name):
         return build_cohort(
             path,
@@ -137,10 +152,13 @@ def require(members: list[Member], study: Study) -> None:
             if study.privacy.mode == "patient":
                 require_patients(member.cohort.folder)
             Site(member.name, member.own, Path()).split(study)
-    if len(members) < study.aggregation.min_sites:
+    left = len({member.name for member in members} - set(study.simulation.held_out))
+    if left < study.aggregation.min_sites:
+        held_out = len(members) - left
         raise StudyError(
-            f"{len(members)} sites can never be aggregation.min_sites = {study.aggregation.min_sites}",
-            "lower min_sites, or simulate more sites",
+            f"{left} sites{f' beside {held_out} held out' if held_out else ''} can never be aggregation.min_sites = "
+            f"{study.aggregation.min_sites}",
+            f"lower min_sites, {'hold fewer out, ' if held_out else ''}or simulate more sites",
         )
 
 
@@ -153,12 +171,20 @@ def settle(members: list[Member], study: Study, run: RunDir) -> dict[str, Site]:
     require(members, study)
     folders = {member.name: run.path / "sites" / member.name for member in members}
     for member in members:
-        labels = member.own.labels.tolist() if any(shift.kind == "label_noise" for shift in member.shifts) else None
+        relabelled = any(shift.kind in get_args(LabelShift) for shift in member.shifts)
+        labels = member.own.labels.tolist() if relabelled else None
         images = IMAGES if any(pixel_shifts(member.shifts)) else None
         write_site(folders[member.name], member.name, member.cohort.folder, member.patients, labels, images)
         if images:
             _store_images(member, study, folders[member.name])
     return {name: open_site(folder) for name, folder in folders.items()}
+
+
+def hold_out(sites: Mapping[str, Site], study: Study) -> tuple[dict[str, Site], dict[str, Site]]:
+    """(the sites that take part, those that `[simulation] held_out` names), both in the order given."""
+    absent = set(study.simulation.held_out)
+    taking_part = {name: site for name, site in sites.items() if name not in absent}
+    return taking_part, {name: site for name, site in sites.items() if name in absent}
 
 
 def _store_images(member: Member, study: Study, folder: Path) -> None:

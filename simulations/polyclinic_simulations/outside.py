@@ -16,7 +16,7 @@ from polyclinic.evaluation import NotMeasurable, classes_of, features, pixel_fea
 from polyclinic.study import Study, load_study
 from polyclinic.training import pick_device
 from polyclinic_client.site import Site
-from polyclinic_simulations.compare import Features, encoder_features, probe
+from polyclinic_simulations.compare import Features, encode_sites, encoder_features, probe
 
 
 def evaluate_outside(
@@ -46,7 +46,9 @@ def evaluate_outside(
         "federated": lambda images: features(encoder, images, study.compute, device),
     }
     try:
-        return {name: asdict(probe(encode, study, sites)) for name, encode in rows.items()}, _known(run, built)
+        return {
+            name: asdict(probe(encode_sites(encode, study, sites), study)) for name, encode in rows.items()
+        }, _known(run, built)
     except NotMeasurable as reason:
         raise CohortError(f"no probe on {cohort.name}: {reason}", _cure(built, study)) from reason
 

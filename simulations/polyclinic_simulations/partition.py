@@ -1,11 +1,10 @@
 """One cohort dealt to several sites, always by patient: every patient goes to exactly one site.
 
-The class of a patient is the label of its first image. Attributes such as age and sex are no columns of a cohort, so no
-partition is by them.
+The class of a patient is the label of its first image.
 """
 
 import re
-from itertools import chain, count
+from itertools import chain, count, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +12,12 @@ from numpy.typing import NDArray
 from polyclinic.cohort import Cohort
 from polyclinic.errors import Refused
 from polyclinic.seeding import numpy_generator
-from polyclinic.simulation import Classes, Dirichlet, Iid, Quantity
+from polyclinic.simulation import Classes, Column, Dirichlet, Iid, Quantity
 
 MIN_PATIENTS = 2
 """A site with one patient could neither train nor hold one out."""
-COLUMNS = {"site": "sites", "view": "views"}
-"""Of a cohort's table, each with the attribute of `Cohort` that holds it."""
+COLUMNS = {"site": "sites", "view": "views", "sex": "sexes"}
+"""Of a cohort's table, each with the attribute of `Cohort` that holds its words. `age` holds numbers."""
 UNKNOWN = "unknown"
 """The site of patients without a value."""
 LONGEST = 48
@@ -52,34 +51,57 @@ def partition(
     return [np.sort(part) for part in parts]
 
 
-def by_column(cohort: Cohort, column: str) -> dict[str, NDArray[np.int64]]:
-    """Patient numbers, ascending, of a site for each value of a column, called by it.
+def by_column(cohort: Cohort, how: Column) -> dict[str, NDArray[np.int64]]:
+    """Patient numbers, ascending, of a site for each value of a column, called by it; of ages, for each group of years.
 
     Patients go where most of their images are, on a tie to the first of those in order.
 
     Raises:
         Refused: no image has a value there, or a value has too few patients.
     """
-    known = {name: getattr(cohort, attribute) for name, attribute in COLUMNS.items()}
-    if column not in known or not (known[column] != "").any():
-        filled = [name for name, values in known.items() if (values != "").any()]
+    known = {name: getattr(cohort, attribute) != "" for name, attribute in COLUMNS.items()}
+    known["age"] = ~np.isnan(cohort.ages)
+    if not known.get(how.by, np.False_).any():
+        filled = [name for name, there in known.items() if there.any()]
         raise Refused(
-            f"no image has a value in the column {column!r}",
+            f"no image has a value in the column {how.by!r}",
             f"set partition.by to {' or '.join(map(repr, filled))}" if filled else "use another partition",
         )
-    values = known[column]
-    words, codes = np.unique(values, return_inverse=True)
-    counts = np.zeros((cohort.n_patients, len(words)))
-    np.add.at(counts, (cohort.patients, codes), 1.0)
-    counts[:, words == ""] /= len(cohort) + 1  # any value outweighs none
-    chosen = counts.argmax(axis=1)  # (patients,)
+    if how.by == "age":
+        words, codes = age_groups(cohort.ages, how.edges)
+    else:
+        words, codes = np.unique(getattr(cohort, COLUMNS[how.by]), return_inverse=True)
+    chosen = _of_most_images(cohort, codes, words == "")
     parts = {str(words[code]): np.flatnonzero(chosen == code) for code in np.unique(chosen)}
     if small := [word for word, part in parts.items() if len(part) < MIN_PATIENTS]:
         raise Refused(
-            f"the column {column!r} gives {len(small)} sites fewer than {MIN_PATIENTS} patients: {_listed(small)}",
-            "join these values to others in the cohort's table, or leave their patients out",
+            f"the column {how.by!r} gives {len(small)} sites fewer than {MIN_PATIENTS} patients: {_listed(small)}",
+            "move the edges, or leave these patients out"
+            if how.by == "age"
+            else "join these values to others in the cohort's table, or leave their patients out",
         )
     return dict(zip(_names(list(parts)), parts.values(), strict=True))
+
+
+def age_groups(ages: NDArray[np.float64], edges: list[int]) -> tuple[NDArray[np.str_], NDArray[np.int64]]:
+    """(groups,) names, "" for the unknown first, then from the youngest on; and (images,) which of them each age is in.
+
+    >>> words, codes = age_groups(np.array([39.9, 40.0, np.nan, 90.0]), [40, 60])
+    >>> words.tolist(), codes.tolist()
+    (['', 'under-40', '40-59', '60-and-over'], [1, 2, 0, 3])
+    """
+    between = [f"{low}-{high - 1}" if high - low > 1 else str(low) for low, high in pairwise(edges)]
+    words = np.array(["", f"under-{edges[0]}", *between, f"{edges[-1]}-and-over"])
+    return words, np.where(np.isnan(ages), 0, 1 + np.searchsorted(edges, ages, side="right"))
+
+
+def _of_most_images(cohort: Cohort, codes: NDArray[np.int64], none: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(patients,) the code that most of a patient's images have; any other outweighs the one that `none` marks."""
+    counts = np.zeros((cohort.n_patients, len(none)))
+    np.add.at(counts, (cohort.patients, codes), 1.0)
+    counts[:, none] /= len(cohort) + 1
+    chosen: NDArray[np.int64] = counts.argmax(axis=1)
+    return chosen
 
 
 def class_of_patients(cohort: Cohort) -> NDArray[np.str_]:

@@ -5,6 +5,8 @@ an image, severity in (0, 1]. Lengths are fractions of the side, so that a study
 0 nothing is called, and images are the cohort's own, bit for bit. Each rounds to whole grey levels, as files do; so two
 shifts may not be exchanged.
 
+Shifts of labels and of who comes are functions of the whole cohort's patients, and all images of a patient go or stay.
+
 What is drawn for an image or a patient comes from the study's seed, the site, the shift's place among the site's own
 and the number in the whole cohort, so it is the same in every engine and however patients are dealt. Whom a
 shift of a part of them concerns does not depend on the severity: whom a weak one changes, a stronger one changes too.
@@ -22,7 +24,7 @@ from polyclinic.cohort import Cohort
 from polyclinic.errors import CohortError
 from polyclinic.seeding import numpy_generator, seed_for
 from polyclinic.settings import nearest
-from polyclinic.simulation import PixelShift, Shift
+from polyclinic.simulation import MixShift, PixelShift, Shift
 from polyclinic_simulations.partition import class_of_patients
 
 Pixels = NDArray[np.uint8]
@@ -153,17 +155,20 @@ def pixel_shifts(shifts: Sequence[Shift]) -> Iterator[tuple[int, Shift]]:
 def shift_patients(
     cohort: Cohort, patients: NDArray[np.int64], shifts: Sequence[Shift], seed: int, site: str
 ) -> tuple[Cohort, NDArray[np.int64]]:
-    """(the whole cohort with the site's labels, the site's patients): the shifts of labels and of prevalence.
+    """(the whole cohort with the site's labels, the site's patients): the shifts of labels and of who comes.
 
     Raises:
-        CohortError: there is no other class to flip labels to, or none that could grow rare.
+        CohortError: there is no other class to flip labels to, or nobody of those that a shift concerns.
     """
     for place, shift in enumerate(shifts):
         rng = numpy_generator(seed_for(seed, "shift", site=site, stage=place))
         if shift.kind == "label_noise" and shift.severity > 0:
             cohort = _flipped(cohort, patients, shift.severity, rng)
-        elif shift.kind == "prevalence":
-            patients = _rarer(cohort, patients, shift, rng)
+        elif shift.kind == "label_policy":
+            cohort = _called_otherwise(cohort, patients, shift, rng)
+        elif shift.kind in MIXES:
+            away = shift.severity * MIXES[shift.kind](cohort, shift.value)
+            patients = patients[~(rng.random(cohort.n_patients) < away)[patients]]
     return cohort, patients
 
 
@@ -180,15 +185,81 @@ def _flipped(cohort: Cohort, patients: NDArray[np.int64], severity: float, rng: 
     return replace(cohort, labels=words[np.where(wrong, other, codes)])
 
 
-def _rarer(cohort: Cohort, patients: NDArray[np.int64], shift: Shift, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Prevalence: of the patients whose first image has this label, each stays away with this probability."""
-    words = [set(label.split("|")) for label in map(str, class_of_patients(cohort))]
-    if not any(shift.label in found for found in words):
-        known = sorted({word for found in words for word in found} - {""})
-        fix = nearest(shift.label, known) if known else "leave the shift out"
-        raise CohortError(f"no patient has the label {shift.label!r}, which should grow rare", fix)
-    gone = np.array([shift.label in found for found in words]) & (rng.random(len(words)) < shift.severity)
-    return patients[~gone[patients]]
+def _called_otherwise(cohort: Cohort, patients: NDArray[np.int64], shift: Shift, rng: np.random.Generator) -> Cohort:
+    """Label policy: another reading convention, by which the site calls this part of its patients of a class otherwise.
+
+    As where borderline cases are read as the one finding here and as the other there. All images of such a patient
+    change, and of several labels only that one. Who is borderline is drawn, not seen.
+    """
+    cells, codes = np.unique(cohort.labels, return_inverse=True)
+    known = {word for cell in cells.tolist() for word in cell.split("|")}
+    _require_known("label", shift.value, f"which should become {shift.becomes!r}", known)
+    _require_known("label", shift.becomes, f"which {shift.value!r} should become", known)
+    drawn = np.intersect1d(patients, np.flatnonzero(rng.random(cohort.n_patients) < shift.severity))
+    renamed = [
+        "|".join(dict.fromkeys(shift.becomes if word == shift.value else word for word in cell.split("|")))
+        for cell in cells.tolist()
+    ]
+    changed = np.isin(cohort.patients, drawn)
+    return replace(cohort, labels=np.where(changed, np.array(renamed)[codes], cohort.labels))
+
+
+def _of_label(cohort: Cohort, label: str) -> NDArray[np.float64]:
+    """Prevalence: a disease is rarer among those whom the site sees. 1 for patients whose first image has the label."""
+    words = [set(cell.split("|")) for cell in map(str, class_of_patients(cohort))]
+    _require_known("label", label, "which should grow rare", set().union(*words))
+    return np.array([label in found for found in words], float)
+
+
+def _of_view(cohort: Cohort, view: str) -> NDArray[np.float64]:
+    """View mix: another protocol, as where no lateral is taken. 1 for patients with an image of the view."""
+    return _with_an_image_of("view", cohort, cohort.views, view)
+
+
+def _of_sex(cohort: Cohort, sex: str) -> NDArray[np.float64]:
+    """Sex mix: whom the site serves, as a veterans' or a women's hospital. 1 for patients of the sex."""
+    return _with_an_image_of("sex", cohort, cohort.sexes, sex)
+
+
+def _with_an_image_of(what: str, cohort: Cohort, values: NDArray[np.str_], value: str) -> NDArray[np.float64]:
+    _require_known(what, value, "which should grow rare", set(np.unique(values).tolist()))
+    there = np.zeros(cohort.n_patients)
+    there[cohort.patients[values == value]] = 1.0
+    return there
+
+
+def _of_age(cohort: Cohort, _: str) -> NDArray[np.float64]:
+    """Age mix: a paediatric or a screening clinic, which the old do not go to.
+
+    The part of the patients of known age who are younger, ties counted half: about 0 for the youngest and 1 for the
+    oldest. A patient's age is the mean over the images; one of unknown age never stays away.
+    """
+    known = ~np.isnan(cohort.ages)
+    images = np.bincount(cohort.patients[known], minlength=cohort.n_patients)
+    sums = np.bincount(cohort.patients[known], cohort.ages[known], minlength=cohort.n_patients)
+    aged = images > 0
+    if not aged.any():
+        raise CohortError("no patient has an age, and the older ones should grow rare", "leave the shift out")
+    ages = sums[aged] / images[aged]
+    shares = np.zeros(cohort.n_patients)
+    ranks = (np.searchsorted(np.sort(ages), ages, side) for side in ("left", "right"))
+    shares[aged] = sum(ranks) / (2 * len(ages))
+    return shares
+
+
+MIXES: dict[MixShift, Callable[[Cohort, str], NDArray[np.float64]]] = {
+    "prevalence": _of_label,
+    "view_mix": _of_view,
+    "sex_mix": _of_sex,
+    "age_mix": _of_age,
+}
+"""(patients,) with which probability, at severity 1, each of the whole cohort's patients stays away."""
+
+
+def _require_known(what: str, value: str, why: str, known: set[str]) -> None:
+    if value not in known - {""}:
+        fix = nearest(value, sorted(known - {""})) if known - {""} else "leave the shift out"
+        raise CohortError(f"no patient has the {what} {value!r}, {why}", fix)
 
 
 def _grey(values: NDArray[np.float64]) -> Pixels:

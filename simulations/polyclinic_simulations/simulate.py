@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -39,8 +40,9 @@ from polyclinic_server.app import lead
 from polyclinic_server.rundir import Listener, RunDir
 from polyclinic_simulations.compare import encoder_features, row, row_folder, row_names
 from polyclinic_simulations.consortium import Progress as Reading
-from polyclinic_simulations.consortium import gather, settle
-from polyclinic_simulations.engines.local import LocalGrid
+from polyclinic_simulations.consortium import gather, hold_out, settle
+from polyclinic_simulations.engines.clock import virtual_seconds
+from polyclinic_simulations.engines.unreliable import open_grid
 from polyclinic_simulations.tidy import keep_newest, tidy
 
 EXAMPLES = 6
@@ -65,12 +67,18 @@ def simulate(
     """Run a study into the run directory `out`, or go on with it there. Returns the summary.
 
     Raises:
-        Refused: `out` holds something already, or, with `resume`, a run of another kind, study or patients.
+        Refused: `out` holds something already, or, with `resume`, a run of another kind, study or patients; or the
+            engine plays no unreliable sites.
     """
+    if engine == "ray" and study.simulation.unreliable:
+        raise Refused(
+            "the ray engine plays neither [simulation.clock] nor [[simulation.fault]]",
+            "use the local engine, or leave them out",
+        )
     started = time.monotonic()
     run = RunDir(out, listen)
     with claimed(run, study, resume):
-        sites = settle(gather(study, data, state, reading), study, run)
+        sites, held_out = hold_out(settle(gather(study, data, state, reading), study, run), study)
         before = _seconds_before(out)
         run.event("cohorts_read", seconds=round(time.monotonic() - started, 1))
         _keep_cards(run, study, sites, warn=not resume)
@@ -82,9 +90,10 @@ def simulate(
             run_ray(run, [site.state for site in sites.values()], study.compute.threads)
         else:
             apps = {name: make_app(partial(_given, site), progress) for name, site in sites.items()}
+            grid, clock = open_grid(apps, study, run, sites)
             with _unless_spent(study, run):
-                lead(LocalGrid(apps, expire=True), run)
-        summary = _conclude(study, run, sites, engine, listen, progress, started - before)
+                lead(grid, run, clock=clock)
+        summary = _conclude(study, run, sites, held_out, engine, listen, progress, started - before)
         run.event("report_written")
         tidy(out / "sites", out / "rows")
         keep_newest(run.checkpoints)
@@ -194,6 +203,7 @@ def _conclude(
     study: Study,
     run: RunDir,
     sites: Mapping[str, Site],
+    held_out: Mapping[str, Site],
     engine: str,
     listen: Listener | None,
     progress: Progress | None,
@@ -206,18 +216,20 @@ def _conclude(
     newest = checkpoints.newest(run.checkpoints, study.hash, lambda text: run.event("warning", text=text))
     assert newest is not None  # the rounds are made
     federated = newest[1]
-    measured = _rows(study, run, sites, federated, listen, progress)
+    measured = _rows(study, run, sites, held_out, federated, listen, progress)
     _pictures(study, run.path, sites, federated)
     summary = {
         "study": study.name,
         "hash": study.hash,
         "engine": engine,
         "sites": {n: {"patients": s.cohort.n_patients, "images": len(s.cohort)} for n, s in sites.items()},
+        "held_out": list(held_out),
         "rounds": newest[0].round,
         "test_patients": who_is_tested(sites, study),
         **measured,
         "warnings": _warnings(run.path),
         "wall_s": round(time.monotonic() - started, 1),
+        **_virtual(study, run, newest[0].round),
         "bytes_sent": _bytes_sent(run.path),
         "epsilon": read_run(run.path).epsilon,
         "versions": {package: version(package) for package in PACKAGES},
@@ -232,21 +244,24 @@ def _rows(
     study: Study,
     run: RunDir,
     sites: Mapping[str, Site],
+    held_out: Mapping[str, Site],
     federated: Tensors,
     listen: Listener | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """What the rows leave in the summary: `comparison` and `classifier` by row, `measured` (on what), and the rest."""
+    """What the rows leave in the summary: figures by row, and on what they were measured."""
     comparison: dict[str, dict[str, float]] = {}
     classifier: dict[str, dict[str, float]] = {}
     measured: dict[str, dict[str, Any]] = {}
+    profiles: dict[str, dict[str, Any]] = {}
     operating: list[dict[str, Any]] = []
     notes: list[str] = []
     for number, name in enumerate(names := row_names(study, sites)):
         run.event("row_started", row=name, made=number, rows=len(names))
         began = time.monotonic()
         try:
-            probed, classified = row(name, study, sites, run.path, federated, _of_row(name, listen), progress)
+            told = _of_row(name, listen)
+            probed, classified, profiled = row(name, study, sites, run.path, federated, told, progress, held_out)
         except NotMeasurable as reason:  # of the labels, which all rows share
             notes += [note] if (note := f"no comparison: {reason}") not in notes else []
             if isinstance(study.stages[-1], Finetune):
@@ -257,6 +272,8 @@ def _rows(
             continue
         if probed is not None:
             comparison[name], measured["comparison"] = probed.row(), _tested(probed)
+        if profiled is not None:
+            profiles[name] = asdict(profiled)
         if classified is not None:
             classifier[name], measured["classifier"] = classified.row(), _tested(classified)
             operating = classified.operating if name == "federated" else operating
@@ -270,6 +287,7 @@ def _rows(
         "measured": measured,
         "comparison": comparison,
         "classifier": classifier,
+        "profiles": profiles,
         "operating": operating,
         "notes": notes,
     }
@@ -365,6 +383,11 @@ def who_is_tested(sites: Mapping[str, Site], study: Study) -> str:
 def _warnings(run: Path) -> list[str]:
     """What the run warned of, each text once."""
     return list(dict.fromkeys(event["text"] for event in read_run(run).happened("warning")))
+
+
+def _virtual(study: Study, run: RunDir, made: int) -> dict[str, float]:
+    """How long the rounds have taken by the study's virtual clock, if it has one."""
+    return {"virtual_s": round(virtual_seconds(run, made), 1)} if study.simulation.clock.images_per_s else {}
 
 
 def _bytes_sent(run: Path) -> int:

@@ -34,12 +34,12 @@ from .audit import PATIENTS, SIDE, Setting, cohort_of, lower_bound, released
         Setting(noise=1.0, batch_size=16),
         Setting(noise=2.0, batch_size=16, epochs=4),
         Setting(noise=0.7, batch_size=4),
-        Setting(noise=1.0, batch_size=8, images=4),
+        Setting(noise=0.7, batch_size=8, images=4),
     ],
     ids=["everybody", "more steps", "a quarter drawn", "several images"],
 )
 def test_no_attack_does_better_than_the_claim(setting: Setting) -> None:
-    """It does well enough, though, to show that the test could fail: about 1 is measured, with a deviation of 0.2."""
+    """It does well enough, though, to show that the test could fail: about 1.3 is measured, with a deviation of 0.2."""
     assert 0.3 < setting.audit(PatientRecipe, runs=500) <= setting.claim()
 
 
@@ -68,7 +68,7 @@ class WithoutNoise(PatientRecipe):
 
 def test_noise_left_out_is_found() -> None:
     setting = Setting(noise=2.0, batch_size=8, epochs=2)
-    assert setting.audit(WithoutNoise, runs=50) > setting.claim()
+    assert setting.audit(WithoutNoise, runs=25) > setting.claim()
 
 
 class ClipsTheMean(PatientRecipe):
@@ -85,7 +85,7 @@ class ClipsTheMean(PatientRecipe):
 
 def test_clipping_after_averaging_is_found() -> None:
     setting = Setting(noise=2.0, batch_size=16, canaries=1)
-    assert setting.audit(ClipsTheMean, runs=800) > setting.claim()
+    assert setting.audit(ClipsTheMean, runs=400) > setting.claim()
 
 
 class TakesImagesForPatients(PatientRecipe):
@@ -106,12 +106,12 @@ class TakesImagesForPatients(PatientRecipe):
 
 def test_an_image_level_claim_for_patients_of_several_images_is_found() -> None:
     setting = Setting(noise=2.0, batch_size=64, images=8)
-    assert setting.audit(TakesImagesForPatients, runs=200) > setting.claim(units=8 * PATIENTS)
+    assert setting.audit(TakesImagesForPatients, runs=80) > setting.claim(units=8 * PATIENTS)
 
 
 def test_an_accountant_that_starts_anew_each_round_is_found() -> None:
     setting = Setting(noise=2.0, batch_size=16)
-    assert setting.audit(PatientRecipe, runs=100, rounds=24) > setting.claim()
+    assert setting.audit(PatientRecipe, runs=60, rounds=24) > setting.claim()
 
 
 class AlwaysDrawsTheFirstFour(PatientRecipe):
@@ -123,7 +123,7 @@ class AlwaysDrawsTheFirstFour(PatientRecipe):
 
 def test_canaries_that_are_in_every_batch_are_found() -> None:
     setting = Setting(noise=1.0, batch_size=2, canaries=4)
-    assert setting.audit(AlwaysDrawsTheFirstFour, runs=400) > setting.claim()
+    assert setting.audit(AlwaysDrawsTheFirstFour, runs=300) > setting.claim()
 
 
 class Contrast(SimCLR):
@@ -165,7 +165,7 @@ def odd_one_out(seed: int, patients: int = 32) -> NDArray[np.uint8]:
 
 def test_clipping_each_image_of_a_contrastive_loss_is_found() -> None:
     """Whoever is absent is not there at all; the score is along what a canary adds where nothing hides it."""
-    privacy, runs = PatientPrivacy(mode="patient", noise=2.0, clip=1.0, physical_batch=32), 300
+    privacy, runs = PatientPrivacy(mode="patient", noise=2.0, clip=1.0, physical_batch=32), 200
     exact, honest = WithoutNoise(privacy), PatientRecipe(privacy)
     added = [contrast(odd_one_out(k), exact, k) - contrast(odd_one_out(k)[1:], exact, k) for k in range(20)]
     worst = max(range(20), key=lambda k: float(added[k].norm()))

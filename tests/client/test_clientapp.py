@@ -58,10 +58,16 @@ def test_the_hash_is_the_same_in_every_build() -> None:
     assert bundle_hash() == first
 
 
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of SuperNode's PATH; each of its programs was started once."""
+    return write_guard(tmp_path_factory.mktemp("home"))
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o700])
-def test_only_our_own_program_is_to_be_found(mode: int, tmp_path: Path) -> None:
+def test_only_our_own_program_is_to_be_found(mode: int, guard: Path, tmp_path: Path) -> None:
     """Flower's of the same name stands in the same installation; a search for the name must not come to it."""
-    folder = write_guard(tmp_path)
+    folder = shutil.copytree(guard, tmp_path / "bin")
     (folder / "flwr-clientapp").chmod(mode)
     found = shutil.which("flwr-clientapp", path=str(folder))
     assert found == (str(folder / "flwr-clientapp") if mode == 0o700 else None)
@@ -73,6 +79,6 @@ def test_a_guard_that_does_not_start_is_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(Refused, match="does not start"):
         write_guard(tmp_path)
     (tmp_path / "a:b").mkdir()
-    monkeypatch.undo()
+    monkeypatch.setattr(agent, "GUARD", f"#!{shutil.which('true')}\n")  # which starts; PATH cannot hold it
     with pytest.raises(Refused, match="does not start"):
         write_guard(tmp_path / "a:b")

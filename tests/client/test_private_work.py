@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,23 +138,15 @@ def test_a_restored_backup_is_noticed(site: Site, tmp_path: Path) -> None:
     answer(*start(study, 3, first.head), site)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from tests.client.test_private_work import private, start
-from tests.tiny import in_memory
-from polyclinic_client import work
-from polyclinic_client.site import Site
-work.train = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-work.answer(*start(private()), Site("north", in_memory(60), Path({state!r})))
-"""
-
-
-def test_killed_in_training_a_round_counts_as_spent(site: Site) -> None:
-    text = KILLED.format(root=str(Path(__file__).parents[2]), state=str(site.state))
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, env={**os.environ}, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+def test_killed_in_training_a_round_counts_as_spent(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "train", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+    child = os.fork()
+    if child == 0:
+        try:
+            answer(*start(private()), site)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert site.spending.epsilon(1e-3) == pytest.approx(epsilon(events(site, private(), 1), 1e-3))
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from polyclinic_client.state import KEPT, SiteState
 
 
-def keep(state: SiteState, round: int, stage: int = 0, model: str = "m") -> None:
-    state.keep(round, stage, tensors(round), {"model": model, "facts": "{}"}, tensors(-round))
+def keep(state: SiteState, round: int, stage: int = 0, model: str = "m", own: bool = False) -> None:
+    kept = tensors(100 * round) if own else None
+    state.keep(round, stage, tensors(round), {"model": model, "facts": "{}"}, tensors(-round), kept)
 
 
 def tensors(value: int) -> dict[str, Tensor]:
@@ -47,6 +48,27 @@ def test_a_site_that_missed_a_round_goes_on_from_the_one_before_it(tmp_path: Pat
     keep(state, 10_000)
     assert same(state.moments_before(10_002, 0), -10_000)
     assert same(state.moments_before(10_000, 0), -9_999)
+
+
+def test_a_round_that_is_repeated_after_missed_ones_starts_from_what_it_started_from(tmp_path: Path) -> None:
+    state = SiteState(tmp_path)
+    for round in (1, 2, 4, 9, 9):
+        keep(state, round, own=True)
+    assert same(state.moments_before(9, 0), -4)
+    assert same(state.own_before(9), 400)
+    assert same(state.own_before(10), 900)
+
+
+def test_what_is_the_sites_own_goes_on_from_stage_to_stage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = SiteState(tmp_path)
+    assert state.own_before(1) == {}
+    for round, stage in ((1, 0), (2, 1)):
+        keep(state, round, stage, own=True)
+    assert state.moments_before(2, 1) is None
+    assert same(state.own_before(2), 100)
+    (tmp_path / "own-0002.safetensors").write_bytes(b"")
+    assert same(state.own_before(3), 100)
+    assert "the site's own tensors after round 2 are damaged" in caplog.text
 
 
 def test_the_last_rounds_are_kept_and_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:

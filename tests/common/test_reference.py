@@ -38,7 +38,7 @@ def test_a_table_has_every_key_and_its_default(name: str) -> None:
         expected = {
             key: field.get_default(call_default_factory=True)
             for key, field in model.model_fields.items()
-            if not field.is_required() and key not in ("site", "shift")
+            if not field.is_required() and key not in ("site", "shift", "fault")
         }
         assert found.keys() - {"mode", "rule"} == expected.keys() - {"mode", "rule"}
         simple = {key: value for key, value in expected.items() if isinstance(value, int | float | str | list | dict)}
@@ -74,14 +74,14 @@ def test_every_field_of_every_model_is_shown() -> None:
     reached = {model for model in models(Study) if model is not Study and not issubclass(model, Stage)}
     assert {model.__name__ for model in reached} >= {"Weights", "SimulatedSite", "Iid", "Dirichlet", "Views", "Head"}
     for model in reached:
-        own = {name for name in model.model_fields if name not in ("site", "shift")}  # its tables stand by themselves
+        own = {name for name in model.model_fields if name not in ("site", "shift", "fault")}  # own tables
         assert own in keys, model
     text = " ".join(line.removeprefix("# ") for part in parts for line in part)
     for model in reached:
         for field in model.model_fields.values():
             assert " ".join((field.description or "").split()) in text
-    assert table("[[simulation.site]]") == {"allow_burned_in": False}
-    assert "cohort =    # must be given" in reference()
+    assert table("[[simulation.site]]") == {"cohort": "", "phantom": 0, "allow_burned_in": False}
+    assert "\nname =    # must be given" in reference()
     assert 'kind = "dirichlet"\n# (above 0, at most 1000000.0)\nalpha =    # must be given' in reference()
     assert "[encoder.init]   # weights of an encoder of the same shape" in reference()
 

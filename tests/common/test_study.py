@@ -137,6 +137,11 @@ def shifted(**shift: Any) -> dict[str, Any]:
     return {"sites": 3, "cohort": "x", "shift": [{**NOISE, **shift}]}
 
 
+def aged(**partition: Any) -> dict[str, Any]:
+    """A simulation of a site for each group of ages."""
+    return {"cohort": "x", "partition": {"kind": "column", "by": "age", **partition}}
+
+
 def named(shifts: list[dict[str, Any]]) -> dict[str, Any]:
     """A simulation of the site `a` with shifts of its own."""
     return {"site": [{"name": "a", "cohort": "x", "shift": shifts}]}
@@ -179,7 +184,7 @@ def named(shifts: list[dict[str, Any]]) -> dict[str, Any]:
         ("evaluation.labels", {"yes": ["a"], "no": ["a"]}, "the label 'a' stands under both 'yes' and 'no'", "in one"),
         ("evaluation.labels", {"yes": "a"}, "evaluation.labels.yes is 'a'", "a list"),
         ("evaluation.rows", ["pixel"], "evaluation.rows.0 is 'pixel'", "'pixels', 'random'"),
-        ("aggregation.rule", "krun", "aggregation.rule is 'krun'", "one of 'fedavg', 'fedprox', 'fedavgm'"),
+        ("aggregation.rule", "krun", "aggregation.rule is 'krun'", "one of 'fedavg', 'fedprox', 'fedbn'"),
         ("aggregation.f", 1, "unknown key 'aggregation.f'", "the known keys are 'rule', 'weighting'"),  # fedavg's
         ("aggregation", {"rule": "krum", "mu": 1}, "unknown key 'aggregation.mu'", "the known keys are 'rule'"),
         ("aggregation", {"rule": "fedavgm", "momentm": 1}, "unknown key 'aggregation.momentm'", "is 'momentum'"),
@@ -206,8 +211,20 @@ def named(shifts: list[dict[str, Any]]) -> dict[str, Any]:
         ("simulation", shifted(site=["site-1"]), "unknown key 'simulation.shift.0.site'", "'sites'"),
         ("simulation", shifted(sites=["site-1", "site-4"]), "names 'site-4'", "the nearest is 'site-3'"),
         ("simulation", shifted(sites=["Q"]), "names 'Q', which is no site", "give one of 'site-1', 'site-2', 'site-3'"),
-        ("simulation", shifted(kind="prevalence"), 'a shift of kind "prevalence" names no class', "add label"),
-        ("simulation", shifted(label="ill"), "a shift of kind 'noise' has no label", "leave `label` out"),
+        ("simulation", shifted(kind="prevalence"), "a shift of kind 'prevalence' names no class", "add value"),
+        ("simulation", shifted(kind="sex_mix"), "a shift of kind 'sex_mix' names no sex", "add value"),
+        ("simulation", shifted(kind="age_mix", value="58"), "a shift of kind 'age_mix' has no value", "`value` out"),
+        ("simulation", shifted(value="ill"), "a shift of kind 'noise' has no value", "`value` out"),
+        ("simulation", shifted(kind="label_policy", value="ill"), "'ill' becomes no other", "as becomes"),
+        ("simulation", shifted(kind="label_policy", value="a", becomes="a"), "'a' becomes no other", "as becomes"),
+        ("simulation", shifted(becomes="ill"), "a shift of kind 'noise' calls nothing otherwise", "`becomes` out"),
+        ("simulation", {**shifted(), "held_out": ["site-4"]}, "held_out names 'site-4'", "the nearest is 'site-3'"),
+        ("simulation", named([]) | {"held_out": ["b"]}, "simulation.held_out names 'b'", "give one of 'a'"),
+        ("simulation", aged(), "nothing says where groups begin", "add edges = [40, 60]"),
+        ("simulation", aged(edges=[60, 40]), "partition.edges is [60, 40]", "ascending order"),
+        ("simulation", aged(edges=[40, 40]), "partition.edges is [40, 40]", "each once"),
+        ("simulation", aged(edges=[91]), "partition.edges.0 is 91", "at most 90"),
+        ("simulation", aged(by="sex", edges=[40]), "partition.by is 'sex', which has no edges", "leave `edges` out"),
         ("simulation", named([{**NOISE, "sites": ["a"]}]), "unknown key 'simulation.site.0.shift.0.sites'", "severity"),
         ("simulation", named([]) | {"shift": [{**NOISE, "sites": ["b"]}]}, "names 'b'", "give one of 'a'"),
         ("simulation.partition", {"kind": "skew"}, "simulation.partition.kind is 'skew'", "one of 'iid', 'dirichlet'"),
@@ -349,7 +366,7 @@ def test_a_site_has_the_shifts_of_all_sites_then_its_own() -> None:
 
 
 def test_a_simulation_with_shifts_and_a_partition_survives_toml() -> None:
-    for kind in ({"kind": "column", "by": "view"}, {"kind": "classes", "per_site": 2}):
+    for kind in aged(edges=[40, 60])["partition"], {"kind": "classes", "per_site": 2}:
         simulation = {**shifted(), "sites": 0 if kind["kind"] == "column" else 3, "partition": kind}
         study = resolve(SMALL | {"simulation": simulation})
         assert parse_study(study.to_toml(), "again") == study
@@ -500,7 +517,7 @@ def test_bottlenecks_and_skipped_tokens_do_not_go_together(method: str) -> None:
 
 def test_defaults_stay_as_they_were_approved() -> None:
     # A changed default is another study: sites must approve it anew. Change this hash only when that is meant.
-    assert resolve(SMALL).hash == "7ffaa01dc1a74d9f9e75b17753ae8dff2f02387ee794db9b2e793263e9057bfe"
+    assert resolve(SMALL).hash == "18cc24b604f2a9fa7ded79d5b3c7b6e34b3443155e851547cfddf5961c74c5d6"
 
 
 def test_naming_the_default_rule_changes_nothing_and_another_is_another_study() -> None:
@@ -593,6 +610,29 @@ def test_what_privacy_cannot_cover_is_refused(changed: dict[str, Any], said: str
         resolve({**PRIVATE, **changed})
     assert said in caught.value.problem
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"encoder": {"name": "bit_resnet50"}}, "'bit_resnet50' has no batch normalisation"),
+        ({"encoder": {"name": "vit_tiny"}}, "'vit_tiny' has no batch normalisation"),
+        ({"aggregation": {"rule": "fedavgm"}}, "aggregation.rule 'fedavgm' may go beyond all updates"),
+        ({"aggregation": {"rule": "fedadam"}}, "aggregation.rule 'fedadam' may go beyond all updates"),
+        ({"privacy": {"mode": "patient"}}, "a patient's gradient depends on the others in the batch"),
+        ({"privacy": {"mode": "site"}}, "could take a running variance below zero"),
+    ],
+)
+def test_batch_normalisation_is_refused_where_its_statistics_would_not_hold(
+    changed: dict[str, dict[str, Any]], said: str
+) -> None:
+    plain = {**PRIVATE, "stages": [PRIVATE["stages"][1]], "privacy": {"mode": "none"}, **changed}
+    encoder = {"name": "resnet18", **changed.get("encoder", {})}
+    with pytest.raises(StudyError) as caught:
+        resolve({**plain, "encoder": {**encoder, "norm": "batch"}})
+    assert said in caught.value.problem
+    assert "norm" in caught.value.fix
+    assert resolve({**plain, "encoder": encoder}).encoder.norm == "group"
 
 
 def test_the_separable_methods_are_those_that_say_so() -> None:

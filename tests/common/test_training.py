@@ -302,13 +302,20 @@ def test_a_loss_that_is_no_number_ends_the_round() -> None:
         )
 
 
+def digests_of_cases() -> list[str]:
+    """Of weights and moments after two rounds of each of CASES."""
+    wanted = [(name, Compute.model_validate({"threads": 1, "precision": precision})) for name, precision in CASES]
+    return [digest(trained(stage_of(name), 2, compute)[1]) for name, compute in wanted]
+
+
 @pytest.fixture(scope="module")
 def digests() -> list[list[str]]:
-    """What two processes that share nothing but their arguments make of every case."""
-    both = [subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    lines = [process.communicate(timeout=200)[0].splitlines() for process in both]
-    assert all(process.returncode == 0 for process in both)
-    return lines
+    """What this process and a new one, which share nothing but their arguments, make of every case."""
+    with subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True) as new:
+        here = digests_of_cases()
+        there = new.communicate(timeout=200)[0].splitlines()
+    assert new.returncode == 0
+    return [here, there]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])
@@ -402,24 +409,21 @@ def test_the_processors_bf16_units_are_those_it_lists() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_large_blocks_come_from_the_heap_which_stays() -> None:
     code = """
-import sys, torch
+import torch
 from polyclinic.training import keep_freed_memory
 
-def heap():
+def on_heap(block):
     line = next(line for line in open("/proc/self/maps") if line.endswith("[heap]\\n"))
-    return [int(end, 16) for end in line.split()[0].split("-")]
+    low, high = (int(end, 16) for end in line.split()[0].split("-"))
+    return low <= block.data_ptr() < high
 
-if sys.argv[1] == "kept":
-    keep_freed_memory()
-block = torch.ones(6 << 20)  # 24 MB
-low, high = heap()
-print(low <= block.data_ptr() < high)
+by_itself = torch.ones(6 << 20)  # 24 MB
+print(on_heap(by_itself))
+keep_freed_memory()
+print(on_heap(torch.ones(6 << 20)))
 """
-    said = {
-        how: subprocess.run([sys.executable, "-c", code, how], check=True, capture_output=True, text=True).stdout
-        for how in ("kept", "by itself")
-    }
-    assert said == {"kept": "True\n", "by itself": "False\n"}
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert said == "False\nTrue\n"
 
 
 def test_threads_are_the_studys_and_put_back() -> None:
@@ -444,9 +448,7 @@ def test_a_gpu_trains_and_repeats_itself(name: str, monkeypatch: pytest.MonkeyPa
 
 
 if __name__ == "__main__":
-    for case_method, case_precision in CASES:
-        wanted = Compute.model_validate({"threads": 1, "precision": case_precision})
-        print(digest(trained(stage_of(case_method), 2, wanted)[1]))
+    print(*digests_of_cases(), sep="\n")
 
 
 def test_attention_on_a_processor_is_by_plain_products_with_the_fused_kernels_results() -> None:

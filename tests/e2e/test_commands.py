@@ -107,11 +107,14 @@ def test_what_is_not_a_finished_run_is_refused(command: str, finished: Path, tmp
 
 QUICK = """
 from polyclinic_simulations import demo
-demo.PATIENTS, whole = 12, demo.demo_study
+whole = demo.demo_study
 def quick(seed):
     study = whole(seed)
     stages = [stage.model_copy(update={"rounds": 2, "local_epochs": 1}) for stage in study.stages]
-    return study.model_copy(update={"stages": stages})
+    few = [site.model_copy(update={"phantom": 12}) for site in study.simulation.site]
+    return study.model_copy(
+        update={"stages": stages, "simulation": study.simulation.model_copy(update={"site": few})}
+    )
 demo.demo_study = quick
 """
 """The demo with a fifth of its patients, and a few steps; with fewer still, some class could not be measured."""

@@ -19,6 +19,7 @@ from polyclinic_client.site import Site
 from polyclinic_simulations import compare
 from polyclinic_simulations.compare import (
     classify,
+    encode_sites,
     probe,
     row,
     row_names,
@@ -95,7 +96,7 @@ def test_patients_of_two_sites_are_never_one_and_none_is_on_both_sides(
     def first_pixels(cohort: Any) -> Any:
         return cohort.pixels(np.arange(len(cohort))).numpy().reshape(len(cohort), -1)[:, :64].astype(np.float32)
 
-    probe(first_pixels, study, sites)
+    probe(encode_sites(first_pixels, study, sites), study)
     train_x, train_y, train_patients, test_x, test_y, test_patients, _ = probes[0]
     splits = [site.split(study) for site in sites.values()]
     assert len(np.unique(train_patients)) == sum(train.n_patients for train, _ in splits)

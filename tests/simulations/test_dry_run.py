@@ -54,7 +54,7 @@ def test_sites_classes_and_shifts_are_shown_and_no_run_is_written(capsys: pytest
 
 
 def test_prevalence_and_labels_are_those_after_the_shifts(capsys: pytest.CaptureFixture[str]) -> None:
-    simulation = 'sites = 2\nshift = [{ kind = "prevalence", severity = 1, label = "spot", sites = ["site-2"] }]'
+    simulation = 'sites = 2\nshift = [{ kind = "prevalence", severity = 1, value = "spot", sites = ["site-2"] }]'
     assert dry(simulation, "--json") == 0
     found = shown(capsys)
     assert found["study"] == "tiny"
@@ -82,6 +82,28 @@ def test_the_table_has_a_row_a_site_and_a_column_a_class(capsys: pytest.CaptureF
     assert "noise 0.5" in two
 
 
+def test_sites_of_ages_and_those_held_out_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("all/labels.csv")
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([f"{rows[0]},age", *(f"{row},{20 + k:03}Y" for k, row in enumerate(rows[1:]))]))
+    simulation = 'partition = { kind = "column", by = "age", edges = [32, 44] }\nheld_out = ["32-43"]'
+    assert dry(simulation, "--json") == 0
+    found = shown(capsys)["sites"]
+    assert {name: (site["patients"], site["held_out"]) for name, site in found.items()} == {
+        "under-32": (6, False), "32-43": (6, True), "44-and-over": (12, False)
+    }  # fmt: skip
+    assert dry(simulation) == 0
+    shown_rows = capsys.readouterr().out.splitlines()
+    assert [line.split("(held out)")[0].strip("│ ") for line in shown_rows if "(held out)" in line] == ["32-43"]
+    assert dry(simulation.replace("32-43", "32-45")) == 2
+    assert "simulation.held_out names '32-45', which is no site" in capsys.readouterr().err
+
+
+def test_a_site_held_out_and_each_in_turn_are_two_protocols(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry('sites = 3\nheld_out = ["site-3"]', "--leave-one-site-out") == 2
+    assert "leave held_out out, or --leave-one-site-out" in capsys.readouterr().err
+
+
 def test_rare_classes_share_no_column(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("all/labels.csv")
     rows = path.read_text().splitlines()
@@ -99,12 +121,16 @@ def test_rare_classes_share_no_column(capsys: pytest.CaptureFixture[str]) -> Non
         ('partition = { kind = "column", by = "site" }', "no image has a value in the column 'site'"),
         (
             'sites = 2\npartition = { kind = "classes", per_site = 1 }\n'
-            'shift = [{ kind = "prevalence", severity = 1, label = "spot" }]',
+            'shift = [{ kind = "prevalence", severity = 1, value = "spot" }]',
             "patients",
         ),
         ("sites = 1", "1 sites can never be aggregation.min_sites = 2"),
         ('sites = 2\nshift = [{ kind = "nois", severity = 1 }]', "the nearest is 'noise'"),
-        ('sites = 2\nshift = [{ kind = "prevalence", severity = 1, label = "spots" }]', "the nearest is 'spot'"),
+        ('sites = 2\nshift = [{ kind = "prevalence", severity = 1, value = "spots" }]', "the nearest is 'spot'"),
+        ('sites = 2\nshift = [{ kind = "age_mix", severity = 1 }]', "no patient has an age"),
+        ('sites = 2\nheld_out = ["site-2"]', "1 sites beside 1 held out can never be aggregation.min_sites = 2"),
+        ('sites = 3\nheld_out = ["site-4"]', "the nearest is 'site-3'"),
+        ('partition = { kind = "column", by = "age", edges = [40] }', "no image has a value in the column 'age'"),
     ],
 )
 def test_what_would_be_refused_is_refused_dry(simulation: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

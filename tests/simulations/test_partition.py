@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from polyclinic.cohort import Cohort
 from polyclinic.errors import Refused
-from polyclinic.simulation import Classes, Dirichlet, Iid, Quantity
-from polyclinic_simulations.partition import MIN_PATIENTS, by_column, partition
+from polyclinic.simulation import Classes, Column, Dirichlet, Iid, Quantity
+from polyclinic_simulations.partition import MIN_PATIENTS, age_groups, by_column, partition
 
 from ..tiny import in_memory
 
@@ -22,7 +22,12 @@ def cohort(labels: list[str], images: int = 1) -> Cohort:
     words = np.repeat(np.array(labels), images)
     count = len(words)
     numbers = np.repeat(np.arange(len(labels), dtype=np.int32), images)
-    return replace(in_memory(1), rows=np.zeros(count, np.int64), patients=numbers, labels=words)
+    unknown = {"sexes": np.full(count, ""), "ages": np.full(count, np.nan)}
+    return replace(in_memory(1), rows=np.zeros(count, np.int64), patients=numbers, labels=words, **unknown)
+
+
+def by_age(*edges: int) -> Column:
+    return Column(kind="column", by="age", edges=list(edges))
 
 
 def shares(parts: list[NDArray[np.int64]], labels: NDArray[np.str_], label: str) -> NDArray[np.float64]:
@@ -38,6 +43,7 @@ WAYS = (
     | st.builds(lambda alpha: Quantity(kind="quantity", alpha=alpha), ALPHAS)
 )
 Way = Iid | Dirichlet | Quantity | Classes
+BY_SITE, BY_VIEW, BY_SEX = (Column(kind="column", by=by) for by in ("site", "view", "sex"))
 
 
 @given(
@@ -169,7 +175,7 @@ def test_classes_too_rare_for_their_sites_are_refused() -> None:
 def test_sites_of_a_column_have_its_values_and_a_patient_the_one_of_most_images() -> None:
     patients = cohort(["a"] * 8, images=3)
     one = np.array([["PA"] * 3, ["PA", "LL/2", "LL/2"], ["", "", "PA"], [""] * 3] * 2).ravel()
-    parts = by_column(replace(patients, views=one), "view")
+    parts = by_column(replace(patients, views=one), BY_VIEW)
     assert {name: part.tolist() for name, part in parts.items()} == {
         "LL-2": [1, 5],
         "PA": [0, 2, 4, 6],
@@ -179,7 +185,7 @@ def test_sites_of_a_column_have_its_values_and_a_patient_the_one_of_most_images(
 
 def test_values_that_give_the_same_name_are_numbered() -> None:
     values = np.repeat(["é", "ö", "AP erect", "AP/erect", "x" * 90, "x" * 91], 2)
-    parts = by_column(replace(cohort(["a"] * 12), sites=values), "site")
+    parts = by_column(replace(cohort(["a"] * 12), sites=values), BY_SITE)
     assert set(parts) == {"AP-erect", "AP-erect-2", "unknown", "unknown-2", "x" * 48, "x" * 48 + "-2"}
 
 
@@ -188,7 +194,7 @@ def test_a_column_loses_no_patient(values: list[str], images: int) -> None:
     values = values[: len(values) // images * images] or [*"nnn"][:images]
     patients = cohort(["a"] * (len(values) // images), images)
     try:
-        parts = by_column(replace(patients, sites=np.array(values)), "site")
+        parts = by_column(replace(patients, sites=np.array(values)), BY_SITE)
     except Refused as error:
         assert "fewer than 2 patients" in error.problem or set(values) == {""}
         return
@@ -196,12 +202,56 @@ def test_a_column_loses_no_patient(values: list[str], images: int) -> None:
     assert all(len(part) >= MIN_PATIENTS and (np.diff(part) > 0).all() for part in parts.values())
 
 
+def test_sites_of_sexes_and_of_ages_hold_whom_their_names_say() -> None:
+    patients = cohort(["a"] * 12, images=2)
+    sexes = np.repeat(["F", "M", "", "O"] * 3, 2)
+    parts = by_column(replace(patients, sexes=sexes), BY_SEX)
+    assert {name: part.tolist() for name, part in parts.items()} == {
+        "unknown": [2, 6, 10], "F": [0, 4, 8], "M": [1, 5, 9], "O": [3, 7, 11]
+    }  # fmt: skip
+    ages = np.array(
+        [[0, 0], [39.9, 41], [np.nan, 39], [40, 40], [np.nan, 59.9], [60, 60], [90, 90]] + [[np.nan] * 2] * 5
+    )
+    parts = by_column(replace(patients, ages=ages.ravel()), by_age(40, 60))
+    assert list(parts) == ["unknown", "under-40", "40-59", "60-and-over"]
+    assert [part.tolist() for part in parts.values()] == [[7, 8, 9, 10, 11], [0, 1, 2], [3, 4], [5, 6]]
+
+
+@given(
+    st.lists(st.none() | st.floats(0, 90), min_size=1, max_size=40),
+    st.lists(st.integers(1, 90), min_size=1, max_size=6, unique=True).map(sorted),
+)
+def test_every_age_is_in_the_group_that_counting_edges_gives(ages: list[float | None], edges: list[int]) -> None:
+    def group(age: float | None) -> str:
+        passed = [edge for edge in edges if age is not None and edge <= age]
+        ahead = [edge for edge in edges if edge not in passed]
+        if age is None or not passed:
+            return "" if age is None else f"under-{ahead[0]}"
+        if not ahead:
+            return f"{passed[-1]}-and-over"
+        return f"{passed[-1]}-{ahead[0] - 1}" if ahead[0] - passed[-1] > 1 else str(passed[-1])
+
+    words, codes = age_groups(np.array(ages, np.float64), edges)
+    assert len(set(words.tolist())) == len(edges) + 2
+    assert words[codes].tolist() == [group(age) for age in ages]
+
+
+def test_a_group_of_ages_with_one_patient_is_refused_and_columns_with_values_are_named() -> None:
+    patients = replace(cohort(["a"] * 5), ages=np.array([30.0, 31, 50, 70, 71]))
+    with pytest.raises(Refused, match=r"'age' gives 1 sites fewer than 2 patients: '40-59'\n  fix: move the edges"):
+        by_column(patients, by_age(40, 60))
+    with pytest.raises(Refused, match=r"column 'sex'\n  fix: set partition.by to 'age'"):
+        by_column(patients, BY_SEX)
+    with pytest.raises(Refused, match=r"column 'age'\n  fix: set partition.by to 'sex'"):
+        by_column(replace(cohort(["a"] * 2), sexes=np.array(["F", "M"])), by_age(50))
+
+
 def test_a_column_without_values_is_refused_and_those_with_values_are_named() -> None:
     patients = replace(cohort(["a"] * 4), views=np.array(["PA", "PA", "AP", "AP"]))
     for column in ("site", "scanner"):
         with pytest.raises(Refused, match=rf"column '{column}'\n  fix: set partition.by to 'view'"):
-            by_column(patients, column)
+            by_column(patients, Column(kind="column", by=column))
     with pytest.raises(Refused, match="use another partition"):
-        by_column(cohort(["a"] * 4), "view")
+        by_column(cohort(["a"] * 4), BY_VIEW)
     with pytest.raises(Refused, match=r"1 sites fewer than 2 patients: 'AP'"):
-        by_column(replace(patients, views=np.array(["PA", "PA", "PA", "AP"])), "view")
+        by_column(replace(patients, views=np.array(["PA", "PA", "PA", "AP"])), BY_VIEW)

@@ -17,24 +17,27 @@ from sklearn.preprocessing import StandardScaler
 from polyclinic.cohort import Cohort, build_cohort
 from polyclinic.encoders import ENCODERS
 from polyclinic.errors import CohortError, Refused, StudyError
+from polyclinic.evaluation import probes
 from polyclinic.simulation import PixelShift, Shift
 from polyclinic.study import Images, Study, resolve
 from polyclinic_client.site import Site, open_site
 from polyclinic_simulations import consortium
+from polyclinic_simulations import simulate as simulations
 from polyclinic_simulations.consortium import IMAGES, gather, settle
 from polyclinic_simulations.phantom import write_site
+from polyclinic_simulations.phantom.scanner import Scanner
 from polyclinic_simulations.shift import SHIFTS, shift_patients, shift_pixels
 from polyclinic_simulations.simulate import simulate, who_is_tested
 
-from ..tiny import SIMCLR, TinyEncoder, in_memory, open_run, tiny_study, write_cohort
+from ..tiny import SIMCLR, TinyEncoder, in_memory, measured, open_run, tiny_study, write_cohort
 
 KINDS: tuple[PixelShift, ...] = get_args(PixelShift)
 DRAWN = {"noise", "inversion", "collimation", "marker"}
 """Those that differ from image to image."""
 
 
-def shifts(kind: str, severity: float, label: str = "") -> list[Shift]:
-    return [Shift.model_validate({"kind": kind, "severity": severity, "label": label})]
+def shifts(kind: str, severity: float, value: str = "") -> list[Shift]:
+    return [Shift.model_validate({"kind": kind, "severity": severity, "value": value})]
 
 
 def shifted(images: NDArray[np.uint8], kind: str, severity: float, seed: int = 7, site: str = "north") -> Any:
@@ -48,9 +51,11 @@ def flat(grey: int, count: int = 1, size: int = 32) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
-    """Fifty invented patients of one scanner."""
-    folder = tmp_path_factory.mktemp("phantom")
-    write_site(folder / "north", "north", 50, 3)
+    """Fifty invented patients of one scanner, whose detector is no larger than its images need be here."""
+    folder, scanner = tmp_path_factory.mktemp("phantom"), Scanner.of("north", 0, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scanner, "of", lambda *_: replace(scanner, rows=128, columns=128))
+        write_site(folder / "north", "north", 50, 3)
     return build_cohort(folder / "north", Images(size=48), folder / "state", workers=1)
 
 
@@ -81,13 +86,19 @@ def domain_auc(images: NDArray[np.uint8], patients: NDArray[np.int32], kind: str
     return float(roc_auc_score(there, cross_val_predict(model, features(mixed), there, **folds)[:, 1]))
 
 
+@pytest.fixture(scope="module")
+def unshifted(phantom: Cohort, images: NDArray[np.uint8]) -> float:
+    """What the classifier says where there is nothing to tell: at severity 0 no kind changes an image."""
+    return domain_auc(images, phantom.patients, "noise", 0.0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_domain_classifier_sees_each_shift_the_better_the_stronger_it_is(
-    kind: str, phantom: Cohort, images: NDArray[np.uint8]
+    kind: str, phantom: Cohort, images: NDArray[np.uint8], unshifted: float
 ) -> None:
-    none, some, much = (domain_auc(images, phantom.patients, kind, severity) for severity in (0.0, 0.4, 1.0))
-    assert abs(none - 0.5) < 0.1
-    assert some > none + 0.05
+    some, much = (domain_auc(images, phantom.patients, kind, severity) for severity in (0.4, 1.0))
+    assert abs(unshifted - 0.5) < 0.1
+    assert some > unshifted + 0.05
     assert much > max(some - 0.01, 0.9)
 
 
@@ -256,22 +267,128 @@ def test_label_noise_flips_its_part_of_the_sites_labels_to_other_words_of_the_co
         shift_patients(replace(cohort, labels=np.full(3000, "a")), own, shifts("label_noise", 0.5), 7, "north")
 
 
-def test_prevalence_keeps_patients_of_one_class_away() -> None:
-    cohort = replace(in_memory(2000, images=1), labels=np.array(["a", "b", "a|b", "c"] * 500))
-    own = patients_of(cohort)[:1600]
+MIX_VALUES = {"prevalence": "b", "view_mix": "LL", "sex_mix": "F"}
+"""Each the value of some patients of `mixed`."""
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Cohort:
+    """2,000 patients with two images each; of each attribute every fifth patient's is unknown."""
+    images = 2 * np.arange(2000) + np.array([[0], [1]])  # (2, patients)
+    rng = np.random.default_rng(0)
+
+    def dealt(*words: str) -> NDArray[np.str_]:
+        return np.repeat(rng.permutation(np.tile(np.array(words), 400)), 2)
+
+    views = dealt("PA", "PA", "AP", "LL", "")
+    views[images[0]] = np.where(views[images[0]] == "LL", "PA", views[images[0]])  # a lateral is never the first
+    return replace(
+        in_memory(2000),
+        labels=dealt("a", "b", "a|b", "c", ""),
+        views=views,
+        sexes=dealt("F", "M", "M", "O", ""),
+        ages=np.repeat(np.where(np.arange(2000) % 5, rng.permutation(2000) / 25, np.nan), 2),
+    )
+
+
+@pytest.mark.parametrize("kind", MIX_VALUES)
+def test_patients_of_one_value_stay_away_with_the_severity(kind: str, mixed: Cohort) -> None:
+    own, value = patients_of(mixed)[:1600], MIX_VALUES[kind]
+    words = {"prevalence": mixed.labels, "view_mix": mixed.views, "sex_mix": mixed.sexes}[kind]
+    concerned = np.unique(mixed.patients[[value in word.split("|") for word in words.tolist()]])
+    concerned = concerned[concerned < 1600]
     left = {}
     for severity in (0.0, 0.3, 0.7, 1.0):
-        made, patients = shift_patients(cohort, own, shifts("prevalence", severity, "b"), 7, "north")
-        assert made is cohort
+        made, patients = shift_patients(mixed, own, shifts(kind, severity, value), 7, "north")
+        assert made is mixed
         gone = np.setdiff1d(own, patients)
-        assert set(np.unique(cohort.labels[gone])) <= {"b", "a|b"}
-        assert len(gone) / 800 == pytest.approx(severity, abs=0.06)
+        assert set(gone) <= set(concerned)
+        error = 4 * np.sqrt(severity * (1 - severity) / len(concerned))
+        assert len(gone) / len(concerned) == pytest.approx(severity, abs=error)
         left[severity] = set(patients.tolist())
+    assert left[0.0] == set(own.tolist())
     assert left[0.0] > left[0.3] > left[0.7] > left[1.0]
-    with pytest.raises(CohortError, match=r"label 'xyz'.*\n  fix: give one of 'a', 'b', 'c'"):
-        shift_patients(cohort, own, shifts("prevalence", 0.5, "xyz"), 7, "north")
-    with pytest.raises(CohortError, match="the nearest is 'b'"):
-        shift_patients(cohort, own, shifts("prevalence", 0.5, "bb"), 7, "north")
+    assert not left[1.0] & set(concerned.tolist())
+
+
+def test_the_older_patients_are_the_rarer_they_grow(mixed: Cohort) -> None:
+    """With severity s the share 1 - s u of those at the rank u stays: 1 - s / 2 of all, of mean rank below."""
+    own = patients_of(mixed)
+    ages = mixed.ages[::2]
+    ranks = ages * 25 / 2000
+    left = {}
+    for severity in (0.0, 0.5, 1.0):
+        _, patients = shift_patients(mixed, own, shifts("age_mix", severity), 7, "north")
+        staying = np.zeros(2000, bool)
+        staying[patients] = True
+        assert staying[np.isnan(ages)].all()
+        aged = ~np.isnan(ages)
+        assert staying[aged].mean() == pytest.approx(1 - severity / 2, abs=4 * np.sqrt(0.25 / aged.sum()))
+        mean_rank = (1 / 2 - severity / 3) / (1 - severity / 2)
+        assert ranks[aged & staying].mean() == pytest.approx(
+            mean_rank, abs=4 * np.sqrt(1 / 12 / (aged & staying).sum())
+        )
+        left[severity] = set(patients.tolist())
+    assert left[0.0] == set(own.tolist())
+    assert left[0.0] > left[0.5] > left[1.0]
+    alike = replace(mixed, ages=np.full(len(mixed), 50.0))  # nobody is older: half of what the severity says
+    assert len(shift_patients(alike, own, shifts("age_mix", 1.0), 7, "north")[1]) == pytest.approx(1000, abs=90)
+
+
+def test_a_label_policy_calls_its_part_of_a_class_otherwise_patient_by_patient(mixed: Cohort) -> None:
+    own = patients_of(mixed)[:1600]
+    policy = [Shift(kind="label_policy", severity=0.0, value="b", becomes="c")]
+    assert (shift_patients(mixed, own, policy, 7, "north")[0].labels == mixed.labels).all()
+    changed = {}
+    for severity in (0.4, 0.8):
+        policy = [Shift(kind="label_policy", severity=severity, value="b", becomes="c")]
+        made, patients = shift_patients(mixed, own, policy, 7, "north")
+        assert (patients == own).all()
+        other = (made.labels != mixed.labels).reshape(2000, 2)
+        assert (other[:, 0] == other[:, 1]).all()
+        assert not other[1600:].any()
+        before, after = mixed.labels[::2][other[:, 0]], made.labels[::2][other[:, 0]]
+        assert set(zip(before.tolist(), after.tolist(), strict=True)) == {("b", "c"), ("a|b", "a|c")}
+        read = np.isin(mixed.labels[::2][:1600], ["b", "a|b"])
+        assert other[:1600, 0][read].mean() == pytest.approx(severity, abs=4 * np.sqrt(0.25 / read.sum()))
+        changed[severity] = other
+    assert not (changed[0.4] & ~changed[0.8]).any()
+    merged = [Shift(kind="label_policy", severity=1.0, value="b", becomes="a")]
+    assert set(shift_patients(mixed, patients_of(mixed), merged, 7, "north")[0].labels) == {"", "a", "c"}
+
+
+def test_shifts_of_patients_and_labels_compose(mixed: Cohort) -> None:
+    own = patients_of(mixed)[:1600]
+    both = [*shifts("sex_mix", 1.0, "F"), Shift(kind="label_policy", severity=1.0, value="b", becomes="c")]
+    made, patients = shift_patients(mixed, own, both, 7, "north")
+    assert (patients == shift_patients(mixed, own, both[:1], 7, "north")[1]).all()
+    there = np.isin(mixed.patients, patients)
+    assert not {"b", "a|b"} & set(made.labels[there])
+    assert (made.labels[~there] == mixed.labels[~there]).all()
+
+
+def test_who_does_not_exist_cannot_grow_rare_nor_be_called_otherwise(mixed: Cohort) -> None:
+    own = patients_of(mixed)
+
+    def refused(shift: Shift, cohort: Cohort = mixed) -> str:
+        with pytest.raises(CohortError) as caught:
+            shift_patients(cohort, own, [shift], 7, "north")
+        return str(caught.value)
+
+    for kind, what, known in (
+        ("prevalence", "label", "'a', 'b', 'c'"),
+        ("view_mix", "view", "'AP', 'LL', 'PA'"),
+        ("sex_mix", "sex", "'F', 'M', 'O'"),
+    ):
+        said = refused(shifts(kind, 0.5, "xyz")[0])
+        assert f"{what} 'xyz', which should grow rare" in said
+        assert f"give one of {known}" in said
+    assert "the nearest is 'b'" in refused(shifts("prevalence", 0.5, "bb")[0])
+    assert "'xyz', which should become 'c'" in refused(Shift(kind="label_policy", severity=0, value="xyz", becomes="c"))
+    assert "'xyz', which 'b' should become" in refused(Shift(kind="label_policy", severity=0, value="b", becomes="xyz"))
+    unknown = replace(in_memory(4), labels=np.full(8, ""))
+    assert "no patient has an age" in refused(shifts("age_mix", 0.5)[0], unknown)
+    assert "leave the shift out" in refused(shifts("sex_mix", 0.5, "F")[0], unknown)
 
 
 @pytest.fixture
@@ -344,11 +461,17 @@ def test_a_site_with_other_labels_or_images_is_not_the_one_that_began(study: Stu
         settled(with_shifts(*[s.model_dump() for s in study.simulation.shift if s.kind != "label_noise"]), tmp_path)
 
 
-def test_a_shifted_run_goes_on_to_the_same_bits(study: Study, tmp_path: Path) -> None:
+def test_a_shifted_run_goes_on_to_the_same_bits_without_the_site_that_it_holds_out(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "STRENGTHS", (0.01,))  # half of the time, and another matter
+    monkeypatch.setattr(simulations, "_pictures", lambda *_: None)
+
     def stop(event: Any) -> None:
         if event["event"] == "round_closed":
             raise KeyboardInterrupt
 
+    study = study.model_copy(update={"simulation": study.simulation.model_copy(update={"held_out": ["site-1"]})})
     where = tmp_path, tmp_path / "state"
     whole = simulate(study, tmp_path / "whole", *where)
     with pytest.raises(KeyboardInterrupt):
@@ -356,11 +479,13 @@ def test_a_shifted_run_goes_on_to_the_same_bits(study: Study, tmp_path: Path) ->
     assert simulate(study, tmp_path / "run", *where, resume=True)["comparison"] == whole["comparison"]
     bits = {(tmp_path / run / "encoder.safetensors").read_bytes() for run in ("whole", "run")}
     assert len(bits) == 1
+    assert (whole["held_out"], set(whole["sites"])) == (["site-1"], {"site-2", "site-3"})
+    assert {cells[2] for cells in measured(tmp_path / "whole")} == {"site-2", "site-3", ""}
 
 
 def test_sites_that_share_patients_are_refused_though_prevalence_differs(tmp_path: Path) -> None:
     write_cohort(tmp_path / "data", 20)
-    rare = {"kind": "prevalence", "severity": 0.5, "label": "spot"}
+    rare = {"kind": "prevalence", "severity": 0.5, "value": "spot"}
     sites = [{"name": "a", "cohort": "data"}, {"name": "b", "cohort": "data", "shift": [rare]}]
     with pytest.raises(StudyError, match="sites 'a' and 'b' have the same patients"):
         settled(tiny_study(simulation={"site": sites}), tmp_path)

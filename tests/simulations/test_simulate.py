@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from polyclinic.artifacts import load_tensors
 from polyclinic.cohort import build_cohort
 from polyclinic.encoders import ENCODERS
 from polyclinic.errors import CohortError, Refused
@@ -242,8 +244,8 @@ def test_one_answer_for_all_is_noted(study: Study, tmp_path: Path, monkeypatch: 
     made = module.row
 
     def constant(name: str, *rest: Any) -> Any:
-        probed, classified = made(name, *rest)
-        return replace(probed, one_answer=True), replace(classified, one_answer=name != "federated")
+        probed, classified, profiled = made(name, *rest)
+        return replace(probed, one_answer=True), replace(classified, one_answer=name != "federated"), profiled
 
     monkeypatch.setattr(module, "row", constant)
     summary = run(study, tmp_path)
@@ -359,3 +361,29 @@ def test_where_too_few_are_left_for_a_step_a_fraction_of_the_labels_is_noted(tmp
     sites = {name: Site(name, in_memory(patients), tmp_path / name) for name, patients in (("a", 30), ("b", 4))}
     assert _unlabelled(study, {"a": sites["a"]}) == ""
     assert "only 0 of at least 1 sites can be trained on (b: " in _unlabelled(study, {"b": sites["b"]})
+
+
+def test_a_site_that_is_held_out_trains_nothing_and_is_measured(study: Study, tmp_path: Path) -> None:
+    away = study.model_copy(update={"simulation": study.simulation.model_copy(update={"held_out": ["west"]})})
+    asked = away.model_copy(update={"evaluation": away.evaluation.model_copy(update={"rows": ["random", "alone"]})})
+    summary = run(asked, tmp_path)
+    assert set(summary["sites"]) == {"east", "north"}
+    assert set(summary["profiles"]) == {"random", "federated", "alone:east", "alone:north"}
+    for found in summary["profiles"].values():
+        assert set(found["at_sites"]) == set(SITES)
+    assert summary["profiles"]["federated"]["own"] == {}
+    assert set(summary["profiles"]["alone:east"]["own"]) == set(SITES)
+    without = study.model_copy(
+        update={"simulation": study.simulation.model_copy(update={"site": study.simulation.site[:2]})}
+    )
+    simulate(without, tmp_path / "without", tmp_path / "data", tmp_path / "state")
+    ours, theirs = (load_tensors(tmp_path / name / "encoder.safetensors")[0] for name in ("run", "without"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_sites_may_be_invented(tmp_path: Path) -> None:
+    study = tiny_study(stages=[{**SIMCLR, "rounds": 1}], simulation={"sites": 2, "phantom": 8})
+    for again in ("run", "again"):
+        summary = simulate(study, tmp_path / again, tmp_path, tmp_path / "state")
+        assert sum(site["patients"] for site in summary["sites"].values()) == 8
+    assert len(list((tmp_path / "state").glob("phantom-*"))) == 1

@@ -90,6 +90,8 @@ def _warnings(found: Scan, admission: Admission, too_many: bool) -> list[str]:
         images[member.patient] += member.record.count
     if len(images) > 1 and 2 * max(images.values()) > images.total() > 10:
         warnings.append(ONE_PATIENT_WARNING)
+    for column, count in sorted(found.meaningless.items()):
+        warnings.append(f"values of the column {column!r} that mean nothing are taken as unknown: {count}")
     return [*warnings, *filter(None, [passed_over(found.columns)])]
 
 

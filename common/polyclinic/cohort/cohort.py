@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,10 @@ class Stack:
         return out
 
 
+SAID = ("labels", "sites", "views", "splits", "sexes", "ages")
+"""What a cohort says of each image."""
+
+
 @dataclass(frozen=True, eq=False)
 class Cohort:
     """Patients and their images.
@@ -53,6 +57,8 @@ class Cohort:
         rows: (images,) image k of this cohort is `images[rows[k]]`; sorted by patient.
         patients: (images,) patient number from 0, ascending, without gaps.
         labels, sites, views, splits: (images,) "" where unknown; several labels are joined by "|".
+        sexes: (images,) F, M or O; "" where unknown. Empty: unknown of all.
+        ages: (images,) years, NaN where unknown, 90 for all above 89. Empty: unknown of all.
     """
 
     folder: Path
@@ -63,6 +69,15 @@ class Cohort:
     sites: NDArray[np.str_]
     views: NDArray[np.str_]
     splits: NDArray[np.str_]
+    sexes: NDArray[np.str_] = field(default_factory=lambda: np.empty(0, np.str_))
+    ages: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self) -> None:
+        """Fill in what is unknown of all."""
+        if not len(self.sexes):
+            object.__setattr__(self, "sexes", np.full(len(self), ""))
+        if not len(self.ages):
+            object.__setattr__(self, "ages", np.full(len(self), np.nan))
 
     def __len__(self) -> int:
         """Images."""
@@ -96,8 +111,8 @@ class Cohort:
             raise IndexError(f"patients {wanted[0]}..{wanted[-1]} of {self.n_patients}")
         keep = np.isin(self.patients, wanted)
         numbers = np.searchsorted(wanted, self.patients[keep]).astype(np.int32)
-        words = {name: getattr(self, name)[keep] for name in ("labels", "sites", "views", "splits")}
-        return replace(self, rows=self.rows[keep], patients=numbers, **words)
+        said = {name: getattr(self, name)[keep] for name in SAID}
+        return replace(self, rows=self.rows[keep], patients=numbers, **said)
 
 
 def union(cohorts: Sequence[Cohort]) -> Cohort:
@@ -110,7 +125,7 @@ def union(cohorts: Sequence[Cohort]) -> Cohort:
         raise ValueError("no cohorts to join")
     row_starts = np.cumsum([0, *(len(cohort.images) for cohort in cohorts)])
     patient_starts = np.cumsum([0, *(cohort.n_patients for cohort in cohorts)])
-    words = {n: np.concatenate([getattr(c, n) for c in cohorts]) for n in ("labels", "sites", "views", "splits")}
+    said = {name: np.concatenate([getattr(cohort, name) for cohort in cohorts]) for name in SAID}
     return Cohort(
         folder=cohorts[0].folder,
         images=Stack([cohort.images for cohort in cohorts]),
@@ -118,5 +133,5 @@ def union(cohorts: Sequence[Cohort]) -> Cohort:
         patients=np.concatenate(
             [(c.patients + start).astype(np.int32) for c, start in zip(cohorts, patient_starts, strict=False)]
         ),
-        **words,
+        **said,
     )

@@ -11,6 +11,8 @@ COLUMNS = {
     "site": ("hospital", "institution", "centre", "center"),
     "view": ("viewposition", "projection"),
     "split": ("subset", "fold", "partition"),
+    "sex": ("gender", "patientsex", "patientgender"),
+    "age": ("ageyears", "patientage"),
 }
 """Every column that is read, with other names that people give it, in small letters; of these only `file` is read."""
 READ = {*COLUMNS, "file"}
@@ -40,8 +42,8 @@ def meant_as(column: str, lacking: Sequence[str]) -> str:
 def passed_over(columns: Sequence[str]) -> str:
     """A warning that names every column that is not read; "" where all are.
 
-    >>> passed_over(["image", "Diagnosis", "age"])
-    "columns of the CSV that are not read: 'Diagnosis' (if it is meant as `label`, name it so), 'age'"
+    >>> passed_over(["image", "Diagnosis", "offset"])
+    "columns of the CSV that are not read: 'Diagnosis' (if it is meant as `label`, name it so), 'offset'"
     """
     unread = [column for column in dict.fromkeys(columns) if column.strip() and column not in READ]
     lacking = [known for known in COLUMNS if known not in columns and not (known == "image" and "file" in columns)]

@@ -7,7 +7,8 @@ PS3.4 N.2 (the order of the grey-scale transformations).
 """
 
 import io
-from collections.abc import Set
+from collections.abc import Callable, Set
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +19,18 @@ from pydicom.pixels.processing import apply_color_lut
 from pydicom.uid import UID, JPEGExtended12Bit
 
 from polyclinic.cohort import limits
+from polyclinic.cohort.attributes import Meaningless, parse_age, parse_sex
 from polyclinic.cohort.grey import grey_levels
 from polyclinic.cohort.identity import keyed
 from polyclinic.cohort.intake import Facts, Intake
 from polyclinic.cohort.pixels import Floats, to_tensor
 from polyclinic.cohort.quarantine import Reason, Unusable
 
+T = TypeVar("T")
+
 HEADER = [
-    "PatientID", "IssuerOfPatientID", "SOPClassUID", "Modality", "ViewPosition", "BurnedInAnnotation",
+    "PatientID", "IssuerOfPatientID", "PatientSex", "PatientAge",
+    "SOPClassUID", "Modality", "ViewPosition", "BurnedInAnnotation",
     "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
     "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept",
@@ -103,6 +108,8 @@ def _facts(header: Dataset, key: bytes) -> Facts:
         transfer_syntax=str(syntax) if syntax.is_transfer_syntax and not syntax.is_private else "",
         height=_number(header, "Rows"),
         width=_number(header, "Columns"),
+        sex=_meaning(header, "PatientSex", parse_sex) or "",
+        age=_meaning(header, "PatientAge", parse_age),
     )
 
 
@@ -116,6 +123,19 @@ def _code(header: Dataset, name: str, terms: Set[str]) -> str:
     """A code string that is one of the element's terms; "" for anything else, which might be a name."""
     value = str(header.get(name) or "").strip()
     return value if value in terms else ""
+
+
+def _meaning(header: Dataset, name: str, parse: Callable[[str], T]) -> T | None:
+    """What an element says of the patient; None where it is missing, unknown or means nothing.
+
+    Its bytes are read as they stand: pydicom would warn of an age of another form than nnnY.
+    """
+    found = header.get_item(name)
+    value = b"" if found is None else found.value
+    try:
+        return parse(value.decode("ascii", "replace").strip("\0 ") if isinstance(value, bytes) else str(value or ""))
+    except Meaningless:
+        return None
 
 
 def _number(header: Dataset, name: str) -> int:

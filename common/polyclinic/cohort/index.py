@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyclinic.cohort.cohort import Cohort
-from polyclinic.cohort.intake import Intake
+from polyclinic.cohort.intake import VERSION, Intake
 from polyclinic.cohort.scan import Source
 from polyclinic.cohort.store import IMAGES, Record
 from polyclinic.errors import CohortError
 from polyclinic.files import atomic
 
 INDEX = "index.npz"
-WORDS = ("labels", "sites", "views", "splits", "modalities", "photometric")
+WORDS = ("labels", "sites", "views", "splits", "sexes")
+"""Of a Cohort."""
+FACTS = ("modalities", "photometric")
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,20 @@ def write_index(folder: Path, members: Sequence[Member], stored: int, meta: dict
     """Replace the index. Images are sorted by content, path and frame; patients by their first image.
 
     So the order is the same whatever the key of the HMACs, the order of decoding, and the cohort's history. `meta`
-    gains `digest`, a SHA-256 of what a study sees: patients, the contents of their files, labels and splits.
+    gains `digest`, a SHA-256 of what a study sees: patients, the contents of their files, labels, splits, and sexes and
+    ages where they are known, since a simulation may deal patients by them.
     """
     members = sorted(members, key=lambda m: (m.sha, m.source.relative))
     numbers: dict[str, int] = {}
     of_patient = [numbers.setdefault(m.patient, len(numbers)) for m in members]
     order = sorted(range(len(members)), key=of_patient.__getitem__)  # stable: images keep their order
     counts = np.array([members[i].record.count for i in order])
-    seen = [[of_patient[i], members[i].sha, members[i].source.label, members[i].source.split] for i in order]
+    sexes, ages = [_sex(members[i]) for i in order], [_age(members[i]) for i in order]
+    seen = [
+        [of_patient[i], members[i].sha, members[i].source.label, members[i].source.split]
+        + ([sex, age] if sex or age is not None else [])
+        for i, sex, age in zip(order, sexes, ages, strict=True)
+    ]
     meta = {**meta, "digest": hashlib.sha256(json.dumps(seen).encode()).hexdigest()}
     rows = [np.arange(r.first, r.first + r.count) for r in (members[i].record for i in order)]
     arrays: dict[str, NDArray[Any]] = {
@@ -52,6 +60,7 @@ def write_index(folder: Path, members: Sequence[Member], stored: int, meta: dict
         "patients": np.repeat(np.array([of_patient[i] for i in order], np.int32), counts),
         "stored": np.array(stored, np.int64),
         "meta": np.array(json.dumps(meta)),
+        "ages": np.repeat(np.array(ages, np.float64), counts),  # None becomes NaN
     }
     for name, word in _WORD_OF.items():
         vocabulary, codes = np.unique([word(members[i]) for i in order], return_inverse=True)
@@ -62,11 +71,20 @@ def write_index(folder: Path, members: Sequence[Member], stored: int, meta: dict
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
+def _sex(member: Member) -> str:
+    return member.source.sex or member.record.facts.sex
+
+
+def _age(member: Member) -> float | None:
+    return member.record.facts.age if member.source.age is None else member.source.age
+
+
 _WORD_OF: dict[str, Callable[[Member], str]] = {
     "labels": lambda m: m.source.label,
     "sites": lambda m: m.source.site,
     "views": lambda m: m.source.view or m.record.facts.view,
     "splits": lambda m: m.source.split,
+    "sexes": _sex,
     "modalities": lambda m: m.record.facts.modality,
     "photometric": lambda m: m.record.facts.photometric,
 }
@@ -76,25 +94,27 @@ def open_cohort(folder: Path) -> Cohort:
     """A built cohort; its images stay on disk until they are asked for.
 
     Raises:
-        CohortError: there is none in `folder`, or its files do not belong together.
+        CohortError: there is none in `folder`, another version built it, or its files do not belong together.
     """
     arrays = _load(folder)
     intake = Intake.from_json(json.loads(str(arrays["meta"]))["intake"])
+    if intake.version != VERSION:
+        raise CohortError(f"the cohort in {folder.name} was built by another version", "build the cohort again")
     shape = (int(arrays["stored"]), intake.channels, intake.size, intake.size)
-    labels, sites, views, splits = (_words(arrays, name) for name in WORDS[:4])
+    words = {name: _words(arrays, name) for name in WORDS}
     try:
         images = np.memmap(folder / IMAGES, np.uint8, "r", shape=shape)
     except (OSError, ValueError) as error:
         raise CohortError(
             f"the images of the cohort in {folder.name} are cut short", "build the cohort again"
         ) from error
-    return Cohort(folder, images, arrays["rows"], arrays["patients"], labels, sites, views, splits)
+    return Cohort(folder, images, arrays["rows"], arrays["patients"], **words, ages=arrays["ages"])
 
 
 def read_facts(folder: Path) -> dict[str, NDArray[Any]]:
     """What open_cohort leaves out, for the card: modalities, photometric, height and width of every image."""
     arrays = _load(folder)
-    words = {name: _words(arrays, name) for name in WORDS[4:]}
+    words = {name: _words(arrays, name) for name in FACTS}
     return {**words, "height": arrays["height"], "width": arrays["width"]}
 
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-VERSION = 2
+VERSION = 3
 """Goes up when the same file would give other pixels or facts: cohorts are then built anew."""
 
 
@@ -33,8 +33,9 @@ class Intake:
 class Facts:
     """What is kept of a file beside its pixels: nothing that could name a patient.
 
-    `patient` is a keyed HMAC, empty where the file has no identifier. `modality`, `photometric`, `view` and
-    `transfer_syntax` are terms of closed sets, never free text. `height` and `width` are the original's, in pixels.
+    `patient` is a keyed HMAC, empty where the file has no identifier. `modality`, `photometric`, `view`, `sex` and
+    `transfer_syntax` are terms of closed sets, never free text. `height` and `width` are the original's, in pixels;
+    `age` is in years, those above 89 as one.
     """
 
     kind: Literal["dicom", "raster", ""] = ""
@@ -45,7 +46,9 @@ class Facts:
     transfer_syntax: str = ""
     height: int = 0
     width: int = 0
+    sex: str = ""
+    age: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Only what is known."""
-        return {name: value for name, value in asdict(self).items() if value}
+        return {name: value for name, value in asdict(self).items() if value != getattr(Facts, name)}

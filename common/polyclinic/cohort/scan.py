@@ -3,11 +3,13 @@
 import csv
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from polyclinic.cohort import limits
+from polyclinic.cohort.attributes import Meaningless, parse_age, parse_sex
 from polyclinic.cohort.columns import meant_as, separator
 from polyclinic.cohort.quarantine import Reason
 from polyclinic.errors import CohortError
@@ -24,6 +26,8 @@ class Source:
     Attributes:
         relative: path within the cohort's folder; never stored or printed.
         patient: the CSV's identifier in clear, only ever in memory; "" where it has none.
+        sex: F, M, O; "" where the CSV does not say.
+        age: years; None where the CSV does not say.
         stat: (size, mtime_ns, ctime_ns), by which an unchanged file is known without reading it.
         reason: set where the file cannot even be read.
     """
@@ -34,6 +38,8 @@ class Source:
     site: str = ""
     view: str = ""
     split: str = ""
+    sex: str = ""
+    age: float | None = None
     stat: tuple[int, int, int] = (0, 0, 0)
     reason: Reason | None = None
 
@@ -47,6 +53,7 @@ class Scan:
         from_csv: labels come from a CSV file rather than from sub-directories.
         has_patients: the CSV names at least one patient.
         columns: of the CSV, as its header names them.
+        meaningless: cells of `sex` and `age` that say neither that nor "unknown", by column.
     """
 
     root: Path
@@ -54,6 +61,7 @@ class Scan:
     from_csv: bool
     has_patients: bool
     columns: list[str] = field(default_factory=list)
+    meaningless: Counter[str] = field(default_factory=Counter)
 
 
 def locate(source: Path, state: Path) -> Path:
@@ -82,9 +90,10 @@ def scan(path: Path) -> Scan:
     if path.is_dir():
         return Scan(path, sorted(_walk(path), key=lambda s: s.relative), from_csv=False, has_patients=False)
     rows, columns = _rows(path)
-    sources = sorted(_sources(rows, path.parent), key=lambda s: s.relative)
-    named = [clean(column) for column in columns]
-    return Scan(path.parent, sources, from_csv=True, has_patients=any(s.patient for s in sources), columns=named)
+    meaningless = Counter[str]()
+    sources = sorted(_sources(rows, path.parent, meaningless), key=lambda s: s.relative)
+    has_patients, named = any(s.patient for s in sources), [clean(column) for column in columns]
+    return Scan(path.parent, sources, from_csv=True, has_patients=has_patients, columns=named, meaningless=meaningless)
 
 
 def clean(text: str, longest: int = limits.MAX_TEXT) -> str:
@@ -118,15 +127,30 @@ def _walk(root: Path) -> Iterator[Source]:
         yield Source(os.path.relpath(folder, root), reason=Reason.UNREADABLE)
 
 
-def _sources(rows: list[dict[str, str]], root: Path) -> Iterator[Source]:
+def _sources(rows: list[dict[str, str]], root: Path, meaningless: Counter[str]) -> Iterator[Source]:
     seen: set[str] = set()
     for row in rows:
         relative = os.path.normpath((row.get("image") or row.get("file") or "").strip().replace("\0", ""))
         label = "|".join(clean(word) for word in (row.get("label") or "").split("|")[: limits.MAX_LABELS])
         site, view, split = (clean(row.get(name) or "") for name in ("site", "view", "split"))
-        source = Source(relative, (row.get("patient") or "").strip(), label, site, view, split.lower())
+        sex, age = _attributes(row, meaningless)
+        source = Source(relative, (row.get("patient") or "").strip(), label, site, view, split.lower(), sex, age)
         yield replace(source, reason=Reason.LISTED_TWICE) if relative in seen else _with_stat(root, source)
         seen.add(relative)
+
+
+def _attributes(row: dict[str, str], meaningless: Counter[str]) -> tuple[str, float | None]:
+    """Sex and age of a row; cells without a meaning are counted by column."""
+    sex, age = "", None
+    try:
+        sex = parse_sex(row.get("sex") or "")
+    except Meaningless:
+        meaningless["sex"] += 1
+    try:
+        age = parse_age(row.get("age") or "")
+    except Meaningless:
+        meaningless["age"] += 1
+    return sex, age
 
 
 def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:

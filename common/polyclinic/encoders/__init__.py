@@ -24,8 +24,8 @@ def _patches(encoder: study.Encoder, images: study.Images) -> dict[str, Any]:
 
 
 ENCODERS: dict[str, Callable[[study.Encoder, study.Images], nn.Module]] = {
-    "resnet18": lambda encoder, images: _file("resnet").resnet18(images.channels, encoder.context),
-    "resnet50": lambda encoder, images: _file("resnet").resnet50(images.channels, encoder.context),
+    "resnet18": lambda encoder, images: _file("resnet").resnet18(images.channels, encoder.context, encoder.norm),
+    "resnet50": lambda encoder, images: _file("resnet").resnet50(images.channels, encoder.context, encoder.norm),
     "bit_resnet50": lambda encoder, images: _file("bit").bit_resnet50(encoder.context),
     "vit_tiny": lambda encoder, images: _file("vit").vit_tiny(**_patches(encoder, images)),
     "vit_small": lambda encoder, images: _file("vit").vit_small(**_patches(encoder, images)),

@@ -1,9 +1,8 @@
 """Big Transfer's ResNet-50 v2: pre-activation, group normalisation, standardised weights.
 
 Kolesnikov et al., Big Transfer (BiT), ECCV 2020: the network whose supervised weights REMEDIS starts from. timm's
-parts and names, so that its weight files fit. Like our other encoders it knows no batch statistics. Its first layer
-always sees three colours, equal ones for a grey image: its weights are standardised over colours, so that they cannot
-be summed beforehand.
+parts and names, so that its weight files fit. It knows no batch statistics. Its first layer always sees three colours,
+equal ones for a grey image: its weights are standardised over colours, so that they cannot be summed beforehand.
 """
 
 from functools import partial

@@ -1,8 +1,12 @@
-"""Residual networks with group normalisation.
+"""Residual networks, with group normalisation or, to compare with, batch normalisation.
 
-He et al., Deep residual learning for image recognition, CVPR 2016; Wu & He, Group normalization, ECCV 2018.
-Batch normalisation is left out: its statistics describe a site, disagree between sites, and are refused by
-per-patient differential privacy.
+He et al., Deep residual learning for image recognition, CVPR 2016; Wu & He, Group normalization, ECCV 2018; Ioffe &
+Szegedy, Batch normalization, ICML 2015.
+
+Group normalisation is the default, since statistics of a batch describe a site and disagree between sites. With
+`norm = "batch"` the running ones travel with the weights and are averaged like them: the mean of the sites' means, and
+of their variances, which is not the variance over all sites where their means differ. Per-patient differential privacy
+refuses them.
 """
 
 import torch.nn.functional as F
@@ -11,14 +15,34 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet  # type: ig
 
 from polyclinic.encoders.context import bottlenecks
 from polyclinic.encoders.normalise import Normalise
+from polyclinic.study import Norm
 
 GROUPS = 32
-"""Of channels, in every normalisation layer: Wu & He's choice."""
+"""Of channels, in every layer of group normalisation: Wu & He's choice."""
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """The normalisation layer of every residual network here."""
+    """A layer of group normalisation."""
     return nn.GroupNorm(GROUPS, channels)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """torch's layer, which uses its running statistics, and leaves them alone, wherever a batch has none to give.
+
+    That is in evaluation as ever; while the layer is frozen, as in the first rounds of fine-tuning; and for a batch of
+    one image, of which a map of 1 x 1 has no variance.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, s, s) -> the same."""
+        assert self.running_mean is not None and self.running_var is not None
+        if self.training and self.weight.requires_grad and len(x) > 1:
+            return super().forward(x)
+        variance = self.running_var.clamp(min=0)  # an average in fixed point may lie a rounding below
+        return F.batch_norm(x, self.running_mean, variance, self.weight, self.bias, eps=self.eps)
+
+
+NORMS = {"group": group_norm, "batch": BatchNorm}
 
 
 class Basic(BasicBlock):  # type: ignore[misc]  # torchvision carries no types
@@ -40,16 +64,18 @@ class Deep(Bottleneck):  # type: ignore[misc]
         return F.relu(self.bn3(self.conv3(out)) + (x if self.downsample is None else self.downsample(x)))
 
 
-class GroupNormResNet(ResNet):  # type: ignore[misc]
-    """torchvision's ResNet, its layers and their names, without batch statistics and without a classifier.
+class ResidualNetwork(ResNet):  # type: ignore[misc]
+    """torchvision's ResNet, its layers and their names, without a classifier.
 
     Attributes:
         dim: length of a feature vector.
         widths: channels of each level: stem and four stages.
     """
 
-    def __init__(self, block: type[Basic | Deep], layers: list[int], channels: int, context: bool) -> None:
-        super().__init__(block, layers, norm_layer=group_norm)
+    def __init__(
+        self, block: type[Basic | Deep], layers: list[int], channels: int, context: bool, norm: Norm = "group"
+    ) -> None:
+        super().__init__(block, layers, norm_layer=NORMS[norm])
         if channels != 3:
             self.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -79,11 +105,11 @@ class GroupNormResNet(ResNet):  # type: ignore[misc]
         return self.pool(self.levels(images)[-1])
 
 
-def resnet18(channels: int, context: bool = False) -> GroupNormResNet:
+def resnet18(channels: int, context: bool = False, norm: Norm = "group") -> ResidualNetwork:
     """11 M parameters, 512 features."""
-    return GroupNormResNet(Basic, [2, 2, 2, 2], channels, context)
+    return ResidualNetwork(Basic, [2, 2, 2, 2], channels, context, norm)
 
 
-def resnet50(channels: int, context: bool = False) -> GroupNormResNet:
+def resnet50(channels: int, context: bool = False, norm: Norm = "group") -> ResidualNetwork:
     """24 M parameters, 2,048 features."""
-    return GroupNormResNet(Deep, [3, 4, 6, 3], channels, context)
+    return ResidualNetwork(Deep, [3, 4, 6, 3], channels, context, norm)

@@ -4,7 +4,7 @@ from polyclinic.evaluation.classifier import ClassifierScores, classifier_scores
 from polyclinic.evaluation.encoding import features, pixel_features
 from polyclinic.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD, alignment, collapsed, health
 from polyclinic.evaluation.labels import NotMeasurable, classes_of, targets_of, unmapped
-from polyclinic.evaluation.probes import knn_probe, linear_probe
+from polyclinic.evaluation.probes import Probe, knn_probe, learn_probe, linear_probe
 from polyclinic.evaluation.scores import Scores
 from polyclinic.evaluation.split import labelled_patients, split_patients
 
@@ -13,6 +13,7 @@ __all__ = [
     "COLLAPSED_SPREAD",
     "ClassifierScores",
     "NotMeasurable",
+    "Probe",
     "Scores",
     "alignment",
     "classes_of",
@@ -22,6 +23,7 @@ __all__ = [
     "health",
     "knn_probe",
     "labelled_patients",
+    "learn_probe",
     "linear_probe",
     "pixel_features",
     "score_classifier",

@@ -1,5 +1,6 @@
 """Two questions to a frozen encoder: can a straight line tell the classes apart (linear), do neighbours agree (kNN)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from polyclinic.evaluation.labels import NotMeasurable, Words, measurable_classes
-from polyclinic.evaluation.scores import Floats, Scores, score
+from polyclinic.evaluation.scores import Floats, Scores, macro_auc, score
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 """Inverse L2 penalties C that cross-validation chooses from."""
@@ -41,12 +42,49 @@ def linear_probe(
         NotMeasurable: too few classes, or features that are not finite.
     """
     classes = measurable_classes(train_y, test_y, test_patients)
-    x, y, patients = _chosen(classes, train_x, train_y, train_patients)
+    learnt = learn_probe(train_x, train_y, train_patients, classes, seed=seed)
     queries, truth, clusters = _chosen(classes, test_x, test_y, test_patients)
+    return score(learnt.answers(queries), truth, clusters, seed=seed, n_train=learnt.n_train, classes=classes)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear probe that has learnt.
+
+    Attributes:
+        classes: that it tells apart, sorted.
+        n_train: images that it learnt from.
+    """
+
+    classes: list[str]
+    n_train: int
+    _model: Any
+
+    def answers(self, x: Features) -> Floats:
+        """(images, classes) probabilities of (images, dim) features."""
+        with threadpool_limits(1):
+            found: Floats = self._model.predict_proba(x)
+        return found
+
+    def auc(self, x: Features, y: Words) -> float | None:
+        """AUC on the images that are of one of its classes, over those of the classes that occur; None of one alone."""
+        queries, truth, _ = _chosen(self.classes, x, y, np.zeros(len(y), np.int64))
+        seen, truth = np.unique(truth, return_inverse=True)
+        if len(seen) < 2:
+            return None
+        return float(macro_auc(self.answers(queries)[:, seen], truth, np.ones((1, len(truth))))[0])
+
+
+def learn_probe(x: Features, y: Words, patients: Patients, classes: list[str], *, seed: int) -> Probe:
+    """A linear probe from the images, (images, dim) and (images,), that are of one of `classes`; each must occur.
+
+    Raises:
+        NotMeasurable: features that are not finite.
+    """
+    found, truth, clusters = _chosen(classes, x, y, patients)
     with threadpool_limits(1):  # such small products gain nothing from more threads, which would change their last bits
-        model = _logistic(_choose_strength(x, y, patients, seed)).fit(x, y)
-        probabilities = model.predict_proba(queries)
-    return score(probabilities, truth, clusters, seed=seed, n_train=len(y), classes=classes)
+        model = _logistic(_choose_strength(found, truth, clusters, seed)).fit(found, truth)
+    return Probe(classes, len(truth), model)
 
 
 def knn_probe(

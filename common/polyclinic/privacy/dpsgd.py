@@ -128,7 +128,7 @@ class PatientRecipe:
             if isinstance(layer, _BatchNorm):
                 raise StudyError(
                     f"{name} normalises over the batch, where one patient changes the gradients of all others",
-                    "use an encoder with group or layer normalisation: every one that encoder.name offers",
+                    "use an encoder with group or layer normalisation: leave encoder.norm out",
                 )
         trainable = [p for p in module.parameters() if p.requires_grad]
         if not trainable:

@@ -21,6 +21,8 @@ ENCODERS = {
 RULES = {
     "fedavg": "FedAvg",
     "fedprox": "FedProx",
+    "fedbn": "FedBN",
+    "fedema": "FedEMA",
     "fedavgm": "FedAvgM",
     "fedadam": "FedAdam",
     "ldawa": "L-DAWA",

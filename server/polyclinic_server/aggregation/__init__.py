@@ -10,6 +10,8 @@ from polyclinic.wire import Tensors
 from polyclinic_server.aggregation.fedadam import FedAdam
 from polyclinic_server.aggregation.fedavg import FedAvg
 from polyclinic_server.aggregation.fedavgm import FedAvgM
+from polyclinic_server.aggregation.fedbn import FedBN
+from polyclinic_server.aggregation.fedema import FedEMA
 from polyclinic_server.aggregation.fedprox import FedProx
 from polyclinic_server.aggregation.krum import Krum
 from polyclinic_server.aggregation.ldawa import LDawa
@@ -40,6 +42,8 @@ class Rule(Protocol):
 RULES: dict[str, Callable[[Tensors, Any, Tensors], Rule]] = {
     "fedavg": FedAvg,
     "fedprox": FedProx,
+    "fedbn": FedBN,
+    "fedema": FedEMA,
     "fedavgm": FedAvgM,
     "fedadam": FedAdam,
     "ldawa": LDawa,

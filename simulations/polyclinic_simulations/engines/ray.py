@@ -36,7 +36,7 @@ def run_ray(run: RunDir, folders: list[Path], threads: int) -> None:
         Refused: ray is not installed, or no machine of the cluster has that many processors.
         PolyclinicError: what `lead` raises; or the runtime itself has stopped.
     """
-    with _cluster(threads):
+    with cluster(threads):
         from flwr.simulation import run_simulation
 
         grids: Queue[Grid] = Queue()
@@ -76,7 +76,7 @@ def _go_on_unless(stop: Path) -> None:
 
 
 @contextmanager
-def _cluster(threads: int) -> Iterator[None]:
+def cluster(threads: int) -> Iterator[None]:
     """Ray, started or joined (RAY_ADDRESS), without the noise that it and Flower make."""
     telemetry.FLWR_TELEMETRY_ENABLED = "0"  # read from the environment when flwr was imported, long ago
     telemetry.state["source"] = "unavailable"  # or it is written under the home directory, telemetry or not

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polyclinic_simulations.phantom.headers import identifiers as identifiers
+    from polyclinic_simulations.phantom.write import keep_site as keep_site
     from polyclinic_simulations.phantom.write import write_consortium as write_consortium
     from polyclinic_simulations.phantom.write import write_site as write_site
 
-_HOME = {"identifiers": "headers", "write_consortium": "write", "write_site": "write"}
+_HOME = {"identifiers": "headers", "keep_site": "write", "write_consortium": "write", "write_site": "write"}
 
-__all__ = ["identifiers", "write_consortium", "write_site"]
+__all__ = ["identifiers", "keep_site", "write_consortium", "write_site"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,22 +1,30 @@
 """Write synthetic patients as the DICOM archive of a hospital, with the labels beside it.
 
-    site/labels.csv                                image,label,view
+    site/labels.csv                                image,label,view,age
     site/Quorzybvex_Wugnyx_PID123456789/….dcm      1 to 4 images of one patient
 
-The labels hold no patient: whoever reads the archive takes that from the header, as at a real hospital.
+The labels hold no patient and no sex: whoever reads the archive takes those from the header, as at a real hospital.
+The age is no header's, where it would have to agree with the few dates that are invented.
 """
 
+import json
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
+from tempfile import mkdtemp
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from polyclinic.errors import Refused
+from polyclinic import __version__
+from polyclinic.errors import Refused, StorageError
 from polyclinic.files import make_folder, storage, write_atomic
 from polyclinic.seeding import numpy_generator, seed_for
+from polyclinic_simulations.phantom.age import draw_age
 from polyclinic_simulations.phantom.anatomy import Anatomy, Pose
 from polyclinic_simulations.phantom.difficulty import LATERAL
 from polyclinic_simulations.phantom.findings import draw_finding, draw_labels
@@ -68,15 +76,37 @@ def write_site(
     scanner = Scanner.of(site, number, seed)
     place = Place.draw(numpy_generator(seed_for(seed, "phantom place", site=site)))
     labels = draw_labels(patients, numpy_generator(seed_for(seed, "phantom labels", site=site)))
-    lines = ["image,label,view"]
+    lines = ["image,label,view,age"]
     for k, label in enumerate(labels):
         rng = numpy_generator(seed_for(seed, f"phantom patient {k}", site=site))
-        for path, view in _write_patient(folder, label, scanner, place, rng):
-            lines.append(f"{path.relative_to(folder).as_posix()},{label},{view}")
+        anatomy, written = _write_patient(folder, label, scanner, place, rng)
+        age = draw_age(anatomy, label, numpy_generator(seed_for(seed, f"phantom age {k}", site=site)))
+        lines += [f"{path.relative_to(folder).as_posix()},{label},{view},{age}" for path, view in written]
         if progress:
             progress(k + 1, patients)
     write_atomic(folder / "labels.csv", "\n".join(lines) + "\n")
     return len(lines) - 1
+
+
+def keep_site(
+    state: Path, site: str, patients: int, seed: int, *, number: int = 0, progress: Progress | None = None
+) -> Path:
+    """The folder of such a hospital in `state`: written once for what it is made from, whole or not there."""
+    made_from = [__version__, site, patients, seed, number]
+    folder = state / f"phantom-{sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
+    if not folder.exists():
+        make_folder(state)
+        unfinished = Path(mkdtemp(prefix=".phantom-", dir=state))
+        try:
+            write_site(unfinished, site, patients, seed, number=number, progress=progress)
+            if not folder.exists():
+                with suppress(OSError):  # another process has been faster
+                    unfinished.rename(folder)
+            if not folder.exists():
+                raise StorageError(f"cannot keep invented patients in {state}", "give another --state")
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
 
 
 def _empty(folder: Path) -> None:
@@ -88,8 +118,8 @@ def _empty(folder: Path) -> None:
 
 def _write_patient(
     folder: Path, label: str, scanner: Scanner, place: Place, rng: np.random.Generator
-) -> list[tuple[Path, str]]:
-    """Write all images of another patient; returns each one's path and view."""
+) -> tuple[Anatomy, list[tuple[Path, str]]]:
+    """Write all images of another patient; returns the anatomy, and each image's path and view."""
     person, anatomy, finding = Person.draw(rng), Anatomy.draw(rng), draw_finding(label, rng)
     home = folder / f"{person.file_stem}_{person.id}"
     written = []
@@ -102,7 +132,7 @@ def _write_patient(
             home.mkdir(exist_ok=True)
             _dataset(stored, scanner, place, person, pose.view, k + 1, rng).save_as(path, enforce_file_format=True)
         written.append((path, pose.view))
-    return written
+    return anatomy, written
 
 
 def _dataset(

@@ -1,6 +1,7 @@
 """Building: what comes out of each kind of source, what a second build does, and what trouble costs."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ import pytest
 from pydicom import dcmread
 from pydicom.encaps import encapsulate
 
-from polyclinic.cohort import Cohort, build, build_cohort, open_cohort, pool, store, union
+from polyclinic.cohort import Cohort, build, build_cohort, index, open_cohort, pool, store, union
+from polyclinic.cohort.card import make_card
 from polyclinic.cohort.identity import load_key
 from polyclinic.cohort.index import read_meta, require_patients
 from polyclinic.cohort.intake import Facts
@@ -167,6 +169,55 @@ def test_a_stray_dicom_file_does_not_spoil_class_folders(
     dicom(tmp_path / "scans" / "dog" / "IM1", 1)
     cohort = build_cohort(tmp_path / "scans", images, tmp_path / "state")
     assert sorted(cohort.labels) == ["cat", "cat", "cat", "dog"] and cohort.n_patients == 4
+
+
+def test_sex_and_age_are_of_the_csv_then_of_the_header(tmp_path: Path, dicom: Write, images: Images) -> None:
+    folder = tmp_path / "a"
+    for k, (sex, age) in enumerate([("F", "041Y"), ("M", "093Y"), ("O", "006M"), ("", "")]):
+        dicom(folder / f"{k}.dcm", k, PatientID=f"P{k}", PatientSex=sex, PatientAge=age)
+    bare = build_cohort(folder, images, tmp_path / "state", workers=1)
+    assert sorted(zip(bare.sexes.tolist(), np.nan_to_num(bare.ages, nan=-1).tolist(), strict=True)) == [
+        ("", -1.0), ("F", 41.0), ("M", 90.0), ("O", 0.5)
+    ]  # fmt: skip
+    rows = ["image,label,sex,age", "0.dcm,a,male,12", "1.dcm,b,,mid 50s", "2.dcm,c,x,", "3.dcm,d,,"]
+    (folder / "labels.csv").write_text("\n".join(rows))
+    said = build_cohort(folder, images, tmp_path / "state", workers=1)
+    found = dict(zip(said.labels.tolist(), zip(said.sexes.tolist(), said.ages.tolist(), strict=True), strict=True))
+    assert found["a"] == ("M", 12.0) and found["b"] == ("M", 90.0) and found["c"] == ("O", 0.5)
+    assert found["d"][0] == "" and np.isnan(found["d"][1])
+    assert read_meta(said.folder)["warnings"] == [
+        "values of the column 'age' that mean nothing are taken as unknown: 1",
+        "values of the column 'sex' that mean nothing are taken as unknown: 1",
+    ]
+    assert not {"sex", "age", "sexes", "ages"} & make_card(said.folder).keys()
+    some = union([said.select([0, 2]), said.select([1, 3])])
+    order = [0, 2, 1, 3]
+    assert (some.sexes == said.sexes[order]).all() and np.array_equal(some.ages, said.ages[order], equal_nan=True)
+
+
+def test_the_digest_holds_sex_and_age_where_they_are_known(tmp_path: Path, png: Write, images: Images) -> None:
+    def digest(columns: str, cells: str) -> str:
+        (tmp_path / "a" / "labels.csv").write_text(f"image,label,patient{columns}\n1.png,x,P{cells}\n2.png,y,Q\n")
+        return str(read_meta(build_cohort(tmp_path / "a", images, tmp_path / "state", workers=1).folder)["digest"])
+
+    files = {
+        label: hashlib.sha256(png(tmp_path / "a" / f"{k}.png", k).read_bytes()) for k, label in ((1, "x"), (2, "y"))
+    }
+    shas = sorted((sha.hexdigest(), label) for label, sha in files.items())
+    without = hashlib.sha256(json.dumps([[k, sha, label, ""] for k, (sha, label) in enumerate(shas)]).encode())
+    assert {digest("", ""), digest(",sex,age", ",,"), digest(",age", ",?")} == {without.hexdigest()}
+    others = {digest(",sex,age", cells) for cells in (",F,", ",M,", ",,58", ",,59", ",F,58")}
+    assert len(others | {without.hexdigest()}) == 6
+
+
+def test_an_index_of_another_version_is_not_misread(
+    tmp_path: Path, png: Write, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    png(tmp_path / "a" / "x" / "1.png")
+    cohort = build_cohort(tmp_path / "a", images, tmp_path / "state", workers=1)
+    monkeypatch.setattr(index, "VERSION", index.VERSION + 1)
+    with pytest.raises(CohortError, match="built by another version"):
+        open_cohort(cohort.folder)
 
 
 def test_patients_of_csv_and_header_are_the_same(tmp_path: Path, dicom: Write, images: Images) -> None:
@@ -514,7 +565,7 @@ def test_select_and_union(chest: Path, tmp_path: Path, images: Images) -> None:
 def test_meta_and_index_hold_no_objects(chest: Path, tmp_path: Path, images: Images) -> None:
     folder = build_cohort(chest, images, tmp_path / "state").folder
     with np.load(folder / "index.npz", allow_pickle=False) as file:
-        assert all(file[name].dtype.kind in "iU" for name in file.files)
+        assert all(file[name].dtype.kind in "fiU" for name in file.files)
         json.loads(str(file["meta"]))
 
 

@@ -18,15 +18,16 @@ from polyclinic.cohort.columns import COLUMNS, meant_as, passed_over
         ("Image Index", "image"),
         ("hospital", "site"),
         ("View Position", "view"),
-        ("age", ""),
-        ("Patient Sex", ""),
+        ("Patient Age", "age"),
+        ("gender", "sex"),
+        ("dosage", ""),
         ("size", ""),
         ("source_file", ""),
         ("", ""),
     ],
 )
 def test_a_near_name_is_told(column: str, known: str) -> None:
-    assert meant_as(column, ["image", "label", "patient", "site", "view", "split"]) == known
+    assert meant_as(column, list(COLUMNS)) == known
 
 
 def test_all_columns_that_are_not_read_are_named() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import struct
 import zlib
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pydicom import Dataset, dcmread, dcmwrite
+from pydicom.dataelem import RawDataElement
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
+from pydicom.tag import BaseTag
 
 from polyclinic.cohort import dicom as intake_dicom
 from polyclinic.cohort import limits, pool
@@ -314,6 +317,39 @@ def test_facts_hold_codes_and_no_text(tmp_path: Path, dicom: Write) -> None:
         assert (facts.modality, facts.view) == ("", "")
     for view in ("PA", "LATERAL", "MLO"):
         assert read(dicom(tmp_path / "d", ViewPosition=view))[1].view == view
+
+
+@pytest.mark.parametrize(
+    ("sex", "age", "expected"),
+    [
+        ("F", "058Y", ("F", 58.0)),
+        ("M ", "018M", ("M", 1.5)),
+        ("O", "104Y", ("O", 90.0)),
+        ("", "", ("", None)),
+        ("ERIKA", "58 years", ("", None)),
+        ("F\\M", "058Y\\059Y", ("", None)),
+        ("\xc4", "414Y", ("", None)),
+        (None, None, ("", None)),
+    ],
+)
+def test_sex_and_age_are_those_of_the_header(
+    tmp_path: Path, dicom: Write, sex: str | None, age: str | None, expected: tuple[str, float | None]
+) -> None:
+    """Patient's Sex (0010,0040) and Age (0010,1010), written as bytes, as no writer of ours would let junk pass."""
+    ds = dcmread(dicom(tmp_path / "a"))
+    for tag, form, text in ((0x00100040, "CS", sex), (0x00101010, "AS", age)):
+        if text is not None:
+            value = text.encode("latin-1")
+            value += b" " * (len(value) % 2)
+            ds[tag] = RawDataElement(BaseTag(tag), form, len(value), value, 0, False, True)
+    ds.save_as(tmp_path / "a")
+    facts = read(tmp_path / "a")[1]
+    assert (facts.sex, facts.age) == expected
+    assert Facts(**json.loads(json.dumps(facts.to_json()))) == facts
+
+
+def test_a_newborn_has_an_age(tmp_path: Path, dicom: Write) -> None:
+    assert read(dicom(tmp_path / "a", PatientAge="000D"))[1].to_json()["age"] == 0.0
 
 
 def test_terms_of_the_samples_pass(samples: Path) -> None:

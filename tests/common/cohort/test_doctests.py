@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 
 
-@pytest.mark.parametrize("name", ["admission", "card", "cohort", "columns", "pixels", "scan", "show"])
+@pytest.mark.parametrize("name", ["admission", "attributes", "card", "cohort", "columns", "pixels", "scan", "show"])
 def test_examples(name: str) -> None:
     outcome = doctest.testmod(import_module(f"polyclinic.cohort.{name}"))
     assert outcome.attempted and not outcome.failed

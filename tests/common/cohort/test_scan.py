@@ -28,6 +28,17 @@ def test_columns_mean_what_they_say(tmp_path: Path, png: Png) -> None:
     assert (source.view, source.split, source.reason) == ("AP erect", "train", None)
 
 
+def test_sex_and_age_are_read_and_what_means_nothing_is_counted(tmp_path: Path) -> None:
+    rows = ["1.png,female,058Y", "2.png,M,93", "3.png,unknown,50+", "4.png,?,mid 50s", "5.png,Erika,", "6.png"]
+    sources = table(tmp_path, "\n".join(["image,sex,age", *rows]))
+    found = {name: (source.sex, source.age) for name, source in sources.items()}
+    assert found == {
+        "1.png": ("F", 58.0), "2.png": ("M", 90.0), "3.png": ("", None), "4.png": ("", None), "5.png": ("", None),
+        "6.png": ("", None),
+    }  # fmt: skip
+    assert scan(locate(tmp_path, ELSEWHERE)).meaningless == {"age": 2, "sex": 1}
+
+
 def test_missing_columns_are_empty_and_file_is_image(tmp_path: Path, png: Png) -> None:
     png(tmp_path / "1.png")
     assert table(tmp_path, "file\n1.png\n")["1.png"] == Source("1.png", stat=scan_stat(tmp_path / "1.png"))

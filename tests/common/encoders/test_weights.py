@@ -7,10 +7,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import resnet18 as torchvision_resnet18  # type: ignore[import-untyped]
 
 from polyclinic.encoders import build_encoder
+from polyclinic.encoders.normalise import Normalise
 from polyclinic.encoders.weights import adopt
 from polyclinic.errors import CheckpointError, StudyError
 from polyclinic.model import encoder_of, initial_tensors
@@ -76,6 +77,24 @@ def test_torchvisions_resnet_keeps_all_but_batch_statistics_and_classifier() -> 
         "running_mean", "running_var", "num_batches_tracked", "weight", "bias",
     }  # fmt: skip
     assert {name for name in left if name.endswith(("weight", "bias"))} == {"fc.weight", "fc.bias"}
+
+
+def test_an_encoder_that_normalises_batches_takes_their_statistics_and_answers_as_torchvisions() -> None:
+    with forked(0):
+        theirs = torchvision_resnet18().train()
+        theirs.fc = nn.Identity()
+        theirs(torch.rand(8, 3, 32, 32))  # which makes statistics
+        encoder = build_encoder(Encoder(norm="batch"), Images(size=32, channels=3)).eval()
+    images, weights = torch.rand(2, 3, 32, 32), theirs.eval().state_dict()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    for family in ("torchvision", "timm", "polyclinic"):
+        encoder.load_state_dict(before)
+        adopt(encoder, weights, family)
+        torch.testing.assert_close(encoder(images), theirs(Normalise(3)(images)), atol=1e-5, rtol=1e-4)
+    with pytest.raises(StudyError, match=r"have bn1\.running_mean"):
+        adopt(ours("resnet18"), weights, "polyclinic")
+    with pytest.raises(StudyError, match=r"lack bn1\.running_mean"):
+        adopt(encoder, ours("resnet18").state_dict(), "torchvision")
 
 
 def test_colour_weights_see_grey_as_three_equal_colours() -> None:

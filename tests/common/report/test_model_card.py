@@ -47,6 +47,15 @@ def test_a_deployed_run_is_not_called_a_rehearsal(make_run):
     assert "Images stayed at their sites" in text and "rehearsed" not in text
 
 
+@pytest.mark.parametrize(("norm", "said"), [("group", "group or layer"), ("batch", "batch")])
+def test_the_card_says_how_the_encoder_normalises(make_run, norm, said):
+    run = make_run()
+    stage = {"kind": "pretrain", "method": "simclr", "rounds": 1}
+    study = resolve({"study": {"name": "rehearsal"}, "encoder": {"norm": norm}, "stages": [stage]})
+    (run / "study.toml").write_text(study.to_toml())
+    assert f"Encoder ResNet-18 with {said} normalisation" in write_model_card(run).read_text()
+
+
 TUNE, PRETRAIN = {"kind": "finetune", "rounds": 1}, {"kind": "pretrain", "method": "simclr", "rounds": 1}
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from polyclinic.evaluation.probes import linear_probe
 from polyclinic_simulations.phantom import findings
+from polyclinic_simulations.phantom.age import draw_age
 from polyclinic_simulations.phantom.anatomy import Anatomy, Pose
 from polyclinic_simulations.phantom.difficulty import SHARES
 from polyclinic_simulations.phantom.findings import draw_finding, draw_labels
@@ -72,6 +73,20 @@ def test_labels_come_in_the_shares_asked_for() -> None:
     assert {label: labels.count(label) / 60 for label in SHARES} == pytest.approx(SHARES)
     assert labels != draw_labels(60, np.random.default_rng(1))
     assert len(draw_labels(7, np.random.default_rng(0))) == 7
+
+
+def test_age_shows_in_aorta_and_bones_and_goes_with_effusions() -> None:
+    rng = np.random.default_rng(0)
+    anatomies = [Anatomy.draw(rng) for _ in range(3000)]
+    normal, ill = (np.array([draw_age(each, label, rng) for each in anatomies]) for label in ("normal", "effusion"))
+    signs = np.array([[each.aorta, each.mineral] for each in anatomies]).T
+    whole = np.sqrt(9**2 + 9**2 + 7**2)  # standard deviation before it is cut to 18 and 89
+    assert normal.mean() == pytest.approx(55.5, abs=1)  # 56 in completed years
+    assert normal.std() == pytest.approx(whole, rel=0.05)
+    assert np.corrcoef(normal, signs[0])[0, 1] == pytest.approx(9 / whole, abs=0.05)
+    assert np.corrcoef(normal, signs[1])[0, 1] == pytest.approx(-9 / whole, abs=0.05)
+    assert 6.5 < ill.mean() - normal.mean() < 8
+    assert normal.min() == 18 and normal.max() == ill.max() == 89
 
 
 def test_solids_have_the_paths_of_geometry() -> None:

@@ -70,7 +70,7 @@ def test_borders_are_black_in_either_polarity(consortium: Path) -> None:
 def test_labels_list_every_file_once_with_its_view(consortium: Path) -> None:
     for site in consortium.iterdir():
         listed = rows(site)
-        assert list(listed[0]) == ["image", "label", "view"]
+        assert list(listed[0]) == ["image", "label", "view", "age"]
         assert sorted(row["image"] for row in listed) == sorted(k for k in content(site) if k.endswith(".dcm"))
         for row in listed:
             assert pydicom.dcmread(site / row["image"], stop_before_pixels=True).ViewPosition == row["view"]
@@ -89,6 +89,19 @@ def test_patients_have_one_label_and_one_to_four_images_the_first_from_behind(co
         labels = Counter(images[0]["label"] for images in by_patient.values())
         assert labels == {label: share * 10 for label, share in SHARES.items()}
     assert {row["view"] for site in consortium.iterdir() for row in rows(site)} == {"PA", "LATERAL"}
+
+
+def test_patients_have_one_age_of_the_labels_and_one_sex_of_the_header(consortium: Path) -> None:
+    found: dict[str, set[tuple[str, str]]] = {}
+    for site in consortium.iterdir():
+        for row in rows(site):
+            header = pydicom.dcmread(site / row["image"], stop_before_pixels=True)
+            assert "PatientAge" not in header
+            found.setdefault(header.PatientID, set()).add((row["age"], header.PatientSex))
+    assert all(len(each) == 1 for each in found.values())
+    ages = [int(age) for each in found.values() for age, _ in each]
+    assert 18 <= min(ages) < 45 and 70 < max(ages) <= 89
+    assert {sex for each in found.values() for _, sex in each} >= {"F", "M"}
 
 
 def test_sites_differ_in_machine_and_agree_within(consortium: Path) -> None:

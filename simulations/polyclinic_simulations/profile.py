@@ -1,0 +1,119 @@
+"""What else an encoder tells: how it serves each site, what few labels make of it, and whether it knows the sites.
+
+All figures are AUC of linear probes on frozen features. They have no intervals of their own: a sweep reads them over
+seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyclinic.evaluation import learn_probe
+from polyclinic.evaluation.labels import measurable_classes
+from polyclinic.seeding import seed_for
+from polyclinic.study import Study
+
+FRACTIONS = (0.01, 0.05, 0.1, 0.3, 1.0)
+"""Of the training patients' labels."""
+
+
+class Half(NamedTuple):
+    """One half of a site's patients, or of several sites': features (images, dim), classes and patients (images,)."""
+
+    features: NDArray[np.float32]
+    classes: NDArray[np.str_]
+    patients: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Of one row.
+
+    Attributes:
+        at_sites: {site: AUC on its test patients} of the probe that has learnt from all sites' training patients; at
+            sites that are held out, on all of theirs.
+        own: the same of a probe that has learnt from one site's alone; empty but for the row of a single site.
+        labels: {part of all training patients whose labels the probe has learnt from: AUC on all test patients}.
+        site_auc: of a probe that tells the sites' patients apart, macro one-vs-rest: 0.5 where features give no site
+            away. None of a single site.
+    """
+
+    at_sites: dict[str, float]
+    own: dict[str, float]
+    labels: dict[str, float]
+    site_auc: float | None
+
+
+def together(halves: Sequence[Half]) -> Half:
+    """Several sites' as one; their patients stay apart."""
+    starts = np.cumsum([0] + [half.patients.max(initial=-1) + 1 for half in halves])
+    patients = [half.patients + start for half, start in zip(halves, starts, strict=False)]
+    features, classes, _ = zip(*halves, strict=True)
+    return Half(np.concatenate(features), np.concatenate(classes), np.concatenate(patients))
+
+
+def profile(
+    encoded: Mapping[str, tuple[Half, Half]], held_out: Mapping[str, tuple[Half, Half]], study: Study, own: str
+) -> Profile:
+    """The profile of an encoder from each site's (train, test); `own` is the site that alone has trained it, if one.
+
+    Raises:
+        NotMeasurable: the sites' labels allow no probe.
+    """
+    seed = seed_for(study.seed, "probe")
+    train, test = (together([halves[k] for halves in encoded.values()]) for k in (0, 1))
+    classes = measurable_classes(train.classes, test.classes, test.patients)
+    tested = {name: halves[1] for name, halves in encoded.items()}
+    tested |= {name: together(halves) for name, halves in held_out.items()}
+    curve, whole = {}, None
+    for fraction in FRACTIONS:
+        some = _labelled(train, fraction, seed)
+        known = [name for name in classes if (some.classes == name).any()]
+        whole = learn_probe(*some, known, seed=seed)
+        curve[f"{fraction:g}"] = whole.auc(test.features, test.classes)
+    assert whole is not None  # of all labels
+    found = {name: whole.auc(half.features, half.classes) for name, half in tested.items()}
+    alone = _own(encoded[own][0], tested, classes, seed) if own in encoded else {}
+    return Profile(_known(found), _known(alone), _known(curve), _site_auc(encoded, seed))
+
+
+def _own(train: Half, tested: Mapping[str, Half], classes: list[str], seed: int) -> dict[str, float | None]:
+    known = [name for name in classes if (train.classes == name).any()]
+    if len(known) < 2:
+        return {}
+    learnt = learn_probe(*train, known, seed=seed)
+    return {name: learnt.auc(half.features, half.classes) for name, half in tested.items()}
+
+
+def _known(found: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _labelled(half: Half, fraction: float, seed: int) -> Half:
+    """The images of this part of each class's patients, at least one; a larger part holds all of a smaller one's.
+
+    A patient of several classes goes by the first image's.
+    """
+    numbers, first = np.unique(half.patients, return_index=True)
+    classes, rng = half.classes[first], np.random.default_rng(seed)
+    chosen = [np.array([], np.int64)]
+    for name in np.unique(classes[classes != ""]):
+        patients = rng.permutation(numbers[classes == name])
+        chosen.append(patients[: max(1, round(fraction * len(patients)))])
+    keep = np.isin(half.patients, np.concatenate(chosen))
+    return Half(half.features[keep], half.classes[keep], half.patients[keep])
+
+
+def _site_auc(encoded: Mapping[str, tuple[Half, Half]], seed: int) -> float | None:
+    if len(encoded) < 2:
+        return None
+    train, test = (
+        together(
+            [halves[k]._replace(classes=np.full(len(halves[k].classes), name)) for name, halves in encoded.items()]
+        )
+        for k in (0, 1)
+    )
+    return learn_probe(*train, sorted(encoded), seed=seed).auc(test.features, test.classes)

@@ -1,0 +1,185 @@
+"""`polyclinic sweep`. What imports torch loads inside the command."""
+
+import os
+import shlex
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Engine(StrEnum):
+    """Where studies run."""
+
+    AUTO = "auto"
+    LOCAL = "local"
+    RAY = "ray"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(sweep)
+
+
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="A study file with a [grid].")],
+    out: Annotated[Path, typer.Option(help="Where results.csv, sweep.html and the cells go.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Where relative cohort paths start. Default: the grid's folder.")
+    ] = None,
+    state: Annotated[Path, typer.Option(help="Where built cohorts are kept between runs.")] = Path(".polyclinic"),
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="local: one study after another; ray: as many at once as there are cores; auto: ray if it is "
+            "installed and there are."
+        ),
+    ] = Engine.AUTO,
+    dry: Annotated[bool, typer.Option("--dry-run", help="List the studies; train and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the ranking as JSON.")] = False,
+) -> None:
+    """Train one study over a grid of methods, rules, partitions, severities and seeds; see which copes with what.
+
+    Rows that do not depend on a choice (sites alone, all pooled, no pretraining) are trained once for all of them.
+    Stopped at any moment, the same command goes on; a grid that has grown trains what is new.
+
+    Examples:
+
+      polyclinic sweep grid.toml --out sweeps/rules
+
+      polyclinic sweep grid.toml --out sweeps/rules --data ../images --engine local
+
+      polyclinic sweep grid.toml --out sweeps/rules --dry-run
+    """
+    from polyclinic.cli import program
+    from polyclinic.errors import Interrupted, Refused
+    from polyclinic.files import locked, make_folder, write_atomic
+    from polyclinic_simulations.sweep import run
+    from polyclinic_simulations.sweep.figures import Table
+    from polyclinic_simulations.sweep.grid import read_grid
+    from polyclinic_simulations.sweep.page import as_json as ranking_json
+    from polyclinic_simulations.sweep.page import render_sweep
+
+    read = read_grid(grid)
+    place = run.Place(out, data or grid.parent, state)
+    threads = max(cell.study.compute.threads for cell in read.cells)
+    at_once = _at_once(engine, threads)
+    console = Console(stderr=True)
+    if dry:
+        _list(read)
+        return
+    if out.exists() and any(out.iterdir()) and not (out / "grid.toml").exists():
+        raise Refused(f"{out} is not empty, and holds no sweep", "give another --out")
+    with console.status("reading cohorts"):
+        run.prepare(read, place, at_once, lambda what, done, total: None)
+    make_folder(out)
+    with locked(out) as free:
+        if not free:
+            raise Refused(f"another process is working in {out}", "wait for it, or give another --out")
+        write_atomic(out / "grid.toml", grid.read_bytes())
+        missing = [cell for cell in read.cells if not run.is_made(place.folder(cell))]
+        try:
+            with _Bars(console, len(read.cells), len(read.cells) - len(missing)) as bars:
+                make = run.side_by_side if at_once > 1 else run.one_by_one
+                for cell in make(missing, place, bars.event):
+                    bars.finished(cell.name, run.is_made(place.folder(cell)))
+                    write_atomic(out / "results.csv", run.results(read, place).to_csv(index=False))
+        except KeyboardInterrupt:
+            again = shlex.join(
+                ["sweep", str(grid), "--out", str(out), "--data", str(place.data), "--state", str(state)]
+            )
+            fix = f"go on with: {program()} {again}"
+            raise Interrupted("interrupted; what was finished is kept", fix) from None
+        finally:
+            rows = run.results(read, place)
+            failed = run.failures(read, place)
+            write_atomic(out / "results.csv", rows.to_csv(index=False))
+            write_atomic(out / "sweep.html", render_sweep(grid.stem, read, rows, place, failed))
+    table = Table(rows, read)
+    if as_json:
+        print(ranking_json(table))
+        return
+    _show(table, failed, out)
+
+
+def _at_once(engine: Engine, threads: int) -> int:
+    """Studies that run at a time."""
+    from importlib.util import find_spec
+
+    room = max(1, len(os.sched_getaffinity(0)) // threads)
+    if engine is Engine.RAY:
+        return max(2, room)
+    return room if engine is Engine.AUTO and find_spec("ray") else 1
+
+
+def _list(grid: Any) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{len(grid.cells)} studies", title_justify="left")
+    for axis in grid.axes:
+        table.add_column(escape(axis))
+    table.add_column("rounds", justify="right")
+    table.add_column("rows beside")
+    for cell in grid.cells:
+        rows = ", ".join(cell.study.evaluation.rows) if cell.baselines else "of another"
+        table.add_row(*map(escape, cell.values.values()), str(cell.study.rounds), rows)
+    Console().print(table)
+
+
+def _show(table: Any, failed: Mapping[str, str], out: Path) -> None:
+    from rich.table import Table
+
+    console = Console()
+    for condition in table.conditions:
+        shown = Table(title=escape(condition or "Ranking"), title_justify="left")
+        for column, side in (("choice", "left"), ("AUC, mean over seeds", "right"), ("seeds", "right")):
+            shown.add_column(column, justify=side)  # type: ignore[arg-type]
+        for number, (name, mean) in enumerate(table.ranked(condition)):
+            shown.add_row(escape(name or "federated"), str(mean), str(mean.seeds), style="" if number else "bold")
+        for name, mean in table.other_rows(condition):
+            shown.add_row(escape(name), str(mean), str(mean.seeds), style="dim")
+        console.print(shown)
+    for cell, why in failed.items():
+        console.print(f"not trained: {cell}: {why}", markup=False, soft_wrap=True)
+    console.print(f"report: {out / 'sweep.html'}", soft_wrap=True, highlight=False)
+
+
+class _Bars:
+    """On a terminal a bar over all studies and one of the study in hand; elsewhere a line a study."""
+
+    def __init__(self, console: Console, total: int, made: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self._console, self._total, self._made = console, total, made
+
+    def __enter__(self) -> "_Bars":
+        self._bars.start()
+        self._all = self._bars.add_task("studies", total=self._total, completed=self._made)
+        self._one = self._bars.add_task("", total=None, visible=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def event(self, cell: str, event: Mapping[str, Any]) -> None:
+        """Something that happened in a cell."""
+        name, row = event["event"], event.get("row")
+        if name in ("run_started", "run_resumed"):
+            text = escape(f"  {cell}" + (f", row {row}" if row else ""))
+            self._bars.reset(self._one, total=event["rounds"], completed=event.get("round", 0), description=text)
+            self._bars.update(self._one, visible=True)
+        elif name == "round_closed":
+            self._bars.update(self._one, completed=event["round"])
+
+    def finished(self, cell: str, trained: bool) -> None:
+        """A cell has come to its end."""
+        self._made += 1
+        self._bars.update(self._all, completed=self._made)
+        if not trained or not self._console.is_terminal:
+            said = "" if trained else " could not be trained"
+            self._console.print(f"study {self._made} of {self._total}: {cell}{said}", markup=False, highlight=False)

@@ -1,0 +1,88 @@
+"""The figures of a sweep's page: means over seeds with t intervals, rankings, what belongs to which choice."""
+
+import math
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from polyclinic_simulations.sweep import figures
+from polyclinic_simulations.sweep.figures import Table, mean
+from polyclinic_simulations.sweep.grid import Grid
+from polyclinic_simulations.sweep.page import verdicts
+
+AXES = {"rule": ["a", "b"], "partition": ["iid", "skew"], "seed": ["0", "1", "2"]}
+GRID = Grid(AXES, conditions=["partition"], shared=["rule"], cells=[])
+
+
+def line(**values: Any) -> dict[str, Any]:
+    blank = {"rule": "", "site": "", "label_fraction": 1.0, "metric": "auc", "low": None, "high": None, "cell": "c"}
+    return {**blank, **values}
+
+
+@pytest.fixture
+def table() -> Table:
+    """Rule b is .1 above a at every seed under skew, and under iid below it by no more than noise."""
+    rows = []
+    for seed, ease in (("0", 0.0), ("1", 0.1), ("2", 0.2)):
+        for partition in ("iid", "skew"):
+            at = {"partition": partition, "seed": seed}
+            better = 0.1 if partition == "skew" else -0.02 * (1 if seed == "0" else -0.3)
+            rows.append(line(**at, row="federated", rule="a", value=0.6 + ease))
+            rows.append(line(**at, row="federated", rule="b", value=0.6 + ease + better))
+            rows.append(line(**at, row="pooled", value=0.75 + ease))
+            for site, own in (("x", 0.02), ("y", -0.04)):
+                rows.append(line(**at, row="federated", rule="a", site=site, value=0.6 + ease + own))
+                rows.append(line(**at, row=f"alone:{site}", value=0.5 + own))
+                rows.append(line(**at, row=f"alone:{site}", site="x", metric="auc_own_probe", value=0.5))
+                rows.append(line(**at, row=f"alone:{site}", site="y", metric="auc_own_probe", value=0.4))
+    return Table(pd.DataFrame(rows), GRID)
+
+
+def test_an_interval_is_students() -> None:
+    """By hand: t(0.975, 2) = 4.3027, deviation 0.1, three seeds."""
+    found = mean([0.7, 0.8, 0.9])
+    assert found.value == pytest.approx(0.8)
+    assert found.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
+    assert math.isnan(mean([0.7]).half)
+    assert mean([]).seeds == 0
+
+
+def test_choices_are_ranked_under_each_condition_and_compared_seed_by_seed(table: Table) -> None:
+    assert [name for name, _ in table.ranked("skew")] == ["b", "a"]
+    gaps = dict(figures.behind(table, "skew"))
+    assert (gaps["a"].value, gaps["a"].half) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-9))
+    assert gaps["pooled"].value == pytest.approx(-0.05)
+    said = verdicts(table)
+    assert "skew: b reaches 0.800" in said[1] and "0.100 above a" in said[1] and "noise" not in said[1]
+    assert "0.050 below pooling" in said[1]
+    assert "within the noise" in said[0]
+
+
+def test_rows_that_share_no_choice_stand_beside_all(table: Table) -> None:
+    others = dict(table.other_rows("skew"))
+    assert others["all sites pooled"].value == pytest.approx(0.85)
+    assert others["mean single site"].value == pytest.approx(0.49)
+
+
+def test_fairness_is_the_worst_site_and_the_spread(table: Table) -> None:
+    row = figures.fairness(table)[0]
+    assert (row["condition"], row["choice"], row["worst"]) == ("iid", "a", "y")
+    assert [found.value for found in row["figures"]] == pytest.approx([0.69, 0.66, 0.06])
+
+
+def test_the_matrix_says_where_a_site_alone_is_of_use(table: Table) -> None:
+    found = figures.matrix(table, "iid")
+    assert found is not None
+    assert found["sites"] == ["x", "y"]
+    cells = dict(found["rows"])
+    assert [text for text, _ in cells["x alone"]] == ["0.500", "0.400"]
+    assert cells["y alone"][1] == ("0.400", 0.0)
+
+
+def test_plots_hold_every_choice_and_escape_what_they_are_given(table: Table) -> None:
+    table.rows["choice"] = table.rows["choice"].replace("a", "<a>")
+    table.choices = ["<a>", "b"]
+    plot = str(figures.forest(table, "skew"))
+    assert "&lt;a&gt;" in plot and "<a>" not in plot
+    assert figures.across(table) is not None

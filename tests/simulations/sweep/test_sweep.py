@@ -1,0 +1,237 @@
+"""A grid from one file: which studies it makes, which rows they share, what comes out, and what is refused before."""
+
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import tomli_w
+
+from polyclinic import cli
+from polyclinic.encoders import ENCODERS
+from polyclinic.errors import Refused, StudyError
+from polyclinic_simulations.sweep import cli as module
+from polyclinic_simulations.sweep import run
+from polyclinic_simulations.sweep.grid import Grid, read_grid
+from polyclinic_simulations.sweep.run import Place
+
+from ...tiny import SIMCLR, SITES, TinyEncoder, tiny_study, write_cohort
+
+ROWS = ["random", "alone", "pooled"]
+
+
+def write_grid(path: Path, grid: dict[str, Any], rows: list[str] = ROWS, **changes: Any) -> Path:
+    """A grid over a study of three sites dealt from one cohort, of one round."""
+    plain = tiny_study(
+        stages=[{**SIMCLR, "rounds": 1}],
+        evaluation={"rows": rows, "every": 0},
+        simulation={"sites": 3, "cohort": "all"},
+        **changes,
+    ).model_dump(mode="json", exclude_defaults=True)
+    path.write_text(tomli_w.dumps({**plain, "grid": grid}))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(ENCODERS, "resnet18", lambda encoder, images: TinyEncoder(images.channels))
+    yield
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_cohort(tmp_path / "data" / "all", 24)
+    return tmp_path / "data"
+
+
+def cells(grid: Grid) -> list[dict[str, str]]:
+    return [cell.values for cell in grid.cells]
+
+
+def test_every_value_meets_every_other_and_each_study_says_its_own(tmp_path: Path) -> None:
+    rules = ["fedavg", {"rule": "fedprox", "mu": 0.5}]
+    grid = {
+        "rule": rules,
+        "partition": [{"kind": "dirichlet", "alpha": 0.1}],
+        "stages.0.batch_size": [4, 8],
+        "seed": [1, 2],
+    }
+    read = read_grid(write_grid(tmp_path / "grid.toml", grid))
+    assert len(cells(read)) == len({tuple(values.values()) for values in cells(read)}) == 8
+    assert read.axes["rule"] == ["fedavg", "fedprox mu=0.5"]
+    last = read.cells[-1].study
+    assert (last.aggregation.rule, last.aggregation.mu, last.aggregation.min_sites) == ("fedprox", 0.5, 2)  # type: ignore[union-attr]
+    assert (last.simulation.partition.alpha, last.stages[0].batch_size, last.seed) == (0.1, 8, 2)  # type: ignore[union-attr]
+    assert len({cell.name for cell in read.cells}) == 8
+    assert read.conditions == ["partition"]
+    assert read.choices == ["rule", "stages.0.batch_size"]
+
+
+def test_severity_scales_every_shift_and_method_changes_pretraining_only(tmp_path: Path) -> None:
+    shift = {"kind": "response", "severity": 0.8}
+    site = [{"name": name, "cohort": name, "shift": [shift]} for name in SITES]
+    plain = tiny_study(
+        stages=[SIMCLR, {"kind": "finetune", "rounds": 1}],
+        evaluation={"labels": {"a": ["a"], "b": ["b"]}},
+        simulation={"site": site, "shift": [{**shift, "severity": 0.2}]},
+    ).model_dump(mode="json", exclude_defaults=True)
+    path = tmp_path / "grid.toml"
+    path.write_text(tomli_w.dumps({**plain, "grid": {"severity": [0, 0.5], "method": ["simclr", "micle"]}}))
+    read = read_grid(path)
+    study = read.cells[-1].study
+    assert [shift.severity for shift in study.simulation.shifts_of("east")] == [0.1, 0.4]
+    assert [stage.method for stage in study.stages] == ["micle", "supervised"]
+    assert read.conditions == ["severity"]
+
+
+def test_a_named_value_sets_several_keys_and_a_dotted_name_needs_no_quotes(tmp_path: Path) -> None:
+    small = {"name": "small and short", "set": {"stages.0.batch_size": 4, "stages.0.rounds": 2}}
+    path = write_grid(tmp_path / "grid.toml", {"schedule": [{"name": "as it is", "set": {}}, small]})
+    path.write_text(path.read_text() + "encoder.name = ['resnet18', 'resnet50']\n")
+    read = read_grid(path)
+    assert read.axes["schedule"] == ["as it is", "small and short"]
+    assert read.axes["encoder.name"] == ["resnet18", "resnet50"]
+    assert (read.cells[-1].study.stages[0].batch_size, read.cells[-1].study.rounds) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ({}, "has no \\[grid\\]"),
+        ({"rule": []}, "rule has no value"),
+        ({"rule": ["fedavg", "fedavg"]}, "names 'fedavg' twice"),
+        ({"rules": ["fedavg"]}, "no axis 'rules'"),
+        ({"severity": [0.5]}, "no shift to scale"),
+        ({"rule": ["fedavg", "fedbest"]}, "cell rule = fedbest"),
+        ({"partition": [{"kind": "dirichlet", "alpha": 0.0}]}, "alpha"),
+        ({"stages.7.rounds": [1]}, "no place for 'stages.7.rounds'"),
+        ({"seed": list(range(10_001))}, "10001 cells"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_grid_is_refused_by_name(grid: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=said):
+        read_grid(write_grid(tmp_path / "grid.toml", grid))
+
+
+def sweep(grid: Path, out: Path, data: Path, *options: str) -> int:
+    return cli.run(
+        ["sweep", str(grid), "--out", str(out), "--data", str(data), "--state", str(out.parent / "state"), *options]
+    )
+
+
+def test_rows_that_no_rule_changes_are_trained_once_and_all_goes_into_one_table(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = write_grid(tmp_path / "grid.toml", {"rule": ["fedavg", "median"], "partition": ["iid"], "seed": [0, 1]})
+    out = tmp_path / "out"
+    assert sweep(grid, out, data, "--engine", "local", "--json") == 0
+    ranking = json.loads(capsys.readouterr().out)
+    assert {row["choice"] for row in ranking["iid"]} == {"fedavg", "median"}
+    assert all(row["seeds"] == 2 for row in ranking["iid"])
+    table = pd.read_csv(out / "results.csv", keep_default_na=False)
+    overall = table[(table["metric"] == "auc") & (table["site"] == "") & (table["label_fraction"] == 1)]
+    assert len(overall[overall["row"] == "federated"]) == 4
+    for row in ("random", "pooled", "alone:site-1", "alone:site-3"):
+        assert len(own := overall[overall["row"] == row]) == 2, row
+        assert set(own["rule"]) == {""}
+    federated = table[(table["row"] == "federated") & (table["cell"] == table["cell"].iloc[0])]
+    assert set(federated["site"]) == {"", "site-1", "site-2", "site-3"}
+    assert set(federated["label_fraction"]) == {0.01, 0.05, 0.1, 0.3, 1.0}
+    assert {"site_auc", "bytes_up", "bytes_down", "site_seconds", "wall_s"} <= set(federated["metric"])
+    matrix = table[table["metric"] == "auc_own_probe"]
+    assert set(matrix["row"]) == {"alone:site-1", "alone:site-2", "alone:site-3"}
+    page = (out / "sweep.html").read_text()
+    assert "4 of 4 studies trained" in page
+    assert "From site to site" in page and "median" in page
+    kept = {path.name for path in next((out / "cells").iterdir()).iterdir()}
+    assert {"encoder.safetensors", "report.html", "summary.json"} <= kept
+    assert not kept & {"sites", "rows", "checkpoints"}
+
+
+def test_what_is_finished_is_not_made_again_and_a_grid_may_grow(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    real, made = run.make_cell, list[str]()
+
+    def noting(cell: Any, place: Any, listen: Any) -> None:
+        made.append(cell.values["seed"])
+        if cell.values["seed"] == "1" and made.count("1") == 1:
+            raise KeyboardInterrupt
+        real(cell, place, listen)
+
+    monkeypatch.setattr(run, "make_cell", noting)
+    grid = write_grid(tmp_path / "grid.toml", {"seed": [0, 1]}, [])
+    assert sweep(grid, out, data, "--engine", "local") == 130
+    assert "go on with" in capsys.readouterr().err
+    before = pd.read_csv(out / "results.csv")
+    assert set(before["seed"]) == {0}
+    assert sweep(write_grid(tmp_path / "grid.toml", {"seed": [0, 1, 2]}, []), out, data, "--engine", "local") == 0
+    assert made == ["0", "1", "1", "2"]
+    after = pd.read_csv(out / "results.csv")
+    assert after[after["seed"] == 0].reset_index(drop=True).equals(before)
+
+
+def test_a_study_that_cannot_be_trained_is_a_result(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    time = {"simulation.clock.images_per_s": 100.0}
+    gone = {"name": "gone", "set": {"simulation.fault": [{"kind": "dropout", "sites": ["site-1", "site-2"]}], **time}}
+    there = {"name": "there", "set": {"simulation.fault": []}}
+    grid = write_grid(
+        tmp_path / "grid.toml", {"sites": [gone, there]}, aggregation={"min_sites": 2, "round_deadline_s": 1.0}
+    )
+    out = tmp_path / "out"
+    for _ in range(2):  # the second time it is tried again
+        assert sweep(grid, out, data, "--engine", "local") == 0
+        assert "not trained: gone-3" in (said := capsys.readouterr().out)
+        assert "only 1 of at least 2 sites" in said
+    assert "only 1 of at least 2 sites" in (out / "sweep.html").read_text()
+    assert set(pd.read_csv(out / "results.csv")["sites"]) == {"there"}
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_trained(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = read_grid(write_grid(tmp_path / "grid.toml", {"simulation.sites": [3, 300]}))
+    place = Place(tmp_path / "out", data, tmp_path / "state")
+    with pytest.raises(Refused, match="24 patients cannot be dealt to 300 sites"):
+        run.prepare(grid, place, 1, lambda what, done, total: None)
+    grid = read_grid(write_grid(tmp_path / "grid.toml", {"seed": [0, 1, 2]}))
+    usage = namedtuple("usage", "total used free")(10**12, 0, 8_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(Refused, match=r"needs some 0\.0 GB .* free there"):
+        run.prepare(grid, place, 1, lambda what, done, total: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    assert sweep(write_grid(tmp_path / "grid.toml", {"seed": [0]}), tmp_path / "out", data) == 2
+    assert "holds no sweep" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_dry_run_lists_the_studies_and_writes_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = write_grid(tmp_path / "grid.toml", {"rule": ["fedavg", "median"], "seed": [0, 1]})
+    assert sweep(grid, tmp_path / "out", data, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "4 studies" in said and "of another" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_runs_where_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(8)))
+    assert module._at_once(module.Engine.AUTO, 2) == 4
+    assert module._at_once(module.Engine.LOCAL, 2) == 1
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0})
+    assert module._at_once(module.Engine.AUTO, 2) == 1
