@@ -75,21 +75,25 @@ class Table:
         kept = rows.loc[rows["row"] == FEDERATED, "metric"]
         self.metric = "classifier_auc" if (kept == "classifier_auc").any() else "auc"
         self.choices = list(dict.fromkeys(self.rows.loc[self.rows["row"] == FEDERATED, "choice"]))
-        self.conditions = list(dict.fromkeys(self.rows["condition"]))
+        self.conditions = list(dict.fromkeys(self.rows.loc[self.rows["row"] == FEDERATED, "condition"]))
         self.colours = dict(zip(self.choices, COLOURS, strict=False)) if len(self.choices) <= len(COLOURS) else {}
+
+    def under(self, condition: str) -> pd.DataFrame:
+        """The rows of a condition, with those that depend on none of it, or on a part."""
+        exact, others = self.rows["condition"] == condition, self.rows["row"] != FEDERATED
+        return self.rows[exact | (others & _fits(self.rows["condition"], condition))]
 
     def by_seed(
         self, condition: str, row: str, metric: str, choice: str | None = None, **where: Any
     ) -> "pd.Series[float]":
         """(seeds,) of one row under a condition; of a row that several choices trained, of theirs together."""
-        found = self.rows[
-            (self.rows["condition"] == condition) & (self.rows["row"] == row) & (self.rows["metric"] == metric)
-        ]
+        own = self.under(condition)
+        found = own[(own["row"] == row) & (own["metric"] == metric)]
         for column, value in {"site": "", "label_fraction": 1.0, **where}.items():
             found = found[found[column] == value]
         if choice is not None:
-            own = found["choice"] == choice
-            found = found[own] if own.any() else found[_fits(found["choice"], choice)]
+            exact = found["choice"] == choice
+            found = found[exact] if exact.any() else found[_fits(found["choice"], choice)]
         return found.groupby(SEED)["value"].mean()
 
     def colour(self, choice: str) -> str:
@@ -103,7 +107,7 @@ class Table:
 
     def other_rows(self, condition: str) -> list[tuple[str, Mean]]:
         """The rows beside `federated`, single sites as their mean."""
-        own = self.rows[self.rows["condition"] == condition]
+        own = self.under(condition)
         names = [str(row) for row in dict.fromkeys(own["row"]) if row != FEDERATED]
         plain = [(row_name(r), mean(self.by_seed(condition, r, self.metric))) for r in names if ALONE not in r]
         alone = [self.by_seed(condition, r, self.metric) for r in names if r.startswith(ALONE)]
@@ -228,9 +232,8 @@ def across(table: Table) -> Figure | None:
 
 def label_efficiency(table: Table, condition: str) -> Figure | None:
     """AUC of the probe against the part of the labels that it learns from."""
-    own = table.rows[
-        (table.rows["condition"] == condition) & (table.rows["metric"] == "auc") & (table.rows["site"] == "")
-    ]
+    own = table.under(condition)
+    own = own[(own["metric"] == "auc") & (own["site"] == "")]
     fractions = sorted(own["label_fraction"].unique())
     if len(fractions) < 2:
         return None
@@ -254,8 +257,8 @@ def label_efficiency(table: Table, condition: str) -> Figure | None:
 
 def matrix(table: Table, condition: str) -> dict[str, Any] | None:
     """Site × site: trained where the row says, measured where the column says; means over seeds, with their shades."""
-    at_sites = table.rows["metric"].isin(["auc", "auc_own_probe"]) & (table.rows["site"] != "")
-    own = table.rows[(table.rows["condition"] == condition) & at_sites]
+    own = table.under(condition)
+    own = own[own["metric"].isin(["auc", "auc_own_probe"]) & (own["site"] != "")]
     sites = list(dict.fromkeys(own["site"]))
     alone = [row for row in dict.fromkeys(own["row"]) if row.startswith(ALONE)]
     if not alone or len(sites) > MOST_SITES:

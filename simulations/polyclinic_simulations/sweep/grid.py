@@ -42,7 +42,7 @@ class Cell:
 
     Attributes:
         values: {axis: the cell's value on it, in words}, in the order of the file.
-        baselines: whether this cell trains the rows beside `federated`, for all cells that share them.
+        baselines: whether this cell trains the rows that no rule and no fault changes, for all cells that share them.
     """
 
     values: dict[str, str]
@@ -63,7 +63,7 @@ class Grid:
     Attributes:
         axes: {axis: its values in words}, in the order of the file; the seed is one of them.
         conditions: the axes that say how sites differ. The others are choices, which are compared under each condition.
-        shared: the choices on which no row but `federated` depends.
+        shared: the axes on which only rows that are federated depend.
     """
 
     axes: dict[str, list[str]]
@@ -212,9 +212,15 @@ def _cells(base: Plain, patches: Mapping[str, list[Patch]], shared: list[str], p
         first = others not in trained
         trained.add(others)
         if not first:
-            plain["evaluation"] = {**plain.get("evaluation", {}), "rows": []}
+            plain["evaluation"] = _only_own_rows(plain.get("evaluation", {}))
         where = f"{path}, cell " + ", ".join(f"{axis} = {value}" for axis, value in values.items())
         yield Cell(values, with_weights(resolve(plain, where), path), first)
+
+
+def _only_own_rows(evaluation: Plain) -> Plain:
+    """Of the rows beside `federated`, those that the rule trains too."""
+    asked = evaluation.get("rows", ["scratch"])
+    return {**evaluation, "rows": [row for row in asked if row == "scratch"]}
 
 
 def _set(plain: Any, key: str, value: Any, path: Path) -> None:

@@ -22,6 +22,8 @@ from polyclinic_simulations.sweep.grid import Cell, Grid
 
 CELLS = "cells"
 FAILED = "failed.json"
+FEDERATED = ("federated", "scratch", "init")
+"""The rows that a rule trains."""
 REPORT_BYTES = 3_000_000
 """Of a finished cell, beside its encoder."""
 COPIES = 8
@@ -173,7 +175,8 @@ def failures(grid: Grid, place: Place) -> dict[str, str]:
 
 def _axes(cell: Cell, grid: Grid, row: str) -> dict[str, str]:
     """The cell's values, those left out that its row does not depend on."""
-    return {axis: "" if axis in grid.shared and row != "federated" else v for axis, v in cell.values.items()}
+    own = row in FEDERATED
+    return {axis: v if own or axis not in grid.shared else "" for axis, v in cell.values.items()}
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from polyclinic.encoders import ENCODERS
 from polyclinic.errors import Refused, StudyError
 from polyclinic_simulations.sweep import cli as module
 from polyclinic_simulations.sweep import run
+from polyclinic_simulations.sweep.figures import Table
 from polyclinic_simulations.sweep.grid import Grid, read_grid
 from polyclinic_simulations.sweep.run import Place
 
@@ -150,6 +151,27 @@ def test_rows_that_no_rule_changes_are_trained_once_and_all_goes_into_one_table(
     kept = {path.name for path in next((out / "cells").iterdir()).iterdir()}
     assert {"encoder.safetensors", "report.html", "summary.json"} <= kept
     assert not kept & {"sites", "rows", "checkpoints"}
+
+
+def test_rows_that_no_fault_changes_stand_beside_every_condition(data: Path, tmp_path: Path) -> None:
+    attacks = [{"name": "none", "set": {"simulation.fault": []}}]
+    attacks += [{"name": "flip", "set": {"simulation.fault": [{"kind": "sign_flip", "sites": ["site-1"]}]}}]
+    read = read_grid(write_grid(tmp_path / "grid.toml", {"attack": attacks}))
+    assert (read.conditions, read.shared) == (["attack"], ["attack"])
+    assert [cell.baselines for cell in read.cells] == [True, False]
+    assert sweep(tmp_path / "grid.toml", tmp_path / "out", data, "--engine", "local") == 0
+    table = Table(pd.read_csv(tmp_path / "out" / "results.csv", keep_default_na=False), read)
+    assert table.conditions == ["none", "flip"]
+    for condition in table.conditions:
+        assert [name for name, _ in table.ranked(condition)] == [""]
+        assert {"all sites pooled", "untrained encoder", "mean single site"} == {
+            n for n, _ in table.other_rows(condition)
+        }
+
+
+def test_pretraining_is_compared_with_none_by_the_same_rule(tmp_path: Path) -> None:
+    grid = write_grid(tmp_path / "grid.toml", {"rule": ["fedavg", "median"]}, [*ROWS, "scratch"])
+    assert [cell.study.evaluation.rows for cell in read_grid(grid).cells] == [[*ROWS, "scratch"], ["scratch"]]
 
 
 def test_what_is_finished_is_not_made_again_and_a_grid_may_grow(
