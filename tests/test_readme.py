@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from polyclinic.cli import build
 from polyclinic.errors import StudyError
 from polyclinic.study import parse_study
+from polyclinic_simulations.sweep.grid import read_grid
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 COMMANDS = re.findall(r"^    \.venv/bin/polyclinic (.+?)(?: +#.*)?$", README, re.MULTILINE)
@@ -25,8 +26,8 @@ def test_a_command_knows_its_options(line: str) -> None:
     assert all(option in help_of.output for option in words if option.startswith("--"))
 
 
-def test_the_studies_are_studies() -> None:
-    first, last, dealt, promise = STUDIES
+def test_the_studies_are_studies(tmp_path: Path) -> None:
+    first, last, dealt, unreliable, grid, promise = STUDIES
     assert [stage.method for stage in parse_study(first, "README").stages] == ["simclr"]
     whole = parse_study(first + last, "README")
     assert [stage.method for stage in whole.stages] == ["simclr", "supervised"]
@@ -34,6 +35,10 @@ def test_the_studies_are_studies() -> None:
     pretraining = first[: first.index("[[simulation.site]]")]
     shifts = parse_study(pretraining + dealt, "README").simulation.shift
     assert [shift.kind for shift in shifts] == ["noise", "response"]
+    faults = parse_study(pretraining + unreliable, "README").simulation.fault
+    assert [fault.kind for fault in faults] == ["dropout", "sign_flip"]
+    (tmp_path / "grid.toml").write_text(pretraining + unreliable + grid)
+    assert len(read_grid(tmp_path / "grid.toml").cells) == 2 * 2 * 2 * 3
     masked = first.replace('"simclr"', '"mae"') + '[encoder]\nname = "vit_tiny"\n'
     assert parse_study(masked + promise, "README").privacy.mode == "patient"
     with pytest.raises(StudyError, match="not separable"):

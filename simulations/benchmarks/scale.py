@@ -9,8 +9,9 @@ of ViT-Ti (small_encoder/), whose 5.4 million are `vit_tiny`. Each row runs in a
 
     setup_s           from its start to the first round's: imports, and with `local` and `ray` the cohort and its cards
     rounds_s          of each round
-    training_s        that the sites report of a site and round; with `flower` the model is built in it
-    overhead_s        the rest of a site and round: rounds_s over the sites, less training_s over those abreast
+    training_s        that the sites report of a site and round after the first; with `flower` the model is built in it
+    overhead_s        the rest of a site and round after the first, in which Flower's runtime starts its processes:
+                      rounds_s over the sites, less training_s over those that train abreast
     after_s           from the last round's end: the sites' last measurement and the report
     peak_mb           of the whole process tree, sampled: pages that processes share are counted once (empty_work.py)
     written_mb        to disk by all of them, by the kernel's account; a file that is removed in time is never written
@@ -32,6 +33,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from empty_work import adopt, end, family, proportional
 from machine import RESULTS, describe, keep
 from PIL import Image
@@ -79,7 +81,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def ours(engine: str, sites: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """The study on one of the engines: marks, seconds of training in all, megabytes kept."""
+    """The study on one of the engines: marks, seconds of training by round, megabytes kept."""
     from polyclinic_simulations.display import Display
     from polyclinic_simulations.simulate import simulate
 
@@ -96,13 +98,13 @@ def ours(engine: str, sites: int, rounds: int, folder: Path) -> dict[str, Any]:
     with Display() as display:
         study = make_study(sites, rounds)
         simulate(study, run, folder, folder / "state", engine=engine, listen=listen, reading=display.reading)
-    lines = [line.rsplit(",", 2) for line in (run / "metrics.csv").read_text().splitlines()]
-    times["trained_s"] = sum(float(value) for where, name, value in lines if name == "seconds" and where[-1] != ",")
-    return times
+    table = pd.read_csv(run / "metrics.csv")
+    told = table[(table["metric"] == "seconds") & table["site"].notna()]
+    return {**times, "trained_s": told.groupby("round")["value"].sum().tolist()}
 
 
 def flower(sites: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Plain Flower: marks, and seconds of training in all."""
+    """Plain Flower: marks, and seconds of training by round."""
     sys.path.insert(0, str(HERE / "plain_flower"))
     from pretrain import run  # type: ignore[import-not-found]
 
@@ -158,14 +160,14 @@ def run_one(contender: str, encoder: str, sites: int, rounds: int, cores: int) -
 def figures(times: Mapping[str, Any], started: float, ended: float, sites: int, abreast: int) -> dict[str, Any]:
     """What the marks of a row come to; `abreast` sites train at once."""
     marks = times["marks"]
-    rounds = len(marks) - 1
-    training_s = times["trained_s"] / sites / rounds
+    later = len(marks) - 2
+    training_s = sum(times["trained_s"][1:]) / sites / later
     return {
         "setup_s": round(marks[0] - started, 2),
         "imports_s": round(times["imported"] - started, 2),
         "rounds_s": [round(after - before, 2) for before, after in zip(marks, marks[1:], strict=False)],
         "training_s": round(training_s, 4),
-        "overhead_s": round((marks[-1] - marks[0]) / rounds / sites - training_s / abreast, 4),
+        "overhead_s": round((marks[-1] - marks[1]) / later / sites - training_s / abreast, 4),
         "after_s": round(ended - marks[-1], 2),
         "wall_s": round(ended - started, 2),
     }
@@ -183,7 +185,7 @@ def main() -> None:
     """Measure and keep; or, with --contender, be one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, nargs="+", default=SITES)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="two at least")
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=["small"])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)

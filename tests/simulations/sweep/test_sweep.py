@@ -257,3 +257,11 @@ def test_it_runs_where_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module._at_once(module.Engine.LOCAL, 2) == 1
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {0})
     assert module._at_once(module.Engine.AUTO, 2) == 1
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[3] / "simulations" / "studies").glob("grid-*.toml")))
+def test_every_ready_grid_is_one(path: Path) -> None:
+    head = path.read_text().partition("\n\n")[0]
+    assert f"polyclinic sweep simulations/studies/{path.name} --out DIR" in head
+    assert "Cost:" in head and "Result:" in head
+    assert len(read_grid(path).axes["seed"]) >= 3
