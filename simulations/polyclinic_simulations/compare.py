@@ -21,10 +21,12 @@ from polyclinic.cohort import Cohort
 from polyclinic.evaluation import (
     ClassifierScores,
     NotMeasurable,
+    Probe,
     Scores,
     classes_of,
     features,
-    linear_probe,
+    learn_probe,
+    measurable_classes,
     pixel_features,
     score_classifier,
 )
@@ -90,8 +92,9 @@ def row(
     encoded = encode_sites(encode, study, sites)
     probed = profiled = None
     try:
-        probed = probe(encoded, study)
-        profiled = profile(encoded, encode_sites(encode, study, held_out), study, name.removeprefix("alone:"))
+        learnt, probed = probe(encoded, study)
+        away = encode_sites(encode, study, held_out)
+        profiled = profile(learnt, encoded, away, study, name.removeprefix("alone:"))
     except NotMeasurable:
         if classified is None:
             raise
@@ -162,10 +165,17 @@ def encode_sites(encode: Features, study: Study, sites: Mapping[str, Site]) -> d
     return {name: (half(train), half(test)) for name, site in sites.items() for train, test in [site.split(study)]}
 
 
-def probe(encoded: Mapping[str, tuple[Half, Half]], study: Study) -> Scores:
-    """A linear probe over all sites."""
+def probe(encoded: Mapping[str, tuple[Half, Half]], study: Study) -> tuple[Probe, Scores]:
+    """A linear probe over all sites, and its scores on their test patients.
+
+    Raises:
+        NotMeasurable: the sites' labels allow none.
+    """
+    seed = seed_for(study.seed, "probe")
     train, test = (together([halves[k] for halves in encoded.values()]) for k in (0, 1))
-    return linear_probe(*train, *test, seed=seed_for(study.seed, "probe"))
+    classes = measurable_classes(train.classes, test.classes, test.patients)
+    learnt = learn_probe(*train, classes, seed=seed)
+    return learnt, learnt.score(*test, seed=seed)
 
 
 def encoder_features(study: Study, tensors: Tensors | None) -> Features:

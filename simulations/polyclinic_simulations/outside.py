@@ -47,7 +47,7 @@ def evaluate_outside(
     }
     try:
         return {
-            name: asdict(probe(encode_sites(encode, study, sites), study)) for name, encode in rows.items()
+            name: asdict(probe(encode_sites(encode, study, sites), study)[1]) for name, encode in rows.items()
         }, _known(run, built)
     except NotMeasurable as reason:
         raise CohortError(f"no probe on {cohort.name}: {reason}", _cure(built, study)) from reason

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.evaluation import learn_probe
-from polyclinic.evaluation.labels import measurable_classes
+from polyclinic.evaluation import Probe, learn_probe
 from polyclinic.seeding import seed_for
 from polyclinic.study import Study
 
-FRACTIONS = (0.01, 0.05, 0.1, 0.3, 1.0)
+FRACTIONS = (0.01, 0.05, 0.1, 0.3)
 """Of the training patients' labels."""
 
 
@@ -56,28 +55,29 @@ def together(halves: Sequence[Half]) -> Half:
 
 
 def profile(
-    encoded: Mapping[str, tuple[Half, Half]], held_out: Mapping[str, tuple[Half, Half]], study: Study, own: str
+    whole: Probe,
+    encoded: Mapping[str, tuple[Half, Half]],
+    held_out: Mapping[str, tuple[Half, Half]],
+    study: Study,
+    own: str,
 ) -> Profile:
-    """The profile of an encoder from each site's (train, test); `own` is the site that alone has trained it, if one.
+    """The profile of an encoder from each site's (train, test).
 
-    Raises:
-        NotMeasurable: the sites' labels allow no probe.
+    `whole` is the probe of all sites' training patients, `own` the site that alone has trained the encoder, if one has.
     """
     seed = seed_for(study.seed, "probe")
     train, test = (together([halves[k] for halves in encoded.values()]) for k in (0, 1))
-    classes = measurable_classes(train.classes, test.classes, test.patients)
+    classes = whole.classes
     tested = {name: halves[1] for name, halves in encoded.items()}
     tested |= {name: together(halves) for name, halves in held_out.items()}
-    curve, whole = {}, None
+    curve = {"1": whole.auc(test.features, test.classes)}
     for fraction in FRACTIONS:
         some = _labelled(train, fraction, seed)
         known = [name for name in classes if (some.classes == name).any()]
-        whole = learn_probe(*some, known, seed=seed)
-        curve[f"{fraction:g}"] = whole.auc(test.features, test.classes)
-    assert whole is not None  # of all labels
+        curve[f"{fraction:g}"] = learn_probe(*some, known, seed=seed).auc(test.features, test.classes)
     found = {name: whole.auc(half.features, half.classes) for name, half in tested.items()}
     alone = _own(encoded[own][0], tested, classes, seed) if own in encoded else {}
-    return Profile(_known(found), _known(alone), _known(curve), _site_auc(encoded, seed))
+    return Profile(_known(found), _known(alone), _known(curve), _site_auc(encoded, seed, whole.strength))
 
 
 def _own(train: Half, tested: Mapping[str, Half], classes: list[str], seed: int) -> dict[str, float | None]:
@@ -107,7 +107,7 @@ def _labelled(half: Half, fraction: float, seed: int) -> Half:
     return Half(half.features[keep], half.classes[keep], half.patients[keep])
 
 
-def _site_auc(encoded: Mapping[str, tuple[Half, Half]], seed: int) -> float | None:
+def _site_auc(encoded: Mapping[str, tuple[Half, Half]], seed: int, strength: float) -> float | None:
     if len(encoded) < 2:
         return None
     train, test = (
@@ -116,4 +116,4 @@ def _site_auc(encoded: Mapping[str, tuple[Half, Half]], seed: int) -> float | No
         )
         for k in (0, 1)
     )
-    return learn_probe(*train, sorted(encoded), seed=seed).auc(test.features, test.classes)
+    return learn_probe(*train, sorted(encoded), seed=seed, strength=strength).auc(test.features, test.classes)

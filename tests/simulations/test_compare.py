@@ -50,11 +50,20 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The arguments of every probe: features, classes, patients of training, then of test."""
     calls: list[tuple[Any, ...]] = []
 
-    def noting(*args: Any, seed: int) -> Scores:
-        calls.append((*args, seed))
-        return Scores(0.5, 0.4, 0.6, 0.5, 1, 1)
+    class Noting:
+        classes, strength = ["clear", "spot"], 1.0
 
-    monkeypatch.setattr(compare, "linear_probe", noting)
+        def __init__(self, *args: Any, seed: int) -> None:
+            self._args = args[:3]
+
+        def score(self, *args: Any, seed: int) -> Scores:
+            calls.append((*self._args, *args, seed))
+            return Scores(0.5, 0.4, 0.6, 0.5, 1, 1)
+
+        def auc(self, *args: Any) -> float:
+            return 0.5
+
+    monkeypatch.setattr(compare, "learn_probe", Noting)
     return calls
 
 

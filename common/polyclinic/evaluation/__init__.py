@@ -3,7 +3,7 @@
 from polyclinic.evaluation.classifier import ClassifierScores, classifier_scores, score_classifier
 from polyclinic.evaluation.encoding import features, pixel_features
 from polyclinic.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD, alignment, collapsed, health
-from polyclinic.evaluation.labels import NotMeasurable, classes_of, targets_of, unmapped
+from polyclinic.evaluation.labels import NotMeasurable, classes_of, measurable_classes, targets_of, unmapped
 from polyclinic.evaluation.probes import Probe, knn_probe, learn_probe, linear_probe
 from polyclinic.evaluation.scores import Scores
 from polyclinic.evaluation.split import labelled_patients, split_patients
@@ -25,6 +25,7 @@ __all__ = [
     "labelled_patients",
     "learn_probe",
     "linear_probe",
+    "measurable_classes",
     "pixel_features",
     "score_classifier",
     "split_patients",

@@ -43,8 +43,7 @@ def linear_probe(
     """
     classes = measurable_classes(train_y, test_y, test_patients)
     learnt = learn_probe(train_x, train_y, train_patients, classes, seed=seed)
-    queries, truth, clusters = _chosen(classes, test_x, test_y, test_patients)
-    return score(learnt.answers(queries), truth, clusters, seed=seed, n_train=learnt.n_train, classes=classes)
+    return learnt.score(test_x, test_y, test_patients, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,18 @@ class Probe:
     Attributes:
         classes: that it tells apart, sorted.
         n_train: images that it learnt from.
+        strength: the inverse penalty that was chosen.
     """
 
     classes: list[str]
     n_train: int
+    strength: float
     _model: Any
 
-    def answers(self, x: Features) -> Floats:
-        """(images, classes) probabilities of (images, dim) features."""
-        with threadpool_limits(1):
-            found: Floats = self._model.predict_proba(x)
-        return found
+    def score(self, x: Features, y: Words, patients: Patients, *, seed: int) -> Scores:
+        """On the images that are of one of its classes, each of which must occur."""
+        queries, truth, clusters = _chosen(self.classes, x, y, patients)
+        return score(self._answers(queries), truth, clusters, seed=seed, n_train=self.n_train, classes=self.classes)
 
     def auc(self, x: Features, y: Words) -> float | None:
         """AUC on the images that are of one of its classes, over those of the classes that occur; None of one alone."""
@@ -72,19 +72,30 @@ class Probe:
         seen, truth = np.unique(truth, return_inverse=True)
         if len(seen) < 2:
             return None
-        return float(macro_auc(self.answers(queries)[:, seen], truth, np.ones((1, len(truth))))[0])
+        return float(macro_auc(self._answers(queries)[:, seen], truth, np.ones((1, len(truth))))[0])
+
+    def _answers(self, x: Floats) -> Floats:
+        """(images, classes) probabilities."""
+        with threadpool_limits(1):
+            found: Floats = self._model.predict_proba(x)
+        return found
 
 
-def learn_probe(x: Features, y: Words, patients: Patients, classes: list[str], *, seed: int) -> Probe:
+def learn_probe(
+    x: Features, y: Words, patients: Patients, classes: list[str], *, seed: int, strength: float | None = None
+) -> Probe:
     """A linear probe from the images, (images, dim) and (images,), that are of one of `classes`; each must occur.
+
+    `strength` is the inverse penalty, where it is not to be chosen here.
 
     Raises:
         NotMeasurable: features that are not finite.
     """
     found, truth, clusters = _chosen(classes, x, y, patients)
     with threadpool_limits(1):  # such small products gain nothing from more threads, which would change their last bits
-        model = _logistic(_choose_strength(found, truth, clusters, seed)).fit(found, truth)
-    return Probe(classes, len(truth), model)
+        strength = strength or _choose_strength(found, truth, clusters, seed)
+        model = _logistic(strength).fit(found, truth)
+    return Probe(classes, len(truth), strength, model)
 
 
 def knn_probe(
