@@ -1,7 +1,7 @@
 """A hospital as its node sees it: a name, a cohort, and a folder for what must outlive a message."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class Site:
     Attributes:
         privacy: the folder of the privacy ledger; None: in the state folder.
         caps: the site's own on what that ledger may come to.
+        truth: (stored,) of a simulated site whose labels were changed: those before, by row. None: nobody has.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Site:
     state: Path
     privacy: Path | None = None
     caps: tuple[Cap, ...] = ()
+    truth: NDArray[np.str_] | None = field(default=None, compare=False)
 
     @property
     def spending(self) -> PrivacyLedger:
@@ -62,6 +64,10 @@ class Site:
         """(train, test) cohorts by patient: the same in every round of a study, and no stage trains on test."""
         seed, private = seed_for(study.seed, "split", site=self.name), study.privacy.mode == "patient"
         return split_patients(self.cohort, study.evaluation, seed, private)
+
+    def measured(self, cohort: Cohort) -> Cohort:
+        """Some of the site's patients as a study's rows are measured on them: by the labels as they were built."""
+        return cohort if self.truth is None else replace(cohort, labels=self.truth[cohort.rows])
 
     def labelled(self, study: Study, stage: Finetune) -> tuple[Cohort, Cohort | None]:
         """(train, validation) of a finetune stage: the same patients in every finetune stage that asks for as many.
@@ -140,11 +146,14 @@ def open_site(folder: Path) -> Site:
         raise CohortError("the cohort has changed since the site was made", "make the site anew, for a new study")
     if facts["patients"] is not None:
         cohort = cohort.select(facts["patients"])
+    truth = None
     if facts.get("labels") is not None:
+        truth = np.full(len(cohort.images), "", cohort.labels.dtype)
+        truth[cohort.rows] = cohort.labels
         cohort = replace(cohort, labels=np.array(facts["labels"], np.str_))
     if facts.get("images") is not None:
         cohort = replace(cohort, images=_own_images(folder / facts["images"], cohort))
-    return Site(facts["name"], cohort, folder)
+    return Site(facts["name"], cohort, folder, truth=truth)
 
 
 def _own_images(path: Path, cohort: Cohort) -> OwnImages:

@@ -4,6 +4,7 @@ Every row is a linear probe on frozen features, learnt on all sites' training pa
 sites' test patients together. `alone:<site>` and `pooled` train the same study for the same number of rounds. A study
 that ends in fine-tuning is also read by its classifier on the same test patients, with one more row: `scratch`, its
 fine-tuning alone, federated; and where it starts from initial weights `init`, the same from those.
+All are read by the labels as they were before a simulation changed any.
 """
 
 import json
@@ -150,7 +151,7 @@ def classify(study: Study, tensors: Tensors, sites: Mapping[str, Site]) -> Class
     _, module = build_stage(study, len(study.stages) - 1)
     load_tensors(module, tensors)
     try:
-        return score_classifier(module, [site.split(study)[1] for site in sites.values()], study, stage)
+        return score_classifier(module, [site.measured(site.split(study)[1]) for site in sites.values()], study, stage)
     except NotMeasurable:
         return None
 
@@ -162,7 +163,8 @@ def encode_sites(encode: Features, study: Study, sites: Mapping[str, Site]) -> d
         classes = classes_of(cohort.labels, study.evaluation.labels)
         return Half(encode(cohort), classes, cohort.patients.astype(np.int64))
 
-    return {name: (half(train), half(test)) for name, site in sites.items() for train, test in [site.split(study)]}
+    halves = {name: map(site.measured, site.split(study)) for name, site in sites.items()}
+    return {name: (half(train), half(test)) for name, (train, test) in halves.items()}
 
 
 def probe(encoded: Mapping[str, tuple[Half, Half]], study: Study) -> tuple[Probe, Scores]:

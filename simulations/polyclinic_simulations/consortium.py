@@ -153,6 +153,12 @@ def require(members: list[Member], study: Study) -> None:
                 require_patients(member.cohort.folder)
             Site(member.name, member.own, Path()).split(study)
     left = len({member.name for member in members} - set(study.simulation.held_out))
+    rule = study.aggregation
+    if 1 < left < rule.least:
+        raise StudyError(
+            f"aggregation.rule {rule.rule!r}, as it is set, needs updates of {rule.least} sites, and there are {left}",
+            "simulate more sites, choose 'fedavg', or have the rule expect fewer bad ones",
+        )
     if left < study.aggregation.min_sites:
         held_out = len(members) - left
         raise StudyError(

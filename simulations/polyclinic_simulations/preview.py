@@ -37,7 +37,7 @@ def preview(study: Study, data: Path, state: Path, progress: Progress) -> dict[s
                 "patients": member.own.n_patients,
                 "images": len(member.own),
                 "classes": _patients_by_class(member.own, study),
-                "shift": [shift.model_dump(include={"kind", "severity"}) for shift in member.shifts],
+                "shift": [shift.model_dump(exclude={"sites"}) for shift in member.shifts],
                 "fault": [fault.model_dump(exclude={"sites"}) for fault in _faults(member.name, study)],
                 "held_out": member.name in study.simulation.held_out,
             }
@@ -57,6 +57,15 @@ def _patients_by_class(cohort: Cohort, study: Study) -> dict[str, int]:
     return dict(sorted(Counter(pairs[0].tolist()).items()))
 
 
+def _in_words(shift: Mapping[str, Any]) -> str:
+    """
+    >>> _in_words({"kind": "prevalence", "severity": 0.5, "value": "nodule", "becomes": ""})
+    'prevalence 0.5 nodule'
+    """
+    words = " to ".join(filter(None, (shift["value"], shift["becomes"])))
+    return f"{shift['kind']} {shift['severity']:g} {words}".strip()
+
+
 def preview_table(found: Mapping[str, Any]) -> Table:
     """A row a site: patients, images, patients of the most frequent classes, shifts, faults if there are any."""
     totals: Counter[str] = Counter()
@@ -74,7 +83,7 @@ def preview_table(found: Mapping[str, Any]) -> Table:
         table.add_column("fault")
     for name, site in found["sites"].items():
         counts = [site["patients"], site["images"], *(site["classes"].get(each, 0) for each in shown)]
-        shifts = ", ".join(f"{shift['kind']} {shift['severity']:g}" for shift in site["shift"])
+        shifts = ", ".join(map(_in_words, site["shift"]))
         words = [shifts or "–", *([", ".join(map(_words, site["fault"])) or "–"] if unreliable else [])]
         table.add_row(f"{name} (held out)" if site["held_out"] else name, *map(str, counts), *words)
     if more:

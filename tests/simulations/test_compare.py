@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from polyclinic.cohort import build_cohort
 from polyclinic.encoders import ENCODERS
-from polyclinic.evaluation import Scores
+from polyclinic.evaluation import Scores, pixel_features
 from polyclinic.model import initial_tensors
 from polyclinic.stages import Finetune
 from polyclinic.study import Study
-from polyclinic_client.site import Site
+from polyclinic_client.site import Site, open_site, write_site
 from polyclinic_simulations import compare
 from polyclinic_simulations.compare import (
     classify,
@@ -29,7 +30,7 @@ from polyclinic_simulations.compare import (
 )
 from polyclinic_simulations.consortium import pool
 
-from ..tiny import SIMCLR, SITES, TinyEncoder, in_memory, same_bits, tiny_study
+from ..tiny import SIMCLR, SITES, TinyEncoder, in_memory, same_bits, tiny_study, write_cohort
 
 
 @pytest.fixture(autouse=True)
@@ -221,3 +222,16 @@ def test_scratch_is_not_held_back_by_what_spares_a_trained_encoder() -> None:
     (stage,) = without_pretraining(study, keep_init=False).stages
     assert isinstance(stage, Finetune)
     assert (stage.probe_rounds, stage.layer_decay) == (0, 1.0)
+
+
+def test_rows_are_read_by_the_labels_as_they_were(tmp_path: Path) -> None:
+    """A site whose labels are all wrong spoils what is learnt from it, not the ruler."""
+    built = build_cohort(write_cohort(tmp_path / "data", 10), tiny_study().images, tmp_path / "state")
+    wrong = ["clear" if label == "spot" else "spot" for label in built.labels.tolist()]
+    write_site(tmp_path / "site", "east", built.folder, None, wrong)
+    site, study = open_site(tmp_path / "site"), tiny_study()
+    assert site.cohort.labels.tolist() == wrong
+    train, test = encode_sites(pixel_features, study, {"east": site})["east"]
+    for half, own in zip((train, test), site.split(study), strict=True):
+        assert (half.classes != own.labels).all()
+        assert half.classes.tolist() == [built.labels[built.rows == row][0] for row in own.rows]

@@ -63,7 +63,7 @@ def test_prevalence_and_labels_are_those_after_the_shifts(capsys: pytest.Capture
     assert set(one["classes"]) == {"ill", "well"}
     assert two["classes"] == {"well": two["patients"]}
     assert 0 < two["patients"] < 12
-    assert two["shift"] == [{"kind": "prevalence", "severity": 1.0}]
+    assert two["shift"] == [{"kind": "prevalence", "severity": 1.0, "value": "spot", "becomes": ""}]
     flipped = 'sites = 2\nshift = [{ kind = "label_noise", severity = 1 }]'
     assert dry(flipped, "--json") == 0
     turned = shown(capsys)["sites"]["site-1"]["classes"]

@@ -1,16 +1,22 @@
 """`polyclinic sweep`. What imports torch loads inside the command."""
 
+import json
 import os
 import shlex
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from polyclinic.study import Study
+    from polyclinic_simulations.sweep.figures import Table as Ranking
+    from polyclinic_simulations.sweep.grid import Grid
 
 
 class Engine(StrEnum):
@@ -57,54 +63,55 @@ def sweep(
       polyclinic sweep grid.toml --out sweeps/rules --dry-run
     """
     from polyclinic.cli import program
-    from polyclinic.errors import Interrupted, Refused
+    from polyclinic.errors import Interrupted, PolyclinicError, Refused
     from polyclinic.files import locked, make_folder, write_atomic
+    from polyclinic_simulations.display import Display
     from polyclinic_simulations.sweep import run
     from polyclinic_simulations.sweep.figures import Table
     from polyclinic_simulations.sweep.grid import read_grid
-    from polyclinic_simulations.sweep.page import as_json as ranking_json
-    from polyclinic_simulations.sweep.page import render_sweep
+    from polyclinic_simulations.sweep.page import ranking, render_sweep
 
     read = read_grid(grid)
-    place = run.Place(out, data or grid.parent, state)
-    threads = max(cell.study.compute.threads for cell in read.cells)
-    at_once = _at_once(engine, threads)
-    console = Console(stderr=True)
-    if dry:
-        _list(read)
-        return
+    place = run.Place(out.absolute(), (data or grid.parent).absolute(), state.absolute())
+    if out.exists() and not out.is_dir():
+        raise Refused(f"{out} is a file", "give a folder as --out")
     if out.exists() and any(out.iterdir()) and not (out / "grid.toml").exists():
         raise Refused(f"{out} is not empty, and holds no sweep", "give another --out")
-    with console.status("reading cohorts"):
-        run.prepare(read, place, at_once, lambda what, done, total: None)
+    wanted = run.tasks(read, place)
+    if dry:
+        _list(read, {cell.name: study for cell, study in wanted})
+        return
+    at_once = _at_once(engine, max(cell.study.compute.threads for cell in read.cells))
+    with Display() as display:
+        patients = run.prepare(read, wanted, place, at_once, display.reading)
     make_folder(out)
+    console = Console(stderr=True)
     with locked(out) as free:
         if not free:
             raise Refused(f"another process is working in {out}", "wait for it, or give another --out")
         write_atomic(out / "grid.toml", grid.read_bytes())
-        missing = [cell for cell in read.cells if not run.is_made(place.folder(cell))]
+        write_atomic(out / run.PATIENTS, json.dumps(patients))
         try:
-            with _Bars(console, len(read.cells), len(read.cells) - len(missing)) as bars:
+            with _Bars(console, len(read.cells), len(read.cells) - len(wanted)) as bars:
                 make = run.side_by_side if at_once > 1 else run.one_by_one
-                for cell in make(missing, place, bars.event):
-                    bars.finished(cell.name, run.is_made(place.folder(cell)))
+                for cell in make(wanted, place, bars.event):
+                    bars.finished(cell.name, place.is_made(cell))
                     write_atomic(out / "results.csv", run.results(read, place).to_csv(index=False))
         except KeyboardInterrupt:
-            again = shlex.join(
-                ["sweep", str(grid), "--out", str(out), "--data", str(place.data), "--state", str(state)]
-            )
-            fix = f"go on with: {program()} {again}"
+            again = ["sweep", grid, "--out", out, "--data", place.data, "--state", state, "--engine", engine.value]
+            fix = f"go on with: {program()} {shlex.join(map(str, again))}"
             raise Interrupted("interrupted; what was finished is kept", fix) from None
         finally:
-            rows = run.results(read, place)
-            failed = run.failures(read, place)
+            rows, failed = run.results(read, place), run.failures(read, place)
             write_atomic(out / "results.csv", rows.to_csv(index=False))
             write_atomic(out / "sweep.html", render_sweep(grid.stem, read, rows, place, failed))
     table = Table(rows, read)
     if as_json:
-        print(ranking_json(table))
-        return
-    _show(table, failed, out)
+        print(ranking(table, failed))
+    else:
+        _show(table, failed, out)
+    if rows.empty:
+        raise PolyclinicError("no study of the grid could be trained", f"see the reasons in {out / 'sweep.html'}")
 
 
 def _at_once(engine: Engine, threads: int) -> int:
@@ -117,30 +124,31 @@ def _at_once(engine: Engine, threads: int) -> int:
     return room if engine is Engine.AUTO and find_spec("ray") else 1
 
 
-def _list(grid: Any) -> None:
+def _list(grid: "Grid", wanted: Mapping[str, "Study"]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{len(grid.cells)} studies", title_justify="left")
+    table = Table(title=f"{len(grid.cells)} studies, {len(wanted)} still to be made", title_justify="left")
     for axis in grid.axes:
         table.add_column(escape(axis))
     table.add_column("rounds", justify="right")
-    table.add_column("rows beside")
+    table.add_column("rows beside federated")
     for cell in grid.cells:
-        rows = ", ".join(cell.study.evaluation.rows) if cell.baselines else "of another"
+        rows = ", ".join(wanted[cell.name].evaluation.rows) or "–" if cell.name in wanted else "made"
         table.add_row(*map(escape, cell.values.values()), str(cell.study.rounds), rows)
     Console().print(table)
 
 
-def _show(table: Any, failed: Mapping[str, str], out: Path) -> None:
+def _show(table: "Ranking", failed: Mapping[str, str], out: Path) -> None:
     from rich.table import Table
 
     console = Console()
+    of = "classifier" if table.metric == "classifier_auc" else "probe"
     for condition in table.conditions:
-        shown = Table(title=escape(condition or "Ranking"), title_justify="left")
-        for column, side in (("choice", "left"), ("AUC, mean over seeds", "right"), ("seeds", "right")):
+        shown = Table(title=escape(table.named(condition) or "Ranking"), title_justify="left")
+        for column, side in (("choice", "left"), (f"AUC of the {of}, mean over seeds", "right"), ("seeds", "right")):
             shown.add_column(column, justify=side)  # type: ignore[arg-type]
-        for number, (name, mean) in enumerate(table.ranked(condition)):
-            shown.add_row(escape(name or "federated"), str(mean), str(mean.seeds), style="" if number else "bold")
+        for number, (choice, mean) in enumerate(table.ranked(condition)):
+            shown.add_row(escape(table.name(choice)), str(mean), str(mean.seeds), style="" if number else "bold")
         for name, mean in table.other_rows(condition):
             shown.add_row(escape(name), str(mean), str(mean.seeds), style="dim")
         console.print(shown)

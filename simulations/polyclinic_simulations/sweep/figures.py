@@ -31,6 +31,8 @@ NAME = 7.0
 """Mean width of a character of a row's name, units."""
 LONGEST = 34
 """Characters of a name beside a plot."""
+POOLED = "#222222"
+MEAN_ALONE = "mean single site"
 MOST_SITES = 12
 """Of a matrix that can be read."""
 
@@ -59,69 +61,82 @@ def mean(values: Iterable[float]) -> Mean:
     return Mean(float(found.mean()) if n else math.nan, half, n)
 
 
+Values = tuple[str, ...]
+"""Of some axes, in their order."""
+
+
 class Table:
-    """The tidy table of a grid, with its choices and conditions in words.
+    """The tidy table of a grid, as rows, conditions and choices.
 
     Attributes:
         metric: by which choices are ranked: the classifier's AUC where one was fine-tuned, or else the probe's.
-        conditions, choices: their names, in the order of the grid; one alone, "", where nothing of the kind varies.
+        conditions, choices: those that are there, in the order of the grid; one alone, (), where nothing varies.
     """
 
     def __init__(self, rows: pd.DataFrame, grid: Grid) -> None:
-        self.rows = rows.assign(
-            condition=_joined(rows, grid.conditions),
-            choice=_joined(rows, grid.choices),
-        )
-        kept = rows.loc[rows["row"] == FEDERATED, "metric"]
-        self.metric = "classifier_auc" if (kept == "classifier_auc").any() else "auc"
-        self.choices = list(dict.fromkeys(self.rows.loc[self.rows["row"] == FEDERATED, "choice"]))
-        self.conditions = list(dict.fromkeys(self.rows.loc[self.rows["row"] == FEDERATED, "condition"]))
-        self.colours = dict(zip(self.choices, COLOURS, strict=False)) if len(self.choices) <= len(COLOURS) else {}
+        self.rows, self._grid = rows, grid
+        ours = rows[rows["row"] == FEDERATED]
+        self.metric = "classifier_auc" if (ours["metric"] == "classifier_auc").any() else "auc"
+        self.conditions = _values(ours, grid.conditions)
+        self.choices = _values(ours, grid.choices)
+        self._colours = dict(zip(self.choices, COLOURS, strict=False)) if len(self.choices) <= len(COLOURS) else {}
 
-    def under(self, condition: str) -> pd.DataFrame:
-        """The rows of a condition, with those that depend on none of it, or on a part."""
-        exact, others = self.rows["condition"] == condition, self.rows["row"] != FEDERATED
-        return self.rows[exact | (others & _fits(self.rows["condition"], condition))]
+    def named(self, condition: Values) -> str:
+        """A condition in words; "" where there is but one."""
+        return _in_words(self._grid.conditions, condition)
 
-    def by_seed(
-        self, condition: str, row: str, metric: str, choice: str | None = None, **where: Any
-    ) -> "pd.Series[float]":
-        """(seeds,) of one row under a condition; of a row that several choices trained, of theirs together."""
-        own = self.under(condition)
-        found = own[(own["row"] == row) & (own["metric"] == metric)]
-        for column, value in {"site": "", "label_fraction": 1.0, **where}.items():
+    def name(self, choice: Values) -> str:
+        """A choice in words."""
+        return _in_words(self._grid.choices, choice) or FEDERATED
+
+    def colour(self, choice: Values) -> str:
+        """Of a choice in all plots."""
+        return str(self._colours.get(choice, OTHER))
+
+    def of(self, condition: Values, choice: Values | None = None) -> pd.DataFrame:
+        """The rows under a condition (and of a choice), with those that do not depend on all of it."""
+        wanted = dict(zip(self._grid.conditions, condition, strict=True))
+        wanted |= dict(zip(self._grid.choices, choice, strict=True)) if choice is not None else {}
+        kept = pd.Series(True, self.rows.index)
+        for axis, value in wanted.items():
+            kept &= self.rows[axis].isin([value, ""])
+        return self.rows[kept]
+
+    def by_seed(self, condition: Values, choice: Values, row: str, metric: str, **where: Any) -> "pd.Series[float]":
+        """(seeds,) of one row; `where` says at which site, or with which part of the labels."""
+        found = self.of(condition, choice)
+        for column, value in {"row": row, "metric": metric, "site": "", "label_fraction": 1.0, **where}.items():
             found = found[found[column] == value]
-        if choice is not None:
-            exact = found["choice"] == choice
-            found = found[exact] if exact.any() else found[_fits(found["choice"], choice)]
         return found.groupby(SEED)["value"].mean()
 
-    def colour(self, choice: str) -> str:
-        """Of a choice in all plots."""
-        return str(self.colours.get(choice, OTHER))
-
-    def ranked(self, condition: str) -> list[tuple[str, Mean]]:
+    def ranked(self, condition: Values) -> list[tuple[Values, Mean]]:
         """The choices under a condition, the best first."""
-        found = [(choice, mean(self.by_seed(condition, FEDERATED, self.metric, choice))) for choice in self.choices]
+        found = [(choice, mean(self.by_seed(condition, choice, FEDERATED, self.metric))) for choice in self.choices]
         return sorted((pair for pair in found if pair[1].seeds), key=lambda pair: -pair[1].value)
 
-    def other_rows(self, condition: str) -> list[tuple[str, Mean]]:
-        """The rows beside `federated`, single sites as their mean."""
-        own = self.under(condition)
-        names = [str(row) for row in dict.fromkeys(own["row"]) if row != FEDERATED]
-        plain = [(row_name(r), mean(self.by_seed(condition, r, self.metric))) for r in names if ALONE not in r]
-        alone = [self.by_seed(condition, r, self.metric) for r in names if r.startswith(ALONE)]
-        if alone:
-            plain.append(("mean single site", mean(pd.concat(alone, axis=1).mean(axis=1))))
-        return sorted((pair for pair in plain if pair[1].seeds), key=lambda pair: -pair[1].value)
+    def other_rows(self, condition: Values) -> list[tuple[str, Mean]]:
+        """The rows beside `federated`, single sites as their mean; several, where choices change them."""
+        own = self.of(condition)
+        own = own[(own["row"] != FEDERATED) & (own["metric"] == self.metric) & (own["site"] == "")]
+        own = own[own["label_fraction"] == 1]
+        own = own.assign(row=[MEAN_ALONE if row.startswith(ALONE) else row for row in own["row"]])
+        found = []
+        for name, rows in own.groupby("row", sort=False):
+            choices = _values(rows, self._grid.choices)
+            for choice in choices:
+                kept = rows[(rows[self._grid.choices] == list(choice)).all(axis=1)]
+                more = _in_words(self._grid.choices, choice) if len(choices) > 1 else ""
+                value = mean(kept.groupby(SEED)["value"].mean())
+                found.append((", ".join(filter(None, (row_name(str(name)), more))), value))
+        return sorted(found, key=lambda pair: -pair[1].value)
 
 
-def _joined(rows: pd.DataFrame, axes: Sequence[str]) -> pd.Series:
-    """What an axis says by itself stands as it is; numbers and the like get the axis's last name before them."""
-    words = [[spoken(axis, value) for value in rows[axis]] for axis in axes]
-    return pd.Series(
-        [", ".join(filter(None, parts)) for parts in zip(*words, strict=True)] if words else "", rows.index
-    )
+def _values(rows: pd.DataFrame, axes: list[str]) -> list[Values]:
+    return list(dict.fromkeys(map(tuple, rows[axes].to_numpy().tolist())))
+
+
+def _in_words(axes: Sequence[str], values: Values) -> str:
+    return ", ".join(filter(None, (spoken(axis, value) for axis, value in zip(axes, values, strict=True))))
 
 
 def spoken(axis: str, value: str) -> str:
@@ -133,19 +148,13 @@ def spoken(axis: str, value: str) -> str:
     return str(value) if named or not value else f"{axis.rpartition('.')[2]} {value}"
 
 
-def _fits(choices: pd.Series, choice: str) -> pd.Series:
-    """Of rows that do not depend on all axes of a choice: those whose own are all in it."""
-    wanted = set(choice.split(", "))
-    return choices.map(lambda own: set(filter(None, own.split(", "))) <= wanted)
-
-
-def forest(table: Table, condition: str) -> Markup:
+def forest(table: Table, condition: Values) -> Markup:
     """The ranking as a plot: choices in colour, other rows in grey, each with its interval over seeds."""
-    rows = [(name, found, table.colour(name)) for name, found in table.ranked(condition)]
+    rows = [(table.name(choice), found, table.colour(choice)) for choice, found in table.ranked(condition)]
     rows += [(name, found, "") for name, found in table.other_rows(condition)]
     rows.sort(key=lambda row: -row[1].value)
     ends = [v for _, m, _ in rows for v in (m.value, m.value - m.half, m.value + m.half) if not math.isnan(v)]
-    left = 16 + NAME * min(LONGEST, max(len(name or FEDERATED) for name, _, _ in rows))
+    left = 16 + NAME * min(LONGEST, max(len(name) for name, _, _ in rows))
     axis = Axis(max(0.0, min(ends) - 0.02), min(1.0, max(ends) + 0.02), left, RIGHT - 44)
     bottom = 10 + ROW * len(rows)
     marks = [line(axis.at(v), 10, axis.at(v), bottom, "grid") for v in axis.ticks()]
@@ -158,8 +167,8 @@ def forest(table: Table, condition: str) -> Markup:
 def _interval(axis: Axis, row: tuple[str, Mean, str], y: float) -> Markup:
     name, found, colour = row
     parts = [
-        element("title", f"{name or FEDERATED}: {found}"),
-        text(axis.start - 10, y + 4, _cut(name or FEDERATED), "end", "name"),
+        element("title", f"{name}: {found}"),
+        text(axis.start - 10, y + 4, _cut(name), "end", "name"),
     ]
     if not math.isnan(found.half):
         parts.append(line(axis.at(found.value - found.half), y, axis.at(found.value + found.half), y, "whisker"))
@@ -185,8 +194,9 @@ def lines(
     marks += [text(left - 6, y.at(v) + 4, tick_text(v), "end") for v in y.ticks()]
     width = (RIGHT - left) / len(places) / CHARACTER
     marks += [text(x.at(k), BOTTOM + 17, _fit(place, width), "middle") for k, place in enumerate(places)]
+    apart = min(5.0, 0.6 * (RIGHT - left) / len(places) / len(series))
     for number, (name, values) in enumerate(series.items()):
-        shift = 5 * (number - (len(series) - 1) / 2)
+        shift = apart * (number - (len(series) - 1) / 2)
         at = [(x.at(places.index(place)) + shift, m) for place, m in values.items()]
         whiskers = [
             line(a, y.at(m.value - m.half), a, y.at(m.value + m.half), "whisker")
@@ -198,7 +208,7 @@ def lines(
         marks.append(
             element(
                 "g",
-                element("title", name or FEDERATED),
+                element("title", name),
                 *whiskers,
                 *drawn,
                 class_="curve",
@@ -214,71 +224,72 @@ def _fit(words: str, most: float) -> str:
 
 def across(table: Table) -> Figure | None:
     """How the choices fare from condition to condition."""
-    if len(table.conditions) < 2:
+    names = {condition: table.named(condition) for condition in table.conditions}
+    series: dict[str, dict[str, Mean]] = {table.name(choice): {} for choice in table.choices}
+    colours = {table.name(choice): table.colour(choice) for choice in table.choices}
+    colours |= {row_name("pooled"): POOLED, MEAN_ALONE: OTHER}
+    for condition in table.conditions:
+        for choice, found in table.ranked(condition):
+            series[table.name(choice)][names[condition]] = found
+        for name, found in table.other_rows(condition):
+            if name in (row_name("pooled"), MEAN_ALONE):
+                series.setdefault(name, {})[names[condition]] = found
+    series = {name: values for name, values in series.items() if values}
+    if len(names) < 2 or not series:
         return None
-    series = {
-        choice: {c: m for c in table.conditions if (m := mean(table.by_seed(c, FEDERATED, table.metric, choice))).seeds}
-        for choice in table.choices
-    }
-    extra = {"pooled": "#222222", "mean single site": OTHER}
-    for name in extra:
-        own = {c: m for c in table.conditions for n, m in table.other_rows(c) if n == row_name(name) or n == name}
-        series |= {name: own} if own else {}
-    colours = {**{choice: table.colour(choice) for choice in table.choices}, **extra}
-    svg = lines(series, table.conditions, colours, "AUC by condition")
-    legend = [(row_name(name) or FEDERATED, colours[name]) for name in series]
-    return Figure("From condition to condition", "Mean AUC over seeds, with 95 % intervals.", svg, legend)
+    svg = lines(series, list(names.values()), colours, "AUC by condition")
+    note = "Mean AUC over seeds, with 95 % intervals."
+    return Figure("From condition to condition", note, svg, [(name, colours[name]) for name in series])
 
 
-def label_efficiency(table: Table, condition: str) -> Figure | None:
+def label_efficiency(table: Table, condition: Values) -> Figure | None:
     """AUC of the probe against the part of the labels that it learns from."""
-    own = table.under(condition)
+    own = table.of(condition)
     own = own[(own["metric"] == "auc") & (own["site"] == "")]
-    fractions = sorted(own["label_fraction"].unique())
-    if len(fractions) < 2:
+    fractions, order = sorted(own["label_fraction"].unique()), table.ranked(condition)
+    if len(fractions) < 2 or not order:
         return None
-    names: dict[str, tuple[str, str | None]] = {
-        choice: (FEDERATED, choice) for choice, _ in table.ranked(condition)[: len(COLOURS) - 2]
-    }
-    names |= {row: (row, None) for row in ("pooled", "random") if row in set(own["row"])}
-    colours = {**{c: table.colour(c) for c in table.choices}, "pooled": "#222222", "random": OTHER}
-    series = {
-        name: {
-            f"{f:.0%}": m
-            for f in fractions
-            if (m := mean(table.by_seed(condition, row, "auc", choice, label_fraction=f))).seeds
-        }
-        for name, (row, choice) in names.items()
-    }
+    shown = {table.name(c): (FEDERATED, c, table.colour(c)) for c, _ in order[: len(COLOURS) - 2]}
+    shown |= {row_name("pooled"): ("pooled", order[0][0], POOLED), row_name("random"): ("random", order[0][0], OTHER)}
+    series: dict[str, dict[str, Mean]] = {}
+    for name, (row, choice, _) in shown.items():
+        found = {f"{f:.0%}": mean(table.by_seed(condition, choice, row, "auc", label_fraction=f)) for f in fractions}
+        if kept := {fraction: value for fraction, value in found.items() if value.seeds}:
+            series[name] = kept
+    if not series:
+        return None
+    colours = {name: colour for name, (_, _, colour) in shown.items()}
     svg = lines(series, [f"{f:.0%}" for f in fractions], colours, "AUC by part of the labels")
     note = "AUC of a linear probe that learns from this part of the training patients' labels."
-    return Figure(condition or "Labels", note, svg, [(row_name(n) or FEDERATED, colours[n]) for n in series])
+    title = table.named(condition) or "Labels"
+    return Figure(title, note, svg, [(name, colours[name]) for name in series])
 
 
-def matrix(table: Table, condition: str) -> dict[str, Any] | None:
-    """Site × site: trained where the row says, measured where the column says; means over seeds, with their shades."""
-    own = table.under(condition)
+def matrix(table: Table, condition: Values) -> dict[str, Any] | None:
+    """Site x site: trained where the row says, measured where the column says; means over seeds, with their shades."""
+    order, own = table.ranked(condition), table.of(condition)
     own = own[own["metric"].isin(["auc", "auc_own_probe"]) & (own["site"] != "")]
     sites = list(dict.fromkeys(own["site"]))
     alone = [row for row in dict.fromkeys(own["row"]) if row.startswith(ALONE)]
-    if not alone or len(sites) > MOST_SITES:
+    if not alone or not order or len(sites) > MOST_SITES:
         return None
-    lines_of: list[tuple[str, str, str, str | None]] = [(row_name(row), row, "auc_own_probe", None) for row in alone]
-    lines_of += [
-        (f"federated: {name}" if name else FEDERATED, FEDERATED, "auc", name) for name, _ in table.ranked(condition)[:1]
-    ]
-    lines_of += [(row_name("pooled"), "pooled", "auc", None)] if "pooled" in set(own["row"]) else []
+    best = order[0][0]
+    asked = [(row_name(row), row, "auc_own_probe") for row in alone]
+    asked += [(f"federated: {table.name(best)}", FEDERATED, "auc"), (row_name("pooled"), "pooled", "auc")]
     cells = [
-        (name, [mean(table.by_seed(condition, row, metric, choice, site=site)) for site in sites])
-        for name, row, metric, choice in lines_of
+        (name, [mean(table.by_seed(condition, best, row, metric, site=site)) for site in sites])
+        for name, row, metric in asked
     ]
     values = [m.value for _, row in cells for m in row if m.seeds]
+    if not values:
+        return None
     low, high = min(values), max(values)
     shaded = [
         (name, [(f"{m.value:.3f}", (m.value - low) / (high - low or 1)) if m.seeds else ("–", 0.0) for m in row])
         for name, row in cells
+        if any(m.seeds for m in row)
     ]
-    return {"condition": condition, "sites": sites, "rows": shaded}
+    return {"sites": sites, "rows": shaded}
 
 
 def fairness(table: Table) -> list[dict[str, Any]]:
@@ -286,57 +297,55 @@ def fairness(table: Table) -> list[dict[str, Any]]:
     found = []
     for condition in table.conditions:
         for choice, _ in table.ranked(condition):
-            own = table.rows[
-                (table.rows["condition"] == condition)
-                & (table.rows["choice"] == choice)
-                & (table.rows["row"] == FEDERATED)
-                & (table.rows["metric"] == "auc")
-                & (table.rows["site"] != "")
-            ]
-            by_seed = own.groupby(SEED)["value"]
+            own = table.of(condition, choice)
+            own = own[(own["row"] == FEDERATED) & (own["metric"] == "auc") & (own["site"] != "")]
             if own.empty:
                 continue
-            worst = own.groupby("site")["value"].mean().idxmin()
+            by_seed = own.groupby(SEED)["value"]
+            worst = own.loc[by_seed.idxmin(), "site"].mode()[0]
             figures = [mean(by_seed.mean()), mean(by_seed.min()), mean(by_seed.max() - by_seed.min())]
-            found.append({"condition": condition, "choice": choice or FEDERATED, "figures": figures, "worst": worst})
+            found.append({**_of(table, condition, choice), "figures": figures, "worst": worst})
     return found
 
 
 def sites_told_apart(table: Table) -> list[dict[str, Any]]:
-    """A line a condition: AUC by which sites are told apart, before (pixels, untrained) and after (each choice)."""
+    """A line a condition and choice: AUC by which sites are told apart, before (pixels, untrained) and after."""
     found = []
     for condition in table.conditions:
-        before = [mean(table.by_seed(condition, row, "site_auc")) for row in ("pixels", "random")]
-        after = [(c, mean(table.by_seed(condition, FEDERATED, "site_auc", c))) for c, _ in table.ranked(condition)]
-        found += [
-            {"condition": condition, "choice": choice or FEDERATED, "figures": [*before, m]}
-            for choice, m in after
-            if m.seeds
-        ]
+        for choice, _ in table.ranked(condition):
+            rows = ("pixels", "random", FEDERATED)
+            figures = [mean(table.by_seed(condition, choice, row, "site_auc")) for row in rows]
+            if figures[-1].seeds:
+                found.append({**_of(table, condition, choice), "figures": figures})
     return found
 
 
 def costs(table: Table) -> list[dict[str, Any]]:
-    """A line a choice: megabytes to and from all sites, seconds that sites worked, and the run's own time."""
-    own = table.rows[table.rows["row"] == FEDERATED]
-    return [
-        {
-            "choice": choice or FEDERATED,
-            **{
-                name: own.loc[(own["choice"] == choice) & (own["metric"] == name), "value"].mean()
-                for name in ("rounds", "bytes_down", "bytes_up", "site_seconds", "wall_s")
-            },
-        }
-        for choice in table.choices
-    ]
+    """A line a condition and choice: rounds, bytes to and from all sites, seconds that sites worked, and of clocks."""
+    names = ("rounds", "bytes_down", "bytes_up", "site_seconds", "wall_s", "virtual_s")
+    found = []
+    for condition in table.conditions:
+        for choice, _ in table.ranked(condition):
+            figures = {name: mean(table.by_seed(condition, choice, FEDERATED, name)) for name in names}
+            found.append({**_of(table, condition, choice), **{n: m.value for n, m in figures.items() if m.seeds}})
+    return found
 
 
-def behind(table: Table, condition: str) -> list[tuple[str, Mean]]:
-    """How far each choice is behind the best under a condition, and the best behind pooled, seed by seed."""
+def _of(table: Table, condition: Values, choice: Values) -> dict[str, str]:
+    return {"condition": table.named(condition), "choice": table.name(choice)}
+
+
+def behind(table: Table, condition: Values) -> dict[str, Mean]:
+    """How far each choice is behind the best under a condition, and the best behind pooled, seed by seed.
+
+    Without those that share no seed with the best.
+    """
     order = table.ranked(condition)
     if not order:
-        return []
-    best = table.by_seed(condition, FEDERATED, table.metric, order[0][0])
-    gaps = [(c, mean(best - table.by_seed(condition, FEDERATED, table.metric, c))) for c, _ in order[1:]]
-    pooled = table.by_seed(condition, "pooled", table.metric)
-    return [("pooled", mean((best - pooled).dropna())), *gaps] if len(pooled) else gaps
+        return {}
+    best = order[0][0]
+    ours = table.by_seed(condition, best, FEDERATED, table.metric)
+    others = {table.name(c): table.by_seed(condition, c, FEDERATED, table.metric) for c, _ in order[1:]}
+    others["pooled"] = table.by_seed(condition, best, "pooled", table.metric)
+    gaps = {name: mean((ours - other).dropna()) for name, other in others.items()}
+    return {name: gap for name, gap in gaps.items() if gap.seeds}

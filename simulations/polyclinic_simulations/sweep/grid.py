@@ -23,17 +23,22 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.errors import StudyError
+from polyclinic.rules import Aggregation
 from polyclinic.study import MAX_CHARACTERS, Study, resolve, with_weights
 
 SEED = "seed"
-NAMED = {"rule": "aggregation", "partition": "simulation.partition"}
-"""Axes whose values are a table of the study, or the one key that says which: {axis: table}."""
+TABLES = {"rule": "aggregation", "partition": "simulation.partition"}
+"""Axes whose values are settings of one table: {axis: table}."""
 KEYS = {"rule": "rule", "partition": "kind", "method": "method"}
-"""That key, by axis."""
+"""The key of a value that is no table itself, by axis."""
+ROWS = "evaluation.rows"
+"""The one key that no axis may set: which cells train which rows is the sweep's own business."""
 MOST = 10_000
 """Cells of a grid."""
 
 Plain = dict[str, Any]
+Patch = tuple[str, Plain]
+"""(a value in words, {dotted key of the study: what it becomes})."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +47,22 @@ class Cell:
 
     Attributes:
         values: {axis: the cell's value on it, in words}, in the order of the file.
-        baselines: whether this cell trains the rows that no rule and no fault changes, for all cells that share them.
+        study: with all rows that the file asks for.
     """
 
     values: dict[str, str]
     study: Study
-    baselines: bool = True
 
     @cached_property
     def name(self) -> str:
         """Of the cell's folder: its values, and a digest of the study, so that a changed one is another cell."""
         words = re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(self.values.values())).strip("-.")[:60]
-        return f"{words}-{sha256(self.study.to_toml().encode()).hexdigest()[:10]}"
+        return f"{words}-{sha256(self.with_rows([]).to_toml().encode()).hexdigest()[:10]}"
+
+    def with_rows(self, rows: list[Any]) -> Study:
+        """The study with these rows alone beside `federated`."""
+        evaluation = self.study.evaluation.model_copy(update={"rows": rows})
+        return self.study.model_copy(update={"evaluation": evaluation})
 
 
 @dataclass(frozen=True)
@@ -61,20 +70,27 @@ class Grid:
     """All cells of a grid file.
 
     Attributes:
-        axes: {axis: its values in words}, in the order of the file; the seed is one of them.
+        axes: {axis: its values in words}, in the order of the file; the seed is the last.
         conditions: the axes that say how sites differ. The others are choices, which are compared under each condition.
-        shared: the axes on which only rows that are federated depend.
+        rules: the axes that change nothing for a site that trains alone: how updates are combined.
+        faults: those that change nothing but the federation: who is unreliable.
     """
 
     axes: dict[str, list[str]]
     conditions: list[str]
-    shared: list[str]
+    rules: list[str]
+    faults: list[str]
     cells: list[Cell]
 
     @property
     def choices(self) -> list[str]:
         """The axes on which one may choose."""
         return [axis for axis in self.axes if axis != SEED and axis not in self.conditions]
+
+    def axes_of(self, row: str) -> list[str]:
+        """On which a row depends; the cells that agree on them share it."""
+        free = {"federated": [], "scratch": self.faults, "init": self.faults}.get(row, self.rules + self.faults)
+        return [axis for axis in self.axes if axis not in free]
 
 
 def read_grid(path: Path) -> Grid:
@@ -83,24 +99,30 @@ def read_grid(path: Path) -> Grid:
     Raises:
         StudyError: it cannot be read, names no axis, or a cell is no study; the error names the cell.
     """
-    text = _text(path)
     try:
-        base = tomllib.loads(text)
+        base = tomllib.loads(_text(path))
     except (ValueError, RecursionError) as error:
         raise StudyError(f"{path} is not TOML: {error}", "correct the line it names") from error
-    axes = dict(_flat(base.pop("grid", {})))
+    axes = dict(_flat(base.pop("grid", {}), path))
     if not axes:
         raise StudyError(f"{path} has no [grid]", 'name what to vary, such as: [grid] rule = ["fedavg", "median"]')
     resolve(base, str(path))  # an error that all cells share is the study's
-    axes = {axis: values for axis, values in axes.items() if axis != SEED} | {
-        SEED: axes.get(SEED, [base.get("study", {}).get("seed", 0)])
-    }
+    axes = {axis: values for axis, values in axes.items() if axis != SEED} | {SEED: axes.get(SEED, [_seed(base)])}
     patches = {axis: [_patch(axis, value, base, path) for value in values] for axis, values in axes.items()}
     _require(patches, path)
-    conditions = [axis for axis, found in patches.items() if axis != SEED and all(map(_of_the_world, found))]
-    shared = [axis for axis, found in patches.items() if axis != SEED and all(map(_federated_only, found))]
-    cells = list(_cells(base, patches, shared, path))
-    return Grid({axis: [name for name, _ in found] for axis, found in patches.items()}, conditions, shared, cells)
+    for axis in patches.keys() & TABLES.keys():
+        _clear(base, axis)
+    return Grid(
+        axes={axis: [name for name, _ in found] for axis, found in patches.items()},
+        conditions=_axes_that_set(r"simulation\.", patches),
+        rules=_axes_that_set(r"aggregation\.", patches),
+        faults=_axes_that_set(r"simulation\.(fault|clock)(\.|$)", patches),
+        cells=list(_cells(base, patches, path)),
+    )
+
+
+def _seed(base: Plain) -> int:
+    return int(base["study"].get("seed", 0))
 
 
 def _text(path: Path) -> str:
@@ -114,41 +136,46 @@ def _text(path: Path) -> str:
     return text
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(table: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
     """(dotted name, values) of every axis, whether its name is quoted or makes tables."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-Patch = tuple[str, Plain]
-"""(a value in words, {dotted key of the study: what it becomes})."""
+    if isinstance(table, dict):
+        for key, value in table.items():
+            yield from _flat(value, path, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(table, list) and prefix:
+        yield prefix, table
+    else:
+        raise StudyError(f"{path}: [grid] {prefix} is {table!r}", f"give a list, such as [{table!r}]")
 
 
 def _patch(axis: str, value: Any, base: Plain, path: Path) -> Patch:
     """One value of an axis."""
     if isinstance(value, dict) and value.keys() == {"name", "set"} and isinstance(value["set"], dict):
-        return str(value["name"]), dict(_flat(value["set"]))
+        return str(value["name"]), dict(_leaves(value["set"]))
     name = _words(axis, value)
+    own = value if isinstance(value, dict) else {KEYS.get(axis, ""): value}
     if axis == SEED:
         return name, {"study.seed": value}
-    if axis in NAMED:
-        own = value if isinstance(value, dict) else {KEYS[axis]: value}
-        kept = base.get("aggregation", {}) if axis == "rule" and isinstance(base.get("aggregation"), dict) else {}
-        return name, {NAMED[axis]: {**kept, **own}}
+    if axis in TABLES:
+        return name, {f"{TABLES[axis]}.{key}": setting for key, setting in own.items()}
     if axis == "method":
-        own = value if isinstance(value, dict) else {"method": value}
-        stages = [{**s, **own} if s.get("kind") != "finetune" else s for s in base["stages"]]
-        return name, {"stages": stages}
+        stages = [number for number, stage in enumerate(base["stages"]) if stage.get("kind") != "finetune"]
+        return name, {f"stages.{number}.{key}": setting for number in stages for key, setting in own.items()}
     if axis == "severity":
-        return name, _scaled(base, value, path)
+        return name, _scaled(base.get("simulation", {}), value, path)
     if "." not in axis:
         raise StudyError(
             f"{path}: [grid] has no axis {axis!r}", "use method, rule, partition, severity, seed, or a key's whole name"
         )
     return name, {axis: value}
+
+
+def _leaves(table: Plain, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value), the tables of a table opened; an empty one is a value."""
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _words(axis: str, value: Any) -> str:
@@ -163,64 +190,67 @@ def _words(axis: str, value: Any) -> str:
     return " ".join([*([str(first)] if first else []), *(f"{k}={v}" for k, v in value.items() if k != KEYS.get(axis))])
 
 
-def _scaled(base: Plain, factor: Any, path: Path) -> Plain:
+def _scaled(simulation: Plain, factor: Any, path: Path) -> Plain:
     """All shifts with this part of their severity."""
-    simulation = base.get("simulation", {})
-    sites = [site for site in simulation.get("site", []) if site.get("shift")]
-    if not sites and not simulation.get("shift"):
+    shifts = {f"simulation.shift.{n}": shift for n, shift in enumerate(simulation.get("shift", []))}
+    for place, site in enumerate(simulation.get("site", [])):
+        shifts |= {f"simulation.site.{place}.shift.{n}": shift for n, shift in enumerate(site.get("shift", []))}
+    if not shifts:
         raise StudyError(f"{path}: [grid] severity has no shift to scale", "add [[simulation.shift]] to the study")
     if not isinstance(factor, int | float) or not 0 <= factor <= 1:
         raise StudyError(f"{path}: [grid] severity is {factor!r}", "give numbers from 0 to 1")
-
-    def scaled(shifts: list[Plain]) -> list[Plain]:
-        return [{**shift, "severity": float(factor * shift["severity"])} for shift in shifts]
-
-    every = [{**s, "shift": scaled(s["shift"])} if s.get("shift") else s for s in simulation.get("site", [])]
-    return {"simulation.shift": scaled(simulation.get("shift", [])), **({"simulation.site": every} if every else {})}
+    return {f"{key}.severity": float(factor * shift["severity"]) for key, shift in shifts.items()}
 
 
 def _require(patches: Mapping[str, list[Patch]], path: Path) -> None:
+    """Refuse axes without values, with one twice, and two that set the same: the later would undo the earlier."""
     for axis, found in patches.items():
         names = [name for name, _ in found]
         if not names or len(set(names)) < len(names):
             problem = f"names {next(n for n in names if names.count(n) > 1)!r} twice" if names else "has no value"
             raise StudyError(f"{path}: [grid] {axis} {problem}", "list every value once")
+    sets = {axis: {key for _, settings in found for key in settings} for axis, found in patches.items()}
+    for one, other in itertools.permutations(sets, 2):
+        if clash := next((key for key in sets[one] for inner in sets[other] if _within(inner, key)), None):
+            raise StudyError(f"{path}: [grid] {one} and {other} both set {clash}", "vary it on one axis")
+    if any(_within(ROWS, key) for keys in sets.values() for key in keys):
+        raise StudyError(f"{path}: [grid] varies {ROWS}, which all cells share", "set it in [evaluation]")
     if (count := math.prod(map(len, patches.values()))) > MOST:
         raise StudyError(f"{path}: the grid has {count} cells", f"ask for at most {MOST}")
 
 
-def _of_the_world(patch: Patch) -> bool:
-    """Whether a value changes only how the simulated sites are."""
-    return all(key.startswith("simulation.") for key in patch[1])
+def _within(inner: str, key: str) -> bool:
+    """Whether one dotted key is another, or in its table."""
+    return f"{inner}.".startswith(f"{key}.")
 
 
-def _federated_only(patch: Patch) -> bool:
-    """Whether a value changes nothing for who trains alone: the rule, faults and the clock."""
-    return all(re.match(r"(aggregation|simulation\.(fault|clock))(\.|$)", key) for key in patch[1])
+def _clear(base: Plain, axis: str) -> None:
+    """Leave out what the base says of a table whose settings an axis gives: they may be no settings of its values."""
+    if axis == "partition":
+        base.get("simulation", {}).pop("partition", None)
+    elif "aggregation" in base:
+        base["aggregation"] = {k: v for k, v in base["aggregation"].items() if k in Aggregation.model_fields}
 
 
-def _cells(base: Plain, patches: Mapping[str, list[Patch]], shared: list[str], path: Path) -> Iterator[Cell]:
-    """Every combination; of those that share their baselines, the first trains them."""
-    trained: set[tuple[str, ...]] = set()
+def _axes_that_set(keys: str, patches: Mapping[str, list[Patch]]) -> list[str]:
+    """The axes all of whose values set only keys that begin so."""
+    return [
+        axis
+        for axis, found in patches.items()
+        if axis != SEED and all(re.match(keys, key) for _, settings in found for key in settings)
+    ]
+
+
+def _cells(base: Plain, patches: Mapping[str, list[Patch]], path: Path) -> Iterator[Cell]:
+    """Every combination."""
     for chosen in itertools.product(*patches.values()):
         plain = copy.deepcopy(base)
         for _, settings in chosen:
             for key, value in settings.items():
                 _set(plain, key, copy.deepcopy(value), path)
         values = dict(zip(patches, (name for name, _ in chosen), strict=True))
-        others = tuple(value for axis, value in values.items() if axis not in shared)
-        first = others not in trained
-        trained.add(others)
-        if not first:
-            plain["evaluation"] = _only_own_rows(plain.get("evaluation", {}))
         where = f"{path}, cell " + ", ".join(f"{axis} = {value}" for axis, value in values.items())
-        yield Cell(values, with_weights(resolve(plain, where), path), first)
-
-
-def _only_own_rows(evaluation: Plain) -> Plain:
-    """Of the rows beside `federated`, those that the rule trains too."""
-    asked = evaluation.get("rows", ["scratch"])
-    return {**evaluation, "rows": [row for row in asked if row == "scratch"]}
+        yield Cell(values, with_weights(resolve(plain, where), path))
 
 
 def _set(plain: Any, key: str, value: Any, path: Path) -> None:

@@ -4,15 +4,19 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from polyclinic.cohort.index import read_meta
+from polyclinic.encoders import build_encoder
 from polyclinic.errors import PolyclinicError, Refused, StorageError
 from polyclinic.files import make_folder, write_atomic
-from polyclinic.model import initial_tensors
-from polyclinic.study import Study
+from polyclinic.methods import make_method
+from polyclinic.stages import AnyStage
+from polyclinic.study import Encoder, Images, Study, load_study
 from polyclinic_simulations.checks import check
 from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, require
@@ -20,22 +24,26 @@ from polyclinic_simulations.shift import pixel_shifts
 from polyclinic_simulations.simulate import simulate
 from polyclinic_simulations.sweep.grid import Cell, Grid
 
-CELLS = "cells"
-FAILED = "failed.json"
-FEDERATED = ("federated", "scratch", "init")
-"""The rows that a rule trains."""
+CELLS, PATIENTS, FAILED = "cells", "patients.json", "failed.json"
 REPORT_BYTES = 3_000_000
 """Of a finished cell, beside its encoder."""
 COPIES = 8
 """Of its tensors that a site keeps at most while it trains: two rounds of update and moments, and one half made."""
+COSTS = {"bytes_up": "bytes_up", "bytes_down": "bytes_down", "site_seconds": "seconds"}
+"""Of the federation, summed over sites and rounds: {in results.csv: in metrics.csv}."""
 
 Listen = Callable[[str, Mapping[str, Any]], None]
 """Is told (cell, event)."""
+Task = tuple[Cell, Study]
+"""A cell, and its study with the rows that it trains."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sweep works: its own folder, where relative cohort paths start, and where built cohorts are kept."""
+    """Where a sweep works: its own folder, where relative cohort paths start, and where built cohorts are kept.
+
+    All absolute: a Ray cluster's machines, which share the file system, have other working directories.
+    """
 
     out: Path
     data: Path
@@ -45,52 +53,102 @@ class Place:
         """The run directory of a cell."""
         return self.out / CELLS / cell.name
 
+    def is_made(self, cell: Cell) -> bool:
+        """Whether a cell is finished: its report is written last."""
+        return all((self.folder(cell) / name).exists() for name in ("summary.json", "report.html"))
 
-def is_made(folder: Path) -> bool:
-    """Whether a cell is finished."""
-    return (folder / "summary.json").exists()
+
+def tasks(grid: Grid, place: Place) -> list[Task]:
+    """What is still to be made: every row once for the cells that share it, by the one where least can go wrong.
+
+    Those that are begun, or finished, keep the rows that they have.
+    """
+    begun = {cell.name: _rows_of(place.folder(cell)) for cell in grid.cells}
+    rows: dict[str, list[str]] = {name: list(found or []) for name, found in begun.items()}
+    for row in grid.cells[0].study.evaluation.rows:
+        groups: dict[tuple[str, ...], list[Cell]] = {}
+        for cell in grid.cells:
+            groups.setdefault(tuple(cell.values[axis] for axis in grid.axes_of(row)), []).append(cell)
+        for cells in groups.values():
+            free = [cell for cell in cells if begun[cell.name] is None]
+            if free and not any(row in rows[cell.name] for cell in cells):
+                rows[min(free, key=_risk).name].append(row)
+    return [(cell, cell.with_rows(rows[cell.name])) for cell in grid.cells if not place.is_made(cell)]
 
 
-def prepare(grid: Grid, place: Place, at_once: int, reading: Reading) -> None:
-    """Build all cohorts, deal the patients of every world once, and see that the disk can hold the grid.
+def _rows_of(folder: Path) -> list[str] | None:
+    """The rows of a cell that has been begun."""
+    return list(load_study(path).evaluation.rows) if (path := folder / "study.toml").exists() else None
+
+
+def _risk(cell: Cell) -> tuple[int, int]:
+    return len(cell.study.simulation.fault), cell.study.aggregation.least
+
+
+def prepare(grid: Grid, wanted: list[Task], place: Place, at_once: int, reading: Reading) -> dict[str, str]:
+    """Build all cohorts, deal their patients, and see that the disk can hold the grid.
+
+    Returns:
+        {what decides who is where: a digest of the patients}, of all cells.
 
     Raises:
-        Refused, StudyError, CohortError: a cell cannot be simulated, or the grid is too large for the disk.
+        Refused, StudyError, CohortError: a cell cannot be simulated, its patients are not those that were there when
+            the sweep was begun, or the grid is too large for the disk.
     """
+    path = place.out / PATIENTS
+    before: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, str] = {}
     largest = 0
-    worlds: set[str] = set()
     for cell in grid.cells:
-        world = cell.study.simulation.model_dump_json()
-        if world in worlds:
+        if (world := _world(cell.study)) in found:
             continue
-        worlds.add(world)
         check(cell.study, place.data, False)
         members = gather(cell.study, place.data, place.state, reading)
         require(members, cell.study)
+        found[world] = "-".join(sorted({str(read_meta(member.cohort.folder)["digest"])[:16] for member in members}))
+        if before.get(world, found[world]) != found[world]:
+            raise Refused(
+                f"{place.out} was begun with other patients than those in {place.data}",
+                "give another --out, or the data that it was begun with",
+            )
         shifted = sum(len(m.own) for m in members if any(pixel_shifts(m.shifts)))
         pixels = cell.study.images.size**2 * cell.study.images.channels
         tensors = COPIES * (2 * len(members) + 1) * _bytes(cell.study)  # the federation's and those of the rows
         largest = max(largest, shifted * pixels + tensors)
-    missing = [cell for cell in grid.cells if not is_made(place.folder(cell))]
-    needed = min(at_once, len(missing)) * largest + sum(_bytes(cell.study) + REPORT_BYTES for cell in missing)
+    needed = min(at_once, len(wanted)) * largest + sum(_bytes(study) + REPORT_BYTES for _, study in wanted)
     free = shutil.disk_usage(_existing(place.out)).free
     if needed > free:
         raise Refused(
             f"the grid needs some {needed / 1e9:.1f} GB in {place.out}, and {free / 1e9:.1f} GB are free there",
             "ask for fewer cells or a smaller encoder, or give another --out",
         )
+    return before | found
+
+
+def _world(study: Study) -> str:
+    """What decides which images there are, and at which site."""
+    parts = {"simulation": ..., "images": ..., "encoder": ..., "privacy": {"mode"}, "study": {"seed"}}
+    return study.model_dump_json(include=parts)  # type: ignore[arg-type]
 
 
 def _bytes(study: Study) -> int:
     """Of the tensors of the study's first stage."""
-    return sum(value.nbytes for value in initial_tensors(study, 0, None).values())
+    return _bytes_of(study.encoder, study.images, study.stages[0], len(study.evaluation.classes))
+
+
+@cache
+def _bytes_of(encoder: Encoder, images: Images, stage: AnyStage, classes: int) -> int:
+    method = make_method(stage, classes)
+    module = method.build(build_encoder(encoder, images))
+    state = module.state_dict()
+    return sum(4 * state[name].numel() for name in method.shared(module))
 
 
 def _existing(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
-def make_cell(cell: Cell, place: Place, listen: Listen = lambda cell, event: None) -> None:
+def make_cell(task: Task, place: Place, listen: Listen = lambda cell, event: None) -> None:
     """Simulate one cell, or go on with it. What a finished one no longer needs goes.
 
     A study that cannot be trained, as where too few sites are left, is a result: its reason is kept in its stead.
@@ -98,14 +156,13 @@ def make_cell(cell: Cell, place: Place, listen: Listen = lambda cell, event: Non
     Raises:
         StorageError: the disk is full.
     """
+    cell, study = task
     folder = place.folder(cell)
     begun = (folder / "study.toml").exists()
     make_folder(folder.parent)
     (folder / FAILED).unlink(missing_ok=True)
     try:
-        simulate(
-            cell.study, folder, place.data, place.state, resume=begun, listen=lambda event: listen(cell.name, event)
-        )
+        simulate(study, folder, place.data, place.state, resume=begun, listen=lambda event: listen(cell.name, event))
     except StorageError:
         raise
     except PolyclinicError as error:
@@ -116,14 +173,14 @@ def make_cell(cell: Cell, place: Place, listen: Listen = lambda cell, event: Non
         shutil.rmtree(folder / part, ignore_errors=True)
 
 
-def one_by_one(cells: list[Cell], place: Place, listen: Listen) -> Iterator[Cell]:
+def one_by_one(wanted: list[Task], place: Place, listen: Listen) -> Iterator[Cell]:
     """Make the cells here; each as it is finished."""
-    for cell in cells:
-        make_cell(cell, place, listen)
-        yield cell
+    for task in wanted:
+        make_cell(task, place, listen)
+        yield task[0]
 
 
-def side_by_side(cells: list[Cell], place: Place, listen: Listen) -> Iterator[Cell]:
+def side_by_side(wanted: list[Task], place: Place, listen: Listen) -> Iterator[Cell]:
     """Make the cells on Ray, as many at once as there are cores for their threads; each as it is finished.
 
     Raises:
@@ -131,11 +188,11 @@ def side_by_side(cells: list[Cell], place: Place, listen: Listen) -> Iterator[Ce
     """
     from polyclinic_simulations.engines.ray import cluster
 
-    with cluster(max(cell.study.compute.threads for cell in cells)):
+    with cluster(max((study.compute.threads for _, study in wanted), default=1)):
         import ray
 
         far = ray.remote(max_retries=0)(make_cell)
-        pending = {far.options(num_cpus=cell.study.compute.threads).remote(cell, place): cell for cell in cells}
+        pending = {far.options(num_cpus=t[1].compute.threads).remote(t, place): t[0] for t in wanted}
         while pending:
             ready, _ = ray.wait(list(pending), timeout=1.0)
             for reference in ready:
@@ -161,8 +218,11 @@ def results(grid: Grid, place: Place) -> pd.DataFrame:
     """
     lines: list[dict[str, Any]] = []
     for cell in grid.cells:
-        if is_made(folder := place.folder(cell)):
-            lines += [{**_axes(cell, grid, line["row"]), **line, "cell": cell.name} for line in _lines(folder)]
+        if place.is_made(cell):
+            for line in _lines(place.folder(cell)):
+                own = grid.axes_of(line["row"])
+                values = {axis: value if axis in own else "" for axis, value in cell.values.items()}
+                lines.append({**values, **line, "cell": cell.name})
     columns = [*grid.axes, "row", "site", "label_fraction", "metric", "value", "low", "high", "cell"]
     return pd.DataFrame(lines, columns=columns)
 
@@ -173,36 +233,29 @@ def failures(grid: Grid, place: Place) -> dict[str, str]:
     return {name: json.loads(path.read_text())["problem"] for name, path in found.items() if path.exists()}
 
 
-def _axes(cell: Cell, grid: Grid, row: str) -> dict[str, str]:
-    """The cell's values, those left out that its row does not depend on."""
-    own = row in FEDERATED
-    return {axis: v if own or axis not in grid.shared else "" for axis, v in cell.values.items()}
-
-
-def _lines(folder: Path) -> Iterator[dict[str, Any]]:
+@cache
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    """The figures of a finished cell, which do not change any more."""
     summary = json.loads((folder / "summary.json").read_text())
     blank = {"site": "", "label_fraction": 1.0, "low": None, "high": None}
+    lines: list[dict[str, Any]] = []
     for prefix, table in (("", "comparison"), ("classifier_", "classifier")):
         for row, scores in summary[table].items():
+            line = {**blank, "row": row}
             ends = {"low": scores["auc_low"], "high": scores["auc_high"]}
-            yield {**blank, "row": row, "metric": f"{prefix}auc", "value": scores["auc"], **ends}
-            value = scores["balanced_accuracy"]
-            yield {**blank, "row": row, "metric": f"{prefix}balanced_accuracy", "value": value}
+            lines.append({**line, "metric": f"{prefix}auc", "value": scores["auc"], **ends})
+            lines.append({**line, "metric": f"{prefix}balanced_accuracy", "value": scores["balanced_accuracy"]})
     for row, found in summary["profiles"].items():
         line = {**blank, "row": row}
-        yield from ({**line, "site": at, "metric": "auc", "value": v} for at, v in found["at_sites"].items())
-        yield from ({**line, "site": at, "metric": "auc_own_probe", "value": v} for at, v in found["own"].items())
-        for fraction, value in found["labels"].items():
-            if float(fraction) < 1:
-                yield {**line, "label_fraction": float(fraction), "metric": "auc", "value": value}
+        lines += [{**line, "site": at, "metric": "auc", "value": v} for at, v in found["at_sites"].items()]
+        lines += [{**line, "site": at, "metric": "auc_own_probe", "value": v} for at, v in found["own"].items()]
+        few = [(float(fraction), value) for fraction, value in found["labels"].items() if float(fraction) < 1]
+        lines += [{**line, "label_fraction": fraction, "metric": "auc", "value": value} for fraction, value in few]
         if found["site_auc"] is not None:
-            yield {**line, "metric": "site_auc", "value": found["site_auc"]}
+            lines.append({**line, "metric": "site_auc", "value": found["site_auc"]})
     measured = pd.read_csv(folder / "metrics.csv", keep_default_na=False)
     at_sites = measured[measured["site"] != ""]
     costs = {name: at_sites.loc[at_sites["metric"] == m, "value"].sum() for name, m in COSTS.items()}
-    costs |= {"rounds": summary["rounds"], "wall_s": summary["wall_s"]}
-    yield from ({**blank, "row": "federated", "metric": name, "value": float(v)} for name, v in costs.items())
-
-
-COSTS = {"bytes_up": "bytes_up", "bytes_down": "bytes_down", "site_seconds": "seconds"}
-"""Of the federation, summed over sites and rounds: {in results.csv: in metrics.csv}."""
+    costs |= {name: summary[name] for name in ("rounds", "wall_s", "virtual_s") if name in summary}
+    line = {**blank, "row": "federated"}
+    return lines + [{**line, "metric": name, "value": float(value)} for name, value in costs.items()]

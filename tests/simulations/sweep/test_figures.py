@@ -12,7 +12,8 @@ from polyclinic_simulations.sweep.grid import Grid
 from polyclinic_simulations.sweep.page import verdicts
 
 AXES = {"rule": ["a", "b"], "partition": ["iid", "skew"], "seed": ["0", "1", "2"]}
-GRID = Grid(AXES, conditions=["partition"], shared=["rule"], cells=[])
+GRID = Grid(AXES, conditions=["partition"], rules=["rule"], faults=[], cells=[])
+IID, SKEW = ("iid",), ("skew",)
 
 
 def line(**values: Any) -> dict[str, Any]:
@@ -49,8 +50,8 @@ def test_an_interval_is_students() -> None:
 
 
 def test_choices_are_ranked_under_each_condition_and_compared_seed_by_seed(table: Table) -> None:
-    assert [name for name, _ in table.ranked("skew")] == ["b", "a"]
-    gaps = dict(figures.behind(table, "skew"))
+    assert [name for name, _ in table.ranked(SKEW)] == [("b",), ("a",)]
+    gaps = figures.behind(table, SKEW)
     assert (gaps["a"].value, gaps["a"].half) == (pytest.approx(0.1), pytest.approx(0.0, abs=1e-9))
     assert gaps["pooled"].value == pytest.approx(-0.05)
     said = verdicts(table)
@@ -60,7 +61,7 @@ def test_choices_are_ranked_under_each_condition_and_compared_seed_by_seed(table
 
 
 def test_rows_that_share_no_choice_stand_beside_all(table: Table) -> None:
-    others = dict(table.other_rows("skew"))
+    others = dict(table.other_rows(SKEW))
     assert others["all sites pooled"].value == pytest.approx(0.85)
     assert others["mean single site"].value == pytest.approx(0.49)
 
@@ -72,7 +73,7 @@ def test_fairness_is_the_worst_site_and_the_spread(table: Table) -> None:
 
 
 def test_the_matrix_says_where_a_site_alone_is_of_use(table: Table) -> None:
-    found = figures.matrix(table, "iid")
+    found = figures.matrix(table, IID)
     assert found is not None
     assert found["sites"] == ["x", "y"]
     cells = dict(found["rows"])
@@ -81,8 +82,33 @@ def test_the_matrix_says_where_a_site_alone_is_of_use(table: Table) -> None:
 
 
 def test_plots_hold_every_choice_and_escape_what_they_are_given(table: Table) -> None:
-    table.rows["choice"] = table.rows["choice"].replace("a", "<a>")
-    table.choices = ["<a>", "b"]
-    plot = str(figures.forest(table, "skew"))
+    table = Table(table.rows.assign(rule=table.rows["rule"].replace("a", "<a>")), GRID)
+    plot = str(figures.forest(table, SKEW))
     assert "&lt;a&gt;" in plot and "<a>" not in plot
     assert figures.across(table) is not None
+
+
+def test_rows_that_a_choice_changes_are_read_beside_their_own() -> None:
+    """Two norms: pooled is .1 above the better and .2 below the other, and no mean of both."""
+    grid = Grid({"encoder.norm": ["group", "batch"], "seed": ["0", "1"]}, conditions=[], rules=[], faults=[], cells=[])
+    rows = []
+    for seed in ("0", "1"):
+        for norm, ours, pooled in (("group", 0.8, 0.9), ("batch", 0.7, 0.5)):
+            at = {"encoder.norm": norm, "seed": seed}
+            rows += [line(**at, row="federated", value=ours), line(**at, row="pooled", value=pooled)]
+    table = Table(pd.DataFrame(rows), grid)
+    assert figures.behind(table, ())["pooled"].value == pytest.approx(-0.1)
+    assert {name: found.value for name, found in table.other_rows(())} == {
+        "all sites pooled, norm group": pytest.approx(0.9),
+        "all sites pooled, norm batch": pytest.approx(0.5),
+    }
+    assert "0.100 below pooling" in verdicts(table)[0]
+
+
+def test_what_has_no_figures_has_no_plot(table: Table) -> None:
+    few = Table(table.rows[(table.rows["row"] == "federated") & (table.rows["site"] == "")], GRID)
+    assert figures.matrix(few, IID) is None
+    assert figures.label_efficiency(few, IID) is None
+    assert figures.sites_told_apart(few) == [] and figures.fairness(few) == []
+    apart = Table(table.rows[(table.rows["rule"] != "b") | (table.rows["seed"] == "0")], GRID)
+    assert "one seed" in " ".join(verdicts(apart))

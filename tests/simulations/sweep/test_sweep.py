@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tomllib
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,8 @@ def test_every_value_meets_every_other_and_each_study_says_its_own(tmp_path: Pat
     assert len({cell.name for cell in read.cells}) == 8
     assert read.conditions == ["partition"]
     assert read.choices == ["rule", "stages.0.batch_size"]
+    assert read.axes_of("pooled") == ["partition", "stages.0.batch_size", "seed"]
+    assert read.axes_of("scratch") == read.axes_of("federated") == list(read.axes)
 
 
 def test_severity_scales_every_shift_and_method_changes_pretraining_only(tmp_path: Path) -> None:
@@ -111,6 +114,12 @@ def test_a_named_value_sets_several_keys_and_a_dotted_name_needs_no_quotes(tmp_p
         ({"partition": [{"kind": "dirichlet", "alpha": 0.0}]}, "alpha"),
         ({"stages.7.rounds": [1]}, "no place for 'stages.7.rounds'"),
         ({"seed": list(range(10_001))}, "10001 cells"),
+        ({"seed": 3}, r"seed is 3\n  fix: give a list, such as \[3\]"),
+        ({"rule": "median"}, "rule is 'median'"),
+        ({"study.seed": [1, 2]}, "both set study.seed"),
+        ({"rule": ["fedavg"], "aggregation.rule": ["median"]}, "both set aggregation.rule"),
+        ({"simulation.partition": [{"kind": "iid"}], "partition": ["iid"]}, "both set simulation.partition"),
+        ({"evaluation.rows": [["random"], []]}, "varies evaluation.rows"),
     ],
 )  # fmt: skip
 def test_what_makes_no_grid_is_refused_by_name(grid: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -130,9 +139,11 @@ def test_rows_that_no_rule_changes_are_trained_once_and_all_goes_into_one_table(
     grid = write_grid(tmp_path / "grid.toml", {"rule": ["fedavg", "median"], "partition": ["iid"], "seed": [0, 1]})
     out = tmp_path / "out"
     assert sweep(grid, out, data, "--engine", "local", "--json") == 0
-    ranking = json.loads(capsys.readouterr().out)
-    assert {row["choice"] for row in ranking["iid"]} == {"fedavg", "median"}
-    assert all(row["seeds"] == 2 for row in ranking["iid"])
+    said = json.loads(capsys.readouterr().out)
+    [condition] = said["conditions"]
+    assert (condition["condition"], said["failed"]) == ("iid", {})
+    assert {row["choice"] for row in condition["ranking"]} == {"fedavg", "median"}
+    assert all(row["seeds"] == 2 for row in condition["ranking"])
     table = pd.read_csv(out / "results.csv", keep_default_na=False)
     overall = table[(table["metric"] == "auc") & (table["site"] == "") & (table["label_fraction"] == 1)]
     assert len(overall[overall["row"] == "federated"]) == 4
@@ -154,24 +165,57 @@ def test_rows_that_no_rule_changes_are_trained_once_and_all_goes_into_one_table(
 
 
 def test_rows_that_no_fault_changes_stand_beside_every_condition(data: Path, tmp_path: Path) -> None:
-    attacks = [{"name": "none", "set": {"simulation.fault": []}}]
-    attacks += [{"name": "flip", "set": {"simulation.fault": [{"kind": "sign_flip", "sites": ["site-1"]}]}}]
+    attacks = [{"name": "flip", "set": {"simulation.fault": [{"kind": "sign_flip", "sites": ["site-1"]}]}}]
+    attacks += [{"name": "none, ever", "set": {"simulation.fault": []}}]
     read = read_grid(write_grid(tmp_path / "grid.toml", {"attack": attacks}))
-    assert (read.conditions, read.shared) == (["attack"], ["attack"])
-    assert [cell.baselines for cell in read.cells] == [True, False]
+    assert (read.conditions, read.faults) == (["attack"], ["attack"])
+    place = Place(tmp_path / "out", data, tmp_path / "state")
+    assert [study.evaluation.rows for _, study in run.tasks(read, place)] == [[], ROWS]  # by the one without a fault
     assert sweep(tmp_path / "grid.toml", tmp_path / "out", data, "--engine", "local") == 0
     table = Table(pd.read_csv(tmp_path / "out" / "results.csv", keep_default_na=False), read)
-    assert table.conditions == ["none", "flip"]
+    assert table.conditions == [("flip",), ("none, ever",)]
     for condition in table.conditions:
-        assert [name for name, _ in table.ranked(condition)] == [""]
+        assert [name for name, _ in table.ranked(condition)] == [()]
         assert {"all sites pooled", "untrained encoder", "mean single site"} == {
             n for n, _ in table.other_rows(condition)
         }
 
 
 def test_pretraining_is_compared_with_none_by_the_same_rule(tmp_path: Path) -> None:
-    grid = write_grid(tmp_path / "grid.toml", {"rule": ["fedavg", "median"]}, [*ROWS, "scratch"])
-    assert [cell.study.evaluation.rows for cell in read_grid(grid).cells] == [[*ROWS, "scratch"], ["scratch"]]
+    grid = write_grid(tmp_path / "grid.toml", {"rule": ["median", "fedavg"]}, [*ROWS, "scratch"])
+    wanted = run.tasks(read_grid(grid), Place(tmp_path / "out", tmp_path, tmp_path))
+    assert [study.evaluation.rows for _, study in wanted] == [["scratch"], [*ROWS, "scratch"]]
+
+
+def test_a_grid_that_grows_at_its_front_keeps_the_rows_where_they_are(data: Path, tmp_path: Path) -> None:
+    grid, out = tmp_path / "grid.toml", tmp_path / "out"
+    assert sweep(write_grid(grid, {"rule": ["median"]}, ["random"]), out, data, "--engine", "local") == 0
+    write_grid(grid, {"rule": ["fedavg", "median"]}, ["random"])
+    [(cell, study)] = run.tasks(read_grid(grid), Place(out, data, tmp_path / "state"))
+    assert (cell.values["rule"], study.evaluation.rows) == ("fedavg", [])
+
+
+def test_other_patients_are_another_sweep(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid, out = write_grid(tmp_path / "grid.toml", {"seed": [0]}, []), tmp_path / "out"
+    assert sweep(grid, out, data, "--engine", "local") == 0
+    write_cohort(tmp_path / "others" / "all", 20, seed=1)
+    assert sweep(grid, out, tmp_path / "others", "--engine", "local") == 2
+    assert "begun with other patients" in capsys.readouterr().err
+
+
+def test_a_grid_of_which_nothing_can_be_trained_fails(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = {"kind": "dropout", "sites": ["site-1", "site-2"]}
+    simulation = {"sites": 3, "cohort": "all", "fault": [gone], "clock": {"images_per_s": 100.0}}
+    path = write_grid(tmp_path / "grid.toml", {"seed": [0]}, [], aggregation={"min_sites": 2})
+    plain = tomllib.loads(path.read_text())
+    path.write_text(tomli_w.dumps({**plain, "simulation": simulation}))
+    assert sweep(path, tmp_path / "out", data, "--engine", "local", "--json") == 1
+    told = capsys.readouterr()
+    assert "only 1 of at least 2 sites" in next(iter(json.loads(told.out)["failed"].values()))
+    assert "no study of the grid could be trained" in told.err
+    assert "No study is finished yet" in (tmp_path / "out" / "sweep.html").read_text()
 
 
 def test_what_is_finished_is_not_made_again_and_a_grid_may_grow(
@@ -180,11 +224,11 @@ def test_what_is_finished_is_not_made_again_and_a_grid_may_grow(
     out = tmp_path / "out"
     real, made = run.make_cell, list[str]()
 
-    def noting(cell: Any, place: Any, listen: Any) -> None:
-        made.append(cell.values["seed"])
-        if cell.values["seed"] == "1" and made.count("1") == 1:
+    def noting(task: Any, place: Any, listen: Any) -> None:
+        made.append(task[0].values["seed"])
+        if made[-1] == "1" and made.count("1") == 1:
             raise KeyboardInterrupt
-        real(cell, place, listen)
+        real(task, place, listen)
 
     monkeypatch.setattr(run, "make_cell", noting)
     grid = write_grid(tmp_path / "grid.toml", {"seed": [0, 1]}, [])
@@ -213,7 +257,9 @@ def test_a_study_that_cannot_be_trained_is_a_result(
         assert "not trained: gone-3" in (said := capsys.readouterr().out)
         assert "only 1 of at least 2 sites" in said
     assert "only 1 of at least 2 sites" in (out / "sweep.html").read_text()
-    assert set(pd.read_csv(out / "results.csv")["sites"]) == {"there"}
+    table = pd.read_csv(out / "results.csv")
+    assert set(table.loc[table["row"] == "federated", "sites"]) == {"there"}
+    assert {"random", "pooled"} <= set(table["row"])
 
 
 def test_what_cannot_be_done_is_said_before_anything_is_trained(
@@ -222,12 +268,12 @@ def test_what_cannot_be_done_is_said_before_anything_is_trained(
     grid = read_grid(write_grid(tmp_path / "grid.toml", {"simulation.sites": [3, 300]}))
     place = Place(tmp_path / "out", data, tmp_path / "state")
     with pytest.raises(Refused, match="24 patients cannot be dealt to 300 sites"):
-        run.prepare(grid, place, 1, lambda what, done, total: None)
+        run.prepare(grid, run.tasks(grid, place), place, 1, lambda what, done, total: None)
     grid = read_grid(write_grid(tmp_path / "grid.toml", {"seed": [0, 1, 2]}))
     usage = namedtuple("usage", "total used free")(10**12, 0, 8_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(Refused, match=r"needs some 0\.0 GB .* free there"):
-        run.prepare(grid, place, 1, lambda what, done, total: None)
+        run.prepare(grid, run.tasks(grid, place), place, 1, lambda what, done, total: None)
     assert not (tmp_path / "out").exists()
 
 
@@ -239,6 +285,8 @@ def test_a_folder_of_something_else_is_left_alone(
     assert sweep(write_grid(tmp_path / "grid.toml", {"seed": [0]}), tmp_path / "out", data) == 2
     assert "holds no sweep" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    assert sweep(tmp_path / "grid.toml", tmp_path / "out" / "thesis.txt", data) == 2
+    assert "is a file" in capsys.readouterr().err
 
 
 def test_a_dry_run_lists_the_studies_and_writes_nothing(
@@ -247,7 +295,7 @@ def test_a_dry_run_lists_the_studies_and_writes_nothing(
     grid = write_grid(tmp_path / "grid.toml", {"rule": ["fedavg", "median"], "seed": [0, 1]})
     assert sweep(grid, tmp_path / "out", data, "--dry-run") == 0
     said = capsys.readouterr().out
-    assert "4 studies" in said and "of another" in said
+    assert "4 studies, 4 still to be made" in said and "random, alone, pooled" in said
     assert not (tmp_path / "out").exists()
 
 
