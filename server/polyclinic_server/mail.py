@@ -182,9 +182,7 @@ class Mail:
                 again.update(back)
                 pending |= self._send(round, back)
                 lost = {site: due for site, due in lost.items() if site not in back}
-            seen = False
             for number, message in _arrived(self._grid, list(pending)):
-                seen = True
                 if message is None:
                     site = self._names[pending.pop(number)]
                     missing.discard(site)
@@ -203,7 +201,7 @@ class Mail:
                 else:
                     self._run.event("warning", text="a reply to nothing that was asked was dropped")
                 del message  # or it would stay in memory until the next has come
-            if not seen and not late:
+            if (pending or lost) and not late:  # also where some have come: a look asks for each of a thousand
                 due = min([*lost.values(), *self._due.values()], default=deadline)
                 self._clock.wait(min(deadline, max(due, look_at)))
         for site in sorted(missing):

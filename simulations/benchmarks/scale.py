@@ -12,6 +12,7 @@ of ViT-Ti (small_encoder/), whose 5.4 million are `vit_tiny`. Each row runs in a
     training_s        that the sites report of a site and round after the first; with `flower` the model is built in it
     overhead_s        the rest of a site and round after the first, in which Flower's runtime starts its processes:
                       rounds_s over the sites, less training_s over those that train abreast
+    processor_s       of all processes for a site and round after the first: neighbours disturb it less than the clock
     after_s           from the last round's end: the sites' last measurement and the report
     peak_mb           of the whole process tree, sampled: pages that processes share are counted once (empty_work.py)
     written_mb        to disk by all of them, by the kernel's account; a file that is removed in time is never written
@@ -28,6 +29,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -72,7 +74,7 @@ def write_images(folder: Path, count: int) -> None:
     axis = np.arange(SIZE) - SIZE / 2
     folder.mkdir(parents=True)
     for number in range(count):
-        x, y, width = rng.uniform(-8, 8, 2).tolist() + [rng.uniform(4, 8)]
+        x, y, width = rng.uniform((-8, -8, 4), 8)
         blob = np.exp(-((axis - x) ** 2 + (axis[:, None] - y) ** 2) / width**2)
         grey = 160 * blob + rng.uniform(0, 90, (SIZE, SIZE))
         Image.fromarray(grey.astype(np.uint8)).save(folder / f"{number:05d}.png")
@@ -119,6 +121,8 @@ def run_one(contender: str, encoder: str, sites: int, rounds: int, cores: int) -
     load = round(os.getloadavg()[0], 1)
     others, peak = family(), 0
     written: dict[int, int] = {}
+    computed: dict[int, float] = {}
+    course: list[tuple[float, float]] = []
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder / "images", sites * PATIENTS)
@@ -137,6 +141,8 @@ def run_one(contender: str, encoder: str, sites: int, rounds: int, cores: int) -
                 here = family() - others
                 peak = max(peak, sum(proportional(pid) for pid in here))
                 written |= {pid: count for pid in here if (count := bytes_written(pid)) is not None}
+                computed |= {pid: seconds for pid in here if (seconds := processor_seconds(pid)) is not None}
+                course.append((time.monotonic(), sum(computed.values())))
                 time.sleep(SAMPLE_S)
             code = process.wait()
         ended = time.monotonic()
@@ -149,7 +155,7 @@ def run_one(contender: str, encoder: str, sites: int, rounds: int, cores: int) -
         "contender": contender,
         "encoder": encoder,
         "sites": sites,
-        **figures(times, started, ended, sites, abreast),
+        **figures(times, started, ended, course, sites, abreast),
         "peak_mb": round(peak / 1e6),
         "written_mb": round(sum(written.values()) / 1e6),
         "kept_mb": times.get("kept_mb", 0),
@@ -157,17 +163,30 @@ def run_one(contender: str, encoder: str, sites: int, rounds: int, cores: int) -
     }
 
 
-def figures(times: Mapping[str, Any], started: float, ended: float, sites: int, abreast: int) -> dict[str, Any]:
-    """What the marks of a row come to; `abreast` sites train at once."""
+def figures(
+    times: Mapping[str, Any],
+    started: float,
+    ended: float,
+    course: list[tuple[float, float]],
+    sites: int,
+    abreast: int,
+) -> dict[str, Any]:
+    """What the marks of a row come to; `abreast` sites train at once.
+
+    `course` holds seconds of the clock, each with the seconds of the processor that had been used by then.
+    """
     marks = times["marks"]
     later = len(marks) - 2
     training_s = sum(times["trained_s"][1:]) / sites / later
+    clock, computed = np.array(course).T
+    first, last = np.interp([marks[1], marks[-1]], clock, computed)
     return {
         "setup_s": round(marks[0] - started, 2),
         "imports_s": round(times["imported"] - started, 2),
-        "rounds_s": [round(after - before, 2) for before, after in zip(marks, marks[1:], strict=False)],
+        "rounds_s": [round(after - before, 2) for before, after in pairwise(marks)],
         "training_s": round(training_s, 4),
         "overhead_s": round((marks[-1] - marks[1]) / later / sites - training_s / abreast, 4),
+        "processor_s": round(float(last - first) / later / sites, 4),
         "after_s": round(ended - marks[-1], 2),
         "wall_s": round(ended - started, 2),
     }
@@ -178,6 +197,14 @@ def bytes_written(pid: int) -> int | None:
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
         return next((int(line.split()[1]) for line in lines if line.startswith("write_bytes:")), None)
+    return None
+
+
+def processor_seconds(pid: int) -> float | None:
+    """That a process has computed so far, in all its threads; None once it has ended."""
+    with suppress(OSError):
+        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
     return None
 
 

@@ -41,6 +41,8 @@ class Display:
     def event(self, event: Mapping[str, Any]) -> None:
         """An event of the run, as it stands in events.jsonl; those of a row's own training carry `row`."""
         name, row = event["event"], event.get("row")
+        if not row:
+            self._count_sites(event)
         if name in ("run_started", "run_resumed"):
             self._stage = f"  training {row}" if row else "federation"
             self._show("row" if row else "federation", self._stage, event.get("round", 0), event["rounds"])
@@ -67,6 +69,17 @@ class Display:
             self._say(f"round {event['round']}: no better on validation patients for {patience}, stopped")
         elif name == "warning":
             self._say(f"[yellow]{escape(event['text'])}[/yellow]")
+
+    def _count_sites(self, event: Mapping[str, Any]) -> None:
+        """A bar of the sites that are there, then of those that have answered in a round: it may take hours."""
+        name = event["event"]
+        if name == "round_started":
+            self._show("sites", f"  sites of round {event['round']}", 0, len(event["sites"]))
+        elif name == "site_found":
+            found = int(self._bars.tasks[self._tasks["sites"]].completed) if "sites" in self._tasks else 0
+            self._show("sites", "  sites found", found + 1, None)
+        elif name in ("update_accepted", "update_refused") and "sites" in self._tasks:
+            self._bars.advance(self._tasks["sites"])
 
     def _show(self, key: str, text: str, done: int, total: int | None) -> None:
         if key not in self._tasks:

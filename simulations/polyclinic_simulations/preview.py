@@ -11,7 +11,7 @@ from rich.table import Table
 
 from polyclinic.cohort import Cohort
 from polyclinic.evaluation import classes_of
-from polyclinic.simulation import ANY_ROUND, AnyFault
+from polyclinic.faults import ANY_ROUND, AnyFault
 from polyclinic.study import Study
 from polyclinic_simulations.consortium import Progress, gather, require
 

@@ -64,3 +64,17 @@ def test_rows_are_counted() -> None:
         display.event(event)
     bar = display._bars.tasks[0]
     assert (bar.description, bar.completed, bar.total) == ("row random", 1, 6)
+
+
+def test_sites_are_counted_as_they_are_found_and_as_they_answer() -> None:
+    display = Display()
+    sites = [f"site-{n}" for n in range(1, 4)]
+    for site in sites:
+        display.event({"event": "site_found", "site": site})
+    [bar] = display._bars.tasks
+    assert (bar.description, bar.completed) == ("  sites found", 3)
+    display.event({"event": "round_started", "round": 2, "sites": sites})
+    display.event({"event": "update_accepted", "round": 2, "site": "site-1"})
+    display.event({"event": "update_refused", "round": 2, "site": "site-2", "reason": "late"})
+    display.event({"event": "round_started", "row": "pooled", "round": 1, "sites": ["pooled"]})
+    assert (bar.description, bar.completed, bar.total) == ("  sites of round 2", 2, 3)

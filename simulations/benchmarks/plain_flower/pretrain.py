@@ -53,7 +53,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def run(sites: int, rounds: int, data: Path) -> tuple[list[float], list[float]]:
-    """The seconds of the monotonic clock at which rounds began and ended, and the sites' seconds of training by round."""
+    """The monotonic clock as the first round starts and as each ends, and the sites' seconds of training by round."""
     marks: list[float] = []
     trained: list[float] = []
     server = ServerApp()

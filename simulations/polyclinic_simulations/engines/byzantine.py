@@ -6,7 +6,7 @@ import numpy as np
 from flwr.app import Array
 from numpy.random import Generator
 
-from polyclinic.simulation import AnyFault, Scaling, SignFlip, UpdateNoise
+from polyclinic.faults import AnyFault, Scaling, SignFlip, UpdateNoise
 from polyclinic.wire import Packed, Tensors
 
 LEAST_DAMAGE = 8

@@ -7,7 +7,7 @@ run's rounds add up to the moment at which it was interrupted, and a resumed run
 import heapq
 import math
 
-from polyclinic.simulation import SimulatedClock
+from polyclinic.faults import SimulatedClock
 from polyclinic_server.mail import Clock
 from polyclinic_server.progress import records
 from polyclinic_server.rundir import RunDir

@@ -18,8 +18,8 @@ from numpy.random import Generator
 
 from polyclinic import wire
 from polyclinic.errors import CohortError
+from polyclinic.faults import TIMED, AnyFault, Collusion, Corrupt, Dropout, Lateness, Slow
 from polyclinic.seeding import numpy_generator, seed_for
-from polyclinic.simulation import TIMED, AnyFault, Collusion, Corrupt, Dropout, Lateness, Slow
 from polyclinic.stages import AnyStage, Finetune
 from polyclinic.study import Study
 from polyclinic.wire import Order, Packed, Tensors

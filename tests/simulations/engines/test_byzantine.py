@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from polyclinic import wire
+from polyclinic.faults import AnyFault, Scaling, SignFlip, UpdateNoise
 from polyclinic.seeding import numpy_generator
-from polyclinic.simulation import AnyFault, Scaling, SignFlip, UpdateNoise
 from polyclinic.wire import Malformed, Tensors, pack_tensors, unpack_tensors
 from polyclinic_simulations.engines.byzantine import changed, colluded, damaged
 

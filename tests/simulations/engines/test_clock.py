@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyclinic.simulation import SimulatedClock
+from polyclinic.faults import SimulatedClock
 from polyclinic_server.rundir import RunDir
 from polyclinic_simulations.engines.clock import VirtualClock, after_work, virtual_seconds, whole
 
