@@ -138,7 +138,7 @@ def _spending(hospital: Hospital, study: Study, trains_on: Sequence[Cohort | Non
     from polyclinic.privacy.dpsgd import event_of_round
 
     own, ledger = hospital.settings.policy, hospital.spending
-    caps = [Cap(study.privacy.epsilon, study.privacy.delta, study.hash), *own.caps]
+    caps = [Cap.of(study), *own.caps]
     rounds = []
     for stage, training in zip(study.stages, trains_on, strict=True):
         if training is not None:

@@ -139,7 +139,7 @@ def _round(
         from polyclinic.privacy.dpsgd import PatientRecipe  # with Opacus, which only such a study needs
 
         recipe = PatientRecipe(study.privacy)
-        reserved = site.spending.reserve(_charge(order, study, site, training), _caps(study, site))
+        reserved = site.spending.reserve(_charge(order, study, site, training), [Cap.of(study), *site.caps])
     trained, moments = train(
         module,
         method,
@@ -185,12 +185,6 @@ def _charge(order: Order, study: Study, site: Site, training: Cohort) -> Charge:
         patients=training.n_patients,
         **asdict(event_of_round(study.privacy, training.n_patients, study.stages[order.stage])),
     )
-
-
-def _caps(study: Study, site: Site) -> list[Cap]:
-    """The study's, of its own rounds, and the site's, of its whole history."""
-    assert isinstance(study.privacy, PatientPrivacy)
-    return [Cap(study.privacy.epsilon, study.privacy.delta, study.hash), *site.caps]
 
 
 def _spent(study: Study, site: Site) -> dict[str, float]:

@@ -112,7 +112,7 @@ def conclude(run: RunDir) -> None:
         "hash": study.hash,
         "engine": "deployed",
         "sites": {name: {"patients": told[name]} if name in told else {} for name in accepted},
-        "rounds": study.rounds,
+        "rounds": found.rounds_done,
         "comparison": comparison,
         "classifier": {},
         "operating": [],

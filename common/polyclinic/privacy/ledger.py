@@ -11,12 +11,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from polyclinic.chain import Chain, Entry, LedgerBroken
 from polyclinic.cohort.identity import keyed
 from polyclinic.errors import Refused
 from polyclinic.privacy.accounting import Event, epsilon, grouped, rounds_that_fit
+from polyclinic.study import PatientPrivacy, Study
 
 VERSION = 1
 """Of the entries."""
@@ -58,6 +59,12 @@ class Cap:
     epsilon: float
     delta: float
     study: str = ""
+
+    @classmethod
+    def of(cls, study: Study) -> Self:
+        """The one that a study with privacy sets for its own rounds."""
+        assert isinstance(study.privacy, PatientPrivacy)
+        return cls(study.privacy.epsilon, study.privacy.delta, study.hash)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ def test_the_card_says_what_it_saw_and_how_it_was_measured(make_run):
     text = path.read_text()
     for words in (
         "# rehearsal: a medical-image encoder", "SimCLR (6 rounds), then MAE (4 rounds)", "(n, 1, 96, 96)",
-        'polyclinic.load_encoder("encoder.safetensors")', "| north | 101 | 201 |", "30 % were held out",
+        'polyclinic.load_encoder("encoder.safetensors")', "| north | 101 | 201 |", "30 % were to be held out",
         "| federated | 0.820 | 0.780 – 0.850 | 0.720 |", "| mean single site | 0.722 |", "rehearsed on one machine",
         "No differential privacy was applied", "To be stated by the consortium", "- torch 2.15.0",
         "- labels of two sites differ (2 times)", 'window = "percentile"',
