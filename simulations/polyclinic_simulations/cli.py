@@ -281,6 +281,10 @@ def _run(
         console.print(comparison_table(summary["comparison"], summary["measured"]["comparison"]))
     if summary["classifier"]:
         console.print(classifier_table(summary["classifier"], summary["measured"]["classifier"]))
+    for site in summary["held_out"]:
+        areas = {row: found["at_sites"].get(site) for row, found in summary["profiles"].items()}
+        known = ", ".join(f"{row} {area:.3f}" for row, area in areas.items() if area is not None)
+        console.print(f"AUC at {site}, which is held out: {known or 'not measurable'}", markup=False, highlight=False)
     for note in summary["notes"]:
         console.print(note, markup=False)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)

@@ -14,6 +14,9 @@ from polyclinic.report.run import Run
 SHOWN = 6
 """Sites whose collapse is told one by one."""
 
+MOST_SITES = 12
+"""Whose figures stand beside each other."""
+
 
 def what_was_trained(run: Run) -> str:
     """The first sentence: stages, encoder, sites."""
@@ -136,6 +139,30 @@ def classifier(run: Run) -> list[dict[str, Any]]:
         }
         for name, row in run.summary.get("classifier", {}).items()
     ]
+
+
+def at_sites(run: Run) -> dict[str, Any]:
+    """The comparison site by site: `sites`, those `held_out` last, and `rows` with an AUC for each, or a dash.
+
+    Empty of a run across a network, and where there are too many sites to read.
+    """
+    profiles = {name: found for name, found in run.summary.get("profiles", {}).items() if name in run.comparison}
+    sites = sorted(
+        {site for found in profiles.values() for site in found["at_sites"]}, key=lambda s: (_away(run, s), s)
+    )
+    if not 1 < len(sites) <= MOST_SITES:
+        return {}
+    rows = []
+    for name in run.comparison:
+        if found := profiles.get(name):
+            areas = [f"{v:.3f}" if (v := found["at_sites"].get(site)) is not None else "–" for site in sites]
+            known = "–" if found["site_auc"] is None else f"{found['site_auc']:.3f}"
+            rows.append({"name": words.row_name(name), "kind": name, "areas": areas, "site_auc": known})
+    return {"sites": [f"{site} (held out)" if _away(run, site) else site for site in sites], "rows": rows}
+
+
+def _away(run: Run, site: str) -> bool:
+    return site in run.summary.get("held_out", [])
 
 
 def warnings(run: Run) -> list[str]:

@@ -59,6 +59,7 @@ def context(run: Run) -> dict[str, Any]:
         "as_long": facts.as_long(run),
         "load": _loading(run.path),
         "intervals": facts.intervals(run),
+        "at_sites": facts.at_sites(run),
         "classifier": facts.classifier(run),
         "operating": run.summary.get("operating", []),
         "forest": forest(run) if run.comparison else None,

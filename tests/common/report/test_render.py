@@ -347,3 +347,21 @@ def test_sites_in_a_private_paragraph_are_text(make_run):
     assert all(name in page.text for name in HOSTILE)
     card = write_model_card(run).read_text()
     assert r"epsilon = 0.572 at \<script\>alert(1)" in card and "<script>" not in card
+
+
+def test_every_site_is_told_what_it_gets_and_who_is_held_out(make_run):
+    run = make_run()
+    assert "Site by site" not in Page(render_report(run)).text  # as of a run across a network
+    summary = json.loads((run / "summary.json").read_text())
+    sites = {"north": 0.7, "south": 0.812, "away": 0.654}
+    found = {"at_sites": sites, "own": {}, "labels": {}, "site_auc": 0.934}
+    (run / "summary.json").write_text(
+        json.dumps(
+            {**summary, "held_out": ["away"], "profiles": {"federated": found, "random": {**found, "at_sites": {}}}}
+        )
+    )
+    page = Page(render_report(run))
+    assert_finite(page)
+    assert "at north at south at away (held out) sites told apart" in page.text
+    assert "federated 0.700 0.812 0.654 0.934" in page.text
+    assert "untrained encoder – – – 0.934" in page.text
