@@ -45,6 +45,9 @@ OVERSHOOTING_RULES = ("fedavgm", "fedadam")
 """Whose step may go beyond all updates of a round."""
 MAX_CHARACTERS = 256_000
 """Of a study; a site reads what a coordinator sends."""
+ONE_PIXEL = 16
+"""Side of an image, pixels, up to which a ResNet halves a map of one pixel. torch 2.15 on a processor then computes a
+weight's bf16 gradient from memory that nobody has written."""
 MAX_LINE = 4_000
 """Characters; the time to read TOML grows with the square of the number of parts in a dotted key."""
 
@@ -248,6 +251,11 @@ class Study(Settings):
                     f"stages.{number} fine-tunes and evaluation.labels names {len(self.evaluation.classes)} classes: "
                     'name them all there, such as labels = { positive = ["Pneumonia"], negative = ["NORMAL"] }'
                 )
+        if not vit and self.images.size <= ONE_PIXEL and self.compute.precision == "bf16":
+            raise ValueError(
+                f"images.size is {self.images.size}, at which a ResNet's last maps are one pixel: torch's bf16 "
+                f"gradients are not the same twice there. Set it to {ONE_PIXEL + 8}, or compute.precision to 'fp32'"
+            )
         if vit and self.images.size % self.encoder.patch:
             raise ValueError(
                 f"encoder.patch is {self.encoder.patch} and does not divide images.size {self.images.size}: "

@@ -639,3 +639,13 @@ def test_the_separable_methods_are_those_that_say_so() -> None:
     stages = {m: {"kind": "finetune" if m == "supervised" else "pretrain", "method": m, "rounds": 1} for m in METHODS}
     studies = {m: resolve({**PRIVATE, "stages": [stage], "privacy": {"mode": "none"}}) for m, stage in stages.items()}
     assert {m for m, s in studies.items() if make_method(s.stages[0], 2).separable} == SEPARABLE_METHODS
+
+
+def test_maps_of_one_pixel_are_refused_in_bf16() -> None:
+    """There torch's gradients are not the same twice, so that no run could be repeated."""
+    stage = {"kind": "pretrain", "method": "simclr", "rounds": 1}
+    plain = {"study": {"name": "small"}, "images": {"size": 16}, "stages": [stage]}
+    with pytest.raises(StudyError, match="bf16 gradients are not the same twice"):
+        resolve(plain)
+    assert resolve({**plain, "compute": {"precision": "fp32"}}).images.size == 16
+    assert resolve({**plain, "images": {"size": 24}}).compute.precision == "bf16"

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import sys
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def sweep(
-    grid: Annotated[Path, typer.Argument(help="A study file with a [grid].")],
+    grid: Annotated[Path, typer.Argument(help="A study file with a \\[grid].")],
     out: Annotated[Path, typer.Option(help="Where results.csv, sweep.html and the cells go.")],
     data: Annotated[
         Path | None, typer.Option(help="Where relative cohort paths start. Default: the grid's folder.")
@@ -46,7 +47,7 @@ def sweep(
             "installed and there are."
         ),
     ] = Engine.AUTO,
-    dry: Annotated[bool, typer.Option("--dry-run", help="List the studies; train and write nothing.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Check and list the studies; train nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ranking as JSON.")] = False,
 ) -> None:
     """Train one study over a grid of methods, rules, partitions, severities and seeds; see which copes with what.
@@ -78,18 +79,20 @@ def sweep(
     if out.exists() and any(out.iterdir()) and not (out / "grid.toml").exists():
         raise Refused(f"{out} is not empty, and holds no sweep", "give another --out")
     wanted = run.tasks(read, place)
-    if dry:
-        _list(read, {cell.name: study for cell, study in wanted})
-        return
     at_once = _at_once(engine, max(cell.study.compute.threads for cell in read.cells))
     with Display() as display:
         patients = run.prepare(read, wanted, place, at_once, display.reading)
+    if dry:
+        _list(read, {cell.name: study for cell, study in wanted})
+        return
     make_folder(out)
     console = Console(stderr=True)
     with locked(out) as free:
         if not free:
             raise Refused(f"another process is working in {out}", "wait for it, or give another --out")
         write_atomic(out / "grid.toml", grid.read_bytes())
+        if others := run.strangers(read, place):
+            print(f"warning: {out} holds {others} studies of another grid, which are left out", file=sys.stderr)
         write_atomic(out / run.PATIENTS, json.dumps(patients))
         try:
             with _Bars(console, len(read.cells), len(read.cells) - len(wanted)) as bars:
@@ -110,8 +113,8 @@ def sweep(
         print(ranking(table, failed))
     else:
         _show(table, failed, out)
-    if rows.empty:
-        raise PolyclinicError("no study of the grid could be trained", f"see the reasons in {out / 'sweep.html'}")
+    if failed:
+        raise PolyclinicError(f"{len(failed)} studies could not be trained", f"see the reasons in {out / 'sweep.html'}")
 
 
 def _at_once(engine: Engine, threads: int) -> int:

@@ -299,12 +299,14 @@ def fairness(table: Table) -> list[dict[str, Any]]:
         for choice, _ in table.ranked(condition):
             own = table.of(condition, choice)
             own = own[(own["row"] == FEDERATED) & (own["metric"] == "auc") & (own["site"] != "")]
-            if own.empty:
+            if own["site"].nunique() < 2:  # nothing to be fair between
                 continue
             by_seed = own.groupby(SEED)["value"]
             worst = own.loc[by_seed.idxmin(), "site"].mode()[0]
             figures = [mean(by_seed.mean()), mean(by_seed.min()), mean(by_seed.max() - by_seed.min())]
-            found.append({**_of(table, condition, choice), "figures": figures, "worst": worst})
+            found.append(
+                {**_of(table, condition, choice), "figures": figures, "worst": worst, "sites": own["site"].nunique()}
+            )
     return found
 
 

@@ -159,6 +159,8 @@ def _patch(axis: str, value: Any, base: Plain, path: Path) -> Patch:
         return name, {f"{TABLES[axis]}.{key}": setting for key, setting in own.items()}
     if axis == "method":
         stages = [number for number, stage in enumerate(base["stages"]) if stage.get("kind") != "finetune"]
+        if not stages:
+            raise StudyError(f"{path}: [grid] method has no pretrain stage to change", "add one, or leave method out")
         return name, {f"stages.{number}.{key}": setting for number in stages for key, setting in own.items()}
     if axis == "severity":
         return name, _scaled(base.get("simulation", {}), value, path)

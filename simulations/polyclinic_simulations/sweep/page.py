@@ -14,8 +14,10 @@ from polyclinic.report.run import read_run
 from polyclinic_simulations.sweep import figures
 from polyclinic_simulations.sweep.figures import Table
 from polyclinic_simulations.sweep.grid import Grid
-from polyclinic_simulations.sweep.run import CELLS, Place
+from polyclinic_simulations.sweep.run import CELLS, Place, notes
 
+MOST_NOTES = 20
+"""Cells whose notes the page shows."""
 METRICS = {"auc": "linear probe on the frozen encoder", "classifier_auc": "fine-tuned classifier"}
 
 
@@ -26,6 +28,7 @@ def render_sweep(name: str, grid: Grid, rows: pd.DataFrame, place: Place, failed
     environment.filters |= {"duration": words.duration, "size": words.size}
     made = sum(map(place.is_made, grid.cells))
     shown: dict[str, Any] = {"name": name, "made": made, "cells": len(grid.cells), "failed": failed, "axes": grid.axes}
+    shown["notes"] = list(notes(grid, place).items())[:MOST_NOTES]
     shown["study"] = grid.cells[0].study.to_toml()
     if len(rows):
         shown |= _measured(Table(rows, grid), place)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -102,9 +103,10 @@ def prepare(grid: Grid, wanted: list[Task], place: Place, at_once: int, reading:
     for cell in grid.cells:
         if (world := _world(cell.study)) in found:
             continue
-        check(cell.study, place.data, False)
-        members = gather(cell.study, place.data, place.state, reading)
-        require(members, cell.study)
+        with _named(cell):
+            check(cell.study, place.data, False)
+            members = gather(cell.study, place.data, place.state, reading)
+            require(members, cell.study)
         found[world] = "-".join(sorted({str(read_meta(member.cohort.folder)["digest"])[:16] for member in members}))
         if before.get(world, found[world]) != found[world]:
             raise Refused(
@@ -125,10 +127,27 @@ def prepare(grid: Grid, wanted: list[Task], place: Place, at_once: int, reading:
     return before | found
 
 
+def strangers(grid: Grid, place: Place) -> int:
+    """Cells in the folder that are none of the grid's."""
+    own = {cell.name for cell in grid.cells}
+    there = place.out / CELLS
+    return sum(path.name not in own for path in there.iterdir()) if there.exists() else 0
+
+
+@contextmanager
+def _named(cell: Cell) -> Iterator[None]:
+    """Say which cell an error is about."""
+    try:
+        yield
+    except PolyclinicError as error:
+        error.problem = f"cell {', '.join(f'{axis} = {value}' for axis, value in cell.values.items())}: {error.problem}"
+        raise
+
+
 def _world(study: Study) -> str:
     """What decides which images there are, and at which site."""
-    parts = {"simulation": ..., "images": ..., "encoder": ..., "privacy": {"mode"}, "study": {"seed"}}
-    return study.model_dump_json(include=parts)  # type: ignore[arg-type]
+    parts = {"simulation", "images", "encoder", "aggregation", "evaluation", "privacy", "study"}
+    return study.model_dump_json(include=parts)
 
 
 def _bytes(study: Study) -> int:
@@ -225,6 +244,16 @@ def results(grid: Grid, place: Place) -> pd.DataFrame:
                 lines.append({**values, **line, "cell": cell.name})
     columns = [*grid.axes, "row", "site", "label_fraction", "metric", "value", "low", "high", "cell"]
     return pd.DataFrame(lines, columns=columns)
+
+
+def notes(grid: Grid, place: Place) -> dict[str, list[str]]:
+    """{cell: what its run says of rows that could not be made, or should not be trusted}, of finished cells."""
+    found = {
+        cell.name: json.loads((place.folder(cell) / "summary.json").read_text())["notes"]
+        for cell in grid.cells
+        if place.is_made(cell)
+    }
+    return {name: texts for name, texts in found.items() if texts}
 
 
 def failures(grid: Grid, place: Place) -> dict[str, str]:

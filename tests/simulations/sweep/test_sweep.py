@@ -113,6 +113,7 @@ def test_a_named_value_sets_several_keys_and_a_dotted_name_needs_no_quotes(tmp_p
         ({"rule": ["fedavg", "fedbest"]}, "cell rule = fedbest"),
         ({"partition": [{"kind": "dirichlet", "alpha": 0.0}]}, "alpha"),
         ({"stages.7.rounds": [1]}, "no place for 'stages.7.rounds'"),
+        ({"rule": ["fedavg"], "method": []}, "method has no value"),
         ({"seed": list(range(10_001))}, "10001 cells"),
         ({"seed": 3}, r"seed is 3\n  fix: give a list, such as \[3\]"),
         ({"rule": "median"}, "rule is 'median'"),
@@ -214,7 +215,7 @@ def test_a_grid_of_which_nothing_can_be_trained_fails(
     assert sweep(path, tmp_path / "out", data, "--engine", "local", "--json") == 1
     told = capsys.readouterr()
     assert "only 1 of at least 2 sites" in next(iter(json.loads(told.out)["failed"].values()))
-    assert "no study of the grid could be trained" in told.err
+    assert "1 studies could not be trained" in told.err
     assert "No study is finished yet" in (tmp_path / "out" / "sweep.html").read_text()
 
 
@@ -253,9 +254,10 @@ def test_a_study_that_cannot_be_trained_is_a_result(
     )
     out = tmp_path / "out"
     for _ in range(2):  # the second time it is tried again
-        assert sweep(grid, out, data, "--engine", "local") == 0
-        assert "not trained: gone-3" in (said := capsys.readouterr().out)
-        assert "only 1 of at least 2 sites" in said
+        assert sweep(grid, out, data, "--engine", "local") == 1
+        told = capsys.readouterr()
+        assert "not trained: gone-3" in told.out and "only 1 of at least 2 sites" in told.out
+        assert "1 studies could not be trained" in told.err
     assert "only 1 of at least 2 sites" in (out / "sweep.html").read_text()
     table = pd.read_csv(out / "results.csv")
     assert set(table.loc[table["row"] == "federated", "sites"]) == {"there"}
@@ -267,12 +269,17 @@ def test_what_cannot_be_done_is_said_before_anything_is_trained(
 ) -> None:
     grid = read_grid(write_grid(tmp_path / "grid.toml", {"simulation.sites": [3, 300]}))
     place = Place(tmp_path / "out", data, tmp_path / "state")
-    with pytest.raises(Refused, match="24 patients cannot be dealt to 300 sites"):
+    with pytest.raises(
+        Refused, match=r"cell simulation.sites = 300, seed = 3: 24 patients cannot be dealt to 300 sites"
+    ):
         run.prepare(grid, run.tasks(grid, place), place, 1, lambda what, done, total: None)
     grid = read_grid(write_grid(tmp_path / "grid.toml", {"seed": [0, 1, 2]}))
     usage = namedtuple("usage", "total used free")(10**12, 0, 8_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(Refused, match=r"needs some 0\.0 GB .* free there"):
+        run.prepare(grid, run.tasks(grid, place), place, 1, lambda what, done, total: None)
+    grid = read_grid(write_grid(tmp_path / "grid.toml", {"rule": ["fedavg", "krum"]}))
+    with pytest.raises(StudyError, match=r"cell rule = krum, seed = 3: .* needs updates of 5 sites, and there are 3"):
         run.prepare(grid, run.tasks(grid, place), place, 1, lambda what, done, total: None)
     assert not (tmp_path / "out").exists()
 
@@ -313,3 +320,20 @@ def test_every_ready_grid_is_one(path: Path) -> None:
     assert f"polyclinic sweep simulations/studies/{path.name} --out DIR" in head
     assert "Cost:" in head and "Result:" in head
     assert len(read_grid(path).axes["seed"]) >= 3
+
+
+def test_a_method_needs_a_stage_to_change(tmp_path: Path) -> None:
+    plain = tiny_study(
+        stages=[{"kind": "finetune", "rounds": 1}], evaluation={"labels": {"a": ["a"], "b": ["b"]}}
+    ).model_dump(mode="json", exclude_defaults=True)
+    (tmp_path / "grid.toml").write_text(tomli_w.dumps({**plain, "grid": {"method": ["simclr", "micle"]}}))
+    with pytest.raises(StudyError, match="method has no pretrain stage"):
+        read_grid(tmp_path / "grid.toml")
+
+
+def test_studies_of_another_grid_are_told_of(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    for rounds in (1, 2):
+        grid = write_grid(tmp_path / "grid.toml", {"stages.0.rounds": [rounds]}, [])
+        assert sweep(grid, out, data, "--engine", "local") == 0
+    assert "holds 1 studies of another grid" in capsys.readouterr().err
