@@ -645,7 +645,7 @@ def test_maps_of_one_pixel_are_refused_in_bf16() -> None:
     """There torch's gradients are not the same twice, so that no run could be repeated."""
     stage = {"kind": "pretrain", "method": "simclr", "rounds": 1}
     plain = {"study": {"name": "small"}, "images": {"size": 16}, "stages": [stage]}
-    with pytest.raises(StudyError, match="bf16 gradients are not the same twice"):
+    with pytest.raises(StudyError, match="bf16 gradients of a ResNet are not the same twice"):
         resolve(plain)
     assert resolve({**plain, "compute": {"precision": "fp32"}}).images.size == 16
     assert resolve({**plain, "images": {"size": 24}}).compute.precision == "bf16"

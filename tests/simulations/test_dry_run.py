@@ -14,7 +14,7 @@ STUDY = """
 [study]
 name = "tiny"
 [images]
-size = 16
+size = 24
 [evaluation.labels]
 ill = ["spot"]
 well = ["clear"]
