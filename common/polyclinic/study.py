@@ -253,8 +253,8 @@ class Study(Settings):
                 )
         if not vit and self.images.size <= ONE_PIXEL and self.compute.precision == "bf16":
             raise ValueError(
-                f"images.size is {self.images.size}, at which torch's bf16 gradients of a ResNet are not the same twice: "
-                f"set it to {ONE_PIXEL + 8}, or compute.precision to 'fp32'"
+                f"images.size is {self.images.size}, at which torch's bf16 gradients of a ResNet are not the same "
+                f"twice: set it to {ONE_PIXEL + 8}, or compute.precision to 'fp32'"
             )
         if vit and self.images.size % self.encoder.patch:
             raise ValueError(
