@@ -68,11 +68,11 @@ def test_a_variance_that_averaging_has_left_below_zero_is_zero() -> None:
 
 def test_statistics_are_saved_with_the_encoder(tmp_path: Path) -> None:
     stage = {"kind": "pretrain", "method": "simclr", "rounds": 1}
-    plain = {"study": {"name": "s"}, "images": {"size": 16}, "encoder": {"norm": "batch"}, "stages": [stage]}
+    plain = {"study": {"name": "s"}, "images": {"size": 24}, "encoder": {"norm": "batch"}, "stages": [stage]}
     study = resolve(plain)
     with forked(0):
         encoder = build_encoder(study.encoder, study.images)
-    images = torch.rand(4, 1, 16, 16)
+    images = torch.rand(4, 1, 24, 24)
     encoder.train()(images)
     save_encoder(tmp_path / "encoder.safetensors", encoder, study)
     loaded = load_encoder(tmp_path)
