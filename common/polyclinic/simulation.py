@@ -116,6 +116,12 @@ class SharedShift(Shift):
     """Whose; empty: all."""
 
 
+def _is_a_table(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError('give a table, such as { kind = "dirichlet", alpha = 0.5 }')
+    return value
+
+
 class SimulatedSite(Settings):
     """`[[simulation.site]]`: a named site with a cohort of its own."""
 
@@ -137,7 +143,10 @@ class Simulation(Settings):
     """In place of a cohort: patients that are invented, all as of one hospital, seeded by the study."""
     allow_burned_in: bool = False
     """As of a site, for the one cohort."""
-    partition: Annotated[Iid | Dirichlet | Quantity | Classes | Column, Field(discriminator="kind")] = Iid()
+    partition: Annotated[
+        Annotated[Iid | Dirichlet | Quantity | Classes | Column, Field(discriminator="kind")],
+        BeforeValidator(_is_a_table),
+    ] = Iid()
     shift: list[SharedShift] = Field(default_factory=list, max_length=100)
     clock: SimulatedClock = SimulatedClock()
     fault: list[AnyFault] = Field(default_factory=list, max_length=100)

@@ -412,6 +412,8 @@ def parse_study(text: str, where: str) -> Study:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise StudyError(f"{where} is not TOML: {error}", "correct the line it names") from error
+    if "grid" in data:
+        raise StudyError(f"{where} has a [grid]: it is many studies", f"polyclinic sweep {where} --out DIR")
     return resolve(data, where)
 
 

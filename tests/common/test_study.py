@@ -649,3 +649,14 @@ def test_maps_of_one_pixel_are_refused_in_bf16() -> None:
         resolve(plain)
     assert resolve({**plain, "compute": {"precision": "fp32"}}).images.size == 16
     assert resolve({**plain, "images": {"size": 24}}).compute.precision == "bf16"
+
+
+def test_what_a_newcomer_tries_is_pointed_the_right_way() -> None:
+    stage = '[[stages]]\nkind = "pretrain"\nmethod = "simclr"\nrounds = 1\n'
+    head = '[study]\nname = "s"\n' + stage
+    with pytest.raises(
+        StudyError, match=r"has a \[grid\]: it is many studies\n  fix: polyclinic sweep grid.toml --out DIR"
+    ):
+        parse_study(head + "[grid]\nseed = [0, 1]\n", "grid.toml")
+    with pytest.raises(StudyError, match=r'such as { kind = "dirichlet", alpha = 0.5 }'):
+        parse_study(head + '[simulation]\nsites = 2\ncohort = "c"\npartition = "dirichlet"\n', "study.toml")
