@@ -164,7 +164,7 @@ def plot(known: list[dict[str, Any]]) -> str:
             every = [(at, y.at(value)) for at, values in found for value in values]
             parts.append(element("path", d=polyline(means), style=f"stroke:{COLOURS[start]}"))
             parts.append(element("path", d=dots(every), style=f"stroke:{COLOURS[start]};stroke-width:6;opacity:.5"))
-    for place, start in enumerate(STARTS):
+    for place, start in enumerate(start for start in STARTS if any(row["start"] == start for row in known)):
         at = 60 + 120 * place
         parts.append(element("path", d=f"M{at} 294h20", style=f"stroke:{COLOURS[start]}"))
         parts.append(text(at + 26, 298, start))
