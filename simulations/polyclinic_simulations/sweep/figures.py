@@ -269,7 +269,7 @@ def matrix(table: Table, condition: Values) -> dict[str, Any] | None:
     """Site x site: trained where the row says, measured where the column says; means over seeds, with their shades."""
     order, own = table.ranked(condition), table.of(condition)
     own = own[own["metric"].isin(["auc", "auc_own_probe"]) & (own["site"] != "")]
-    sites = list(dict.fromkeys(own["site"]))
+    sites = sorted(set(own["site"]))
     alone = [row for row in dict.fromkeys(own["row"]) if row.startswith(ALONE)]
     if not alone or not order or len(sites) > MOST_SITES:
         return None
@@ -299,7 +299,8 @@ def fairness(table: Table) -> list[dict[str, Any]]:
         for choice, _ in table.ranked(condition):
             own = table.of(condition, choice)
             own = own[(own["row"] == FEDERATED) & (own["metric"] == "auc") & (own["site"] != "")]
-            if own["site"].nunique() < 2:  # nothing to be fair between
+            own = own[own.groupby(SEED)["site"].transform("nunique") > 1]  # or there is nothing to be fair between
+            if own.empty:
                 continue
             by_seed = own.groupby(SEED)["value"]
             worst = own.loc[by_seed.idxmin(), "site"].mode()[0]
