@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +146,9 @@ def _named(cell: Cell) -> Iterator[None]:
 
 
 def _world(study: Study) -> str:
-    """What decides which images there are, and at which site."""
+    """A digest of what decides which images there are, at which site, and whether the study can run on them."""
     parts = {"simulation", "images", "encoder", "aggregation", "evaluation", "privacy", "study"}
-    return study.model_dump_json(include=parts)
+    return sha256(study.model_dump_json(include=parts).encode()).hexdigest()
 
 
 def _bytes(study: Study) -> int:
