@@ -58,7 +58,7 @@ def simulate(
         typer.Option("--leave-one-site-out", help="Each site in turn takes no part: what is pretraining worth to it?"),
     ] = False,
     dry: Annotated[
-        bool, typer.Option("--dry-run", help="Show the sites, their classes and shifts; train and write no run.")
+        bool, typer.Option("--dry-run", help="Show the sites, their patients and shifts; train and write no run.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -292,14 +292,16 @@ def _run(
 
 def _preview(study: "Study", data: Path, state: Path, as_json: bool) -> None:
     from polyclinic_simulations.display import Display
-    from polyclinic_simulations.preview import preview, preview_table
+    from polyclinic_simulations.preview import clock_in_words, preview, preview_tables
 
     with Display() as display:
         found = preview(study, data, state, display.reading)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        Console().print(preview_table(found))
+        Console().print(*preview_tables(found), sep="\n\n")
+        if found["clock"]:
+            Console().print(clock_in_words(found["clock"]), highlight=False, soft_wrap=True)
 
 
 def _summary(run: Path) -> dict[str, Any]:

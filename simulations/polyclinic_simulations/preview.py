@@ -1,11 +1,12 @@
-"""What a simulation would train on: sites by classes, before any of it runs."""
+"""What a simulation would train on: sites by classes, views, sexes and ages, before any of it runs."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,10 +21,11 @@ LISTED = 8
 
 
 def preview(study: Study, data: Path, state: Path, progress: Progress) -> dict[str, Any]:
-    """The sites of a study by name: `patients`, `images`, `classes` (patients of each, "" without one), `shift`,
-    `fault`, and whether it is `held_out`.
+    """The `sites` of a study by name, and its `clock`.
 
-    Patients with images of several classes count in each. Builds the cohorts in `state` and writes nothing else.
+    Of a site: `patients`, `images`; `classes`, `views` and `sexes` (patients of each, "" without one); `ages` (their
+    quartiles, years; [] where unknown); `shift`, `fault`, `held_out`. Patients with images of several classes or views
+    count in each. Builds the cohorts in `state` and writes nothing else.
 
     Raises:
         Refused: the simulation would be.
@@ -32,11 +34,15 @@ def preview(study: Study, data: Path, state: Path, progress: Progress) -> dict[s
     require(members, study)
     return {
         "study": study.name,
+        "clock": clock.model_dump() if (clock := study.simulation.clock).images_per_s else None,
         "sites": {
             member.name: {
                 "patients": member.own.n_patients,
                 "images": len(member.own),
-                "classes": _patients_by_class(member.own, study),
+                "classes": _patients_by(classes_of(member.own.labels, study.evaluation.labels), member.own),
+                "views": _patients_by(member.own.views, member.own),
+                "sexes": _patients_by(member.own.sexes, member.own),
+                "ages": _ages(member.own),
                 "shift": [shift.model_dump(exclude={"sites"}) for shift in member.shifts],
                 "fault": [fault.model_dump(exclude={"sites"}) for fault in _faults(member.name, study)],
                 "held_out": member.name in study.simulation.held_out,
@@ -51,10 +57,18 @@ def _faults(name: str, study: Study) -> Iterable[AnyFault]:
     return () if name in study.simulation.held_out else study.simulation.faults_of(name).values()
 
 
-def _patients_by_class(cohort: Cohort, study: Study) -> dict[str, int]:
-    classes = classes_of(cohort.labels, study.evaluation.labels)
-    pairs = np.unique(np.stack([classes, cohort.patients.astype(np.str_)]), axis=1)
+def _patients_by(words: NDArray[np.str_], cohort: Cohort) -> dict[str, int]:
+    """{what an image is said to be: patients with such images}."""
+    pairs = np.unique(np.stack([words, cohort.patients.astype(np.str_)]), axis=1)
     return dict(sorted(Counter(pairs[0].tolist()).items()))
+
+
+def _ages(cohort: Cohort) -> list[float]:
+    """Lower quartile, median and upper quartile over patients whose age is known; each one's is its first image's."""
+    _, first = np.unique(cohort.patients, return_index=True)
+    ages = cohort.ages[first]
+    known = ages[~np.isnan(ages)]
+    return [round(float(age), 1) for age in np.quantile(known, (0.25, 0.5, 0.75))] if len(known) else []
 
 
 def _in_words(shift: Mapping[str, Any]) -> str:
@@ -66,8 +80,42 @@ def _in_words(shift: Mapping[str, Any]) -> str:
     return f"{shift['kind']} {shift['severity']:g} {words}".strip()
 
 
-def preview_table(found: Mapping[str, Any]) -> Table:
-    """A row a site: patients, images, patients of the most frequent classes, shifts, faults if there are any."""
+def preview_tables(found: Mapping[str, Any]) -> Iterator[Table]:
+    """Both with a row a site: classes, shifts and faults; and views, sex and age, if anything is known of them."""
+    yield _classes_table(found)
+    sites = found["sites"].values()
+    if any(site["ages"] or set(site["views"]) | set(site["sexes"]) > {""} for site in sites):
+        yield _attributes_table(found["sites"])
+
+
+def _attributes_table(sites: Mapping[str, Any]) -> Table:
+    table = Table(
+        "site", "views", "sex", "age, quartiles", title="Patients of each view, sex and age", title_justify="left"
+    )
+    for name, site in sites.items():
+        views, sexes = (
+            ", ".join(f"{n} {word or 'unknown'}" for word, n in site[key].items()) for key in ("views", "sexes")
+        )
+        table.add_row(
+            escape(name), escape(views), escape(sexes), " – ".join(f"{age:g}" for age in site["ages"]) or "unknown"
+        )
+    return table
+
+
+def clock_in_words(clock: Mapping[str, Any]) -> str:
+    """
+    >>> clock_in_words({"images_per_s": 2.0, "bytes_per_s": 1e6, "nights": [20, 6], "start_hour": 0.0})
+    'time is simulated: 2 images and 1 MB a second, from 20 to 6 h, begun at 0 h'
+    """
+    first, last = clock["nights"]
+    return (
+        f"time is simulated: {clock['images_per_s']:g} images and {clock['bytes_per_s'] / 1e6:g} MB a second, "
+        f"from {first:g} to {last:g} h, begun at {clock['start_hour']:g} h"
+    )
+
+
+def _classes_table(found: Mapping[str, Any]) -> Table:
+    """Patients, images, patients of the most frequent classes, shifts, faults if there are any."""
     totals: Counter[str] = Counter()
     for site in found["sites"].values():
         totals.update(site["classes"])

@@ -51,6 +51,7 @@ def test_sites_classes_and_shifts_are_shown_and_no_run_is_written(capsys: pytest
     assert not any(site["shift"] for site in before.values())
     assert dry(simulation, "--out", "run", "--state", "there") == 0
     assert {path.name for path in Path().iterdir()} == {"all", "study.toml", ".polyclinic", "there"}
+    assert "unknown" not in capsys.readouterr().out, "a table of nothing but what is not known"
 
 
 def test_prevalence_and_labels_are_those_after_the_shifts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,15 +86,22 @@ def test_the_table_has_a_row_a_site_and_a_column_a_class(capsys: pytest.CaptureF
 def test_sites_of_ages_and_those_held_out_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("all/labels.csv")
     rows = path.read_text().splitlines()
-    path.write_text("\n".join([f"{rows[0]},age", *(f"{row},{20 + k:03}Y" for k, row in enumerate(rows[1:]))]))
+    told = (
+        f"{row},{20 + k - k % 2:03}Y,{'M' if k < 4 else 'F'},{'AP' if k % 2 else 'PA'}"
+        for k, row in enumerate(rows[1:])
+    )
+    path.write_text("\n".join([f"{rows[0]},age,sex,view", *told]))
     simulation = 'partition = { kind = "column", by = "age", edges = [32, 44] }\nheld_out = ["32-43"]'
     assert dry(simulation, "--json") == 0
     found = shown(capsys)["sites"]
     assert {name: (site["patients"], site["held_out"]) for name, site in found.items()} == {
         "under-32": (6, False), "32-43": (6, True), "44-and-over": (12, False)
     }  # fmt: skip
+    young = found["under-32"]  # its patients are 20, 22, ... and 30 years old
+    assert (young["ages"], young["sexes"], young["views"]) == ([22.5, 25, 27.5], {"F": 4, "M": 2}, {"AP": 6, "PA": 6})
     assert dry(simulation) == 0
     shown_rows = capsys.readouterr().out.splitlines()
+    assert any("4 F, 2 M" in line and "6 AP, 6 PA" in line and "22.5 – 25 – 27.5" in line for line in shown_rows)
     assert [line.split("(held out)")[0].strip("│ ") for line in shown_rows if "(held out)" in line] == ["32-43"]
     assert dry(simulation.replace("32-43", "32-45")) == 2
     assert "simulation.held_out names '32-45', which is no site" in capsys.readouterr().err

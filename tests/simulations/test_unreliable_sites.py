@@ -89,9 +89,12 @@ def test_the_preview_lists_the_faults_of_a_site_beside_its_shifts(
     lines = capsys.readouterr().out.splitlines()
     assert any("shift" in line and "fault" in line for line in lines)
     assert any("site-2" in line and "scaling 10" in line for line in lines)
+    assert "time is simulated: 0.01 images and 1000 MB a second, from 20 to 6 h, begun at 0 h" in lines
     Path("study.toml").write_text(study_with({}, []).to_toml())
     assert cli.run(["simulate", "study.toml", "--data", "data", "--dry-run"]) == 0
-    assert "fault" not in capsys.readouterr().out
+    plain = capsys.readouterr().out
+    assert "fault" not in plain
+    assert "time" not in plain
 
 
 def test_a_fault_in_a_few_words() -> None:
