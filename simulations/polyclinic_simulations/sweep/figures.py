@@ -75,11 +75,16 @@ class Table:
 
     def __init__(self, rows: pd.DataFrame, grid: Grid) -> None:
         self.rows, self._grid = rows, grid
+        self._away = {cell.name: cell.study.simulation.held_out for cell in grid.cells}
         ours = rows[rows["row"] == FEDERATED]
         self.metric = "classifier_auc" if (ours["metric"] == "classifier_auc").any() else "auc"
         self.conditions = _values(ours, grid.conditions)
         self.choices = _values(ours, grid.choices)
         self._colours = dict(zip(self.choices, COLOURS, strict=False)) if len(self.choices) <= len(COLOURS) else {}
+
+    def is_held_out(self, cell: str, site: str) -> bool:
+        """Whether a site took no part in a cell."""
+        return site in self._away[cell]
 
     def named(self, condition: Values) -> str:
         """A condition in words; "" where there is but one."""
@@ -308,6 +313,24 @@ def fairness(table: Table) -> list[dict[str, Any]]:
             found.append(
                 {**_of(table, condition, choice), "figures": figures, "worst": worst, "sites": own["site"].nunique()}
             )
+    return found
+
+
+def held_out(table: Table) -> list[dict[str, Any]]:
+    """A line a condition, choice and row: mean AUC at sites that train, at those held out, and the gap between them."""
+    own = table.rows[(table.rows["metric"] == "auc") & (table.rows["site"] != "")]
+    own = own[[table.is_held_out(cell, site) for cell, site in zip(own["cell"], own["site"], strict=True)]]
+    found = []
+    for condition in table.conditions if len(own) else []:
+        for choice, _ in table.ranked(condition):
+            rows = table.of(condition, choice)
+            for name in own["row"].unique():
+                at = rows[(rows["metric"] == "auc") & (rows["site"] != "") & (rows["row"] == name)]
+                away = at.index.isin(own.index)
+                outside, inside = (at[kept].groupby(SEED)["value"].mean() for kept in (away, ~away))
+                figures = [mean(inside), mean(outside), mean((inside - outside).dropna())]
+                if figures[-1].seeds:
+                    found.append({**_of(table, condition, choice), "row": row_name(name), "figures": figures})
     return found
 
 

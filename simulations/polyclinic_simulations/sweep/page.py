@@ -12,7 +12,7 @@ from polyclinic.report import figures as of_a_run
 from polyclinic.report import words
 from polyclinic.report.run import read_run
 from polyclinic_simulations.sweep import figures
-from polyclinic_simulations.sweep.figures import Table
+from polyclinic_simulations.sweep.figures import Mean, Table
 from polyclinic_simulations.sweep.grid import Grid
 from polyclinic_simulations.sweep.run import CELLS, Place, notes
 
@@ -55,6 +55,7 @@ def _measured(table: Table, place: Place) -> dict[str, Any]:
         "across": figures.across(table),
         "conditions": conditions,
         "fairness": figures.fairness(table),
+        "held_out": figures.held_out(table),
         "told_apart": figures.sites_told_apart(table),
         "costs": figures.costs(table),
         "maps": _maps(table, place),
@@ -92,19 +93,17 @@ def _maps(table: Table, place: Place) -> list[dict[str, Any]]:
 
 
 def ranking(table: Table, failed: Mapping[str, str]) -> str:
-    """What scripts read: the choices under each condition, the best first, and what could not be trained."""
+    """What scripts read: under each condition the choices, the best first, the other rows, and what was not trained."""
+
+    def plain(key: str, name: str, found: Mean) -> dict[str, Any]:
+        half = None if math.isnan(found.half) else round(found.half, 4)
+        return {key: name, table.metric: round(found.value, 4), "half": half, "seeds": found.seeds}
+
     conditions = [
         {
             "condition": table.named(condition),
-            "ranking": [
-                {
-                    "choice": table.name(choice),
-                    table.metric: round(found.value, 4),
-                    "half": None if math.isnan(found.half) else round(found.half, 4),
-                    "seeds": found.seeds,
-                }
-                for choice, found in table.ranked(condition)
-            ],
+            "ranking": [plain("choice", table.name(choice), found) for choice, found in table.ranked(condition)],
+            "others": [plain("row", name, found) for name, found in table.other_rows(condition)],
         }
         for condition in table.conditions
     ]

@@ -1,6 +1,7 @@
 """The figures of a sweep's page: means over seeds with t intervals, rankings, what belongs to which choice."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -8,8 +9,10 @@ import pytest
 
 from polyclinic_simulations.sweep import figures
 from polyclinic_simulations.sweep.figures import Table, mean
-from polyclinic_simulations.sweep.grid import Grid
+from polyclinic_simulations.sweep.grid import Cell, Grid
 from polyclinic_simulations.sweep.page import verdicts
+
+from ...tiny import tiny_study
 
 AXES = {"rule": ["a", "b"], "partition": ["iid", "skew"], "seed": ["0", "1", "2"]}
 GRID = Grid(AXES, conditions=["partition"], rules=["rule"], faults=[], cells=[])
@@ -112,3 +115,28 @@ def test_what_has_no_figures_has_no_plot(table: Table) -> None:
     assert figures.sites_told_apart(few) == [] and figures.fairness(few) == []
     apart = Table(table.rows[(table.rows["rule"] != "b") | (table.rows["seed"] == "0")], GRID)
     assert "one seed" in " ".join(verdicts(apart))
+
+
+def test_the_gap_at_sites_held_out_is_taken_seed_by_seed() -> None:
+    study = tiny_study(simulation={"sites": 3, "cohort": "all", "held_out": ["site-3"]})
+    cells = [Cell({"severity": "1", "seed": seed}, study) for seed in ("0", "1")]
+    grid = Grid({"severity": ["1"], "seed": ["0", "1"]}, ["severity"], rules=[], faults=[], cells=cells)
+    at_sites = {
+        "federated": {"site-1": 0.9, "site-2": 0.7, "site-3": 0.75},
+        "scratch": {"site-1": 0.8, "site-2": 0.6, "site-3": 0.5},
+    }
+    rows = [
+        line(severity="1", seed=cell.values["seed"], cell=cell.name, row=row, site=site, value=value + ease)
+        for cell, ease in zip(cells, (0.0, 0.05), strict=True)
+        for row, values in at_sites.items()
+        for site, value in {"": 0.7, **values}.items()
+    ]
+    ours, other = figures.held_out(Table(pd.DataFrame(rows), grid))
+    assert [m.value for m in ours["figures"]] == pytest.approx([0.825, 0.775, 0.05])
+    assert [m.value for m in other["figures"]] == pytest.approx([0.725, 0.525, 0.2])
+    assert (ours["figures"][2].half, ours["row"]) == (pytest.approx(0.0, abs=1e-9), "federated")
+    nobody = tiny_study(simulation={"sites": 3, "cohort": "all"})
+    unheld = [Cell(cell.values, nobody) for cell in cells]
+    for was, cell in zip(cells, unheld, strict=True):
+        rows = [{**row, "cell": cell.name} if row["cell"] == was.name else row for row in rows]
+    assert figures.held_out(Table(pd.DataFrame(rows), replace(grid, cells=unheld))) == []

@@ -145,6 +145,7 @@ def test_rows_that_no_rule_changes_are_trained_once_and_all_goes_into_one_table(
     assert (condition["condition"], said["failed"]) == ("iid", {})
     assert {row["choice"] for row in condition["ranking"]} == {"fedavg", "median"}
     assert all(row["seeds"] == 2 for row in condition["ranking"])
+    assert {row["row"] for row in condition["others"]} >= {"mean single site", "all sites pooled"}
     table = pd.read_csv(out / "results.csv", keep_default_na=False)
     overall = table[(table["metric"] == "auc") & (table["site"] == "") & (table["label_fraction"] == 1)]
     assert len(overall[overall["row"] == "federated"]) == 4
