@@ -140,6 +140,19 @@ def found(rows: pd.DataFrame, compare: Callable[[pd.DataFrame], Iterator[Finding
     return figures
 
 
+def tables(findings: dict[str, dict[str, Any]]) -> str:
+    """In markdown, a table a grid, a column a cohort: mean, and 95 % either way."""
+    lines = []
+    for name in GRIDS:
+        found = {cohort: grids[name] for cohort, grids in findings.items() if name in grids}
+        if found:
+            lines += ["", f"| {name} | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
+        for words in next(iter(found.values()), {}):
+            figures = [f"{grid[words]['mean']:+.3f} ± {grid[words]['half']:.3f}" for grid in found.values()]
+            lines.append(f"| {words} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the sweeps work, and are gone on with")
@@ -156,6 +169,7 @@ def main() -> None:
             rows = sweep(grid_for(name, cohort, place), place / name, options.out / "state", data)
             findings.setdefault(cohort, {})[name] = found(rows, GRIDS[name])
     keep(options.json, machine, {"findings": findings})
+    print(tables(findings))
 
 
 if __name__ == "__main__":
