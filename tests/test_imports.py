@@ -183,7 +183,16 @@ def test_the_check_lets_the_rest_pass(module: str, text: str) -> None:
     assert violations(module, text) == []
 
 
-@pytest.mark.parametrize("module", ["polyclinic", "polyclinic.study", "polyclinic.cohort.worker"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "polyclinic",
+        "polyclinic.study",
+        "polyclinic.cohort.worker",
+        "polyclinic_client.overview",
+        "polyclinic_server.overview",
+    ],
+)
 def test_what_starts_often_does_not_load_torch(module: str) -> None:
     code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -14,7 +14,6 @@ from polyclinic.cohort.cohort import Stack
 from polyclinic.cohort.identity import load_key
 from polyclinic.cohort.index import read_meta
 from polyclinic.errors import CohortError, Refused
-from polyclinic.evaluation import labelled_patients, split_patients
 from polyclinic.files import storage, write_atomic
 from polyclinic.privacy.ledger import Cap, PrivacyLedger, cohort_id
 from polyclinic.seeding import seed_for
@@ -62,6 +61,8 @@ class Site:
 
     def split(self, study: Study) -> tuple[Cohort, Cohort]:
         """(train, test) cohorts by patient: the same in every round of a study, and no stage trains on test."""
+        from polyclinic.evaluation import split_patients  # imports torch, which most commands of a site do not need
+
         seed, private = seed_for(study.seed, "split", site=self.name), study.privacy.mode == "patient"
         return split_patients(self.cohort, study.evaluation, seed, private)
 
@@ -75,6 +76,8 @@ class Site:
         Raises:
             CohortError: no training patient has a label.
         """
+        from polyclinic.evaluation import labelled_patients
+
         seed = seed_for(study.seed, "labels", site=self.name)
         return labelled_patients(self.split(study)[0], study.evaluation, stage, seed, study.privacy.mode == "patient")
 
