@@ -83,7 +83,7 @@ def sweep(
     with Display() as display:
         patients = run.prepare(read, wanted, place, at_once, display.reading)
     if dry:
-        _list(read, {cell.name: study for cell, study in wanted})
+        _list(read, {cell.name: study for cell, study in wanted}, as_json)
         return
     make_folder(out)
     console = Console(stderr=True)
@@ -127,9 +127,17 @@ def _at_once(engine: Engine, threads: int) -> int:
     return room if engine is Engine.AUTO and find_spec("ray") else 1
 
 
-def _list(grid: "Grid", wanted: Mapping[str, "Study"]) -> None:
+def _list(grid: "Grid", wanted: Mapping[str, "Study"], as_json: bool) -> None:
     from rich.table import Table
 
+    if as_json:
+        cells = [
+            {"axes": cell.values, "rounds": cell.study.rounds, "made": cell.name not in wanted}
+            | ({"rows": wanted[cell.name].evaluation.rows} if cell.name in wanted else {})
+            for cell in grid.cells
+        ]
+        print(json.dumps({"studies": cells}, indent=2))
+        return
     table = Table(title=f"{len(grid.cells)} studies, {len(wanted)} still to be made", title_justify="left")
     for axis in grid.axes:
         table.add_column(escape(axis))

@@ -304,6 +304,10 @@ def test_a_dry_run_lists_the_studies_and_writes_nothing(
     assert sweep(grid, tmp_path / "out", data, "--dry-run") == 0
     said = capsys.readouterr().out
     assert "4 studies, 4 still to be made" in said and "random, alone, pooled" in said
+    assert sweep(grid, tmp_path / "out", data, "--dry-run", "--json") == 0
+    studies = json.loads(capsys.readouterr().out)["studies"]
+    assert [study["axes"]["rule"] for study in studies] == ["fedavg", "fedavg", "median", "median"]
+    assert {row for study in studies for row in study["rows"]} == {"random", "alone", "pooled"}
     assert not (tmp_path / "out").exists()
 
 
