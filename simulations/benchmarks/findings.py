@@ -50,18 +50,18 @@ def label_skew(rows: pd.DataFrame) -> Iterator[Finding]:
 
 
 def scanner_shift(rows: pd.DataFrame) -> Iterator[Finding]:
-    """What the scanners cost each normalisation, and what each is above averaged batch normalisation."""
+    """What the scanners cost each normalisation, and how each stands to averaged batch normalisation."""
     plain = "batch norm, averaged"
-    kinds = [kind for kind in rows["normalisation"].unique() if kind]
-    for kind in kinds:
-        like, unlike = (auc(rows, normalisation=kind, severity=severity) for severity in ("0", "1"))
-        yield f"{kind}: like scanners above differing ones", like - unlike
-    for severity, words in (("0", "like"), ("1", "differing")):
-        base = auc(rows, normalisation=plain, severity=severity)
-        for kind in kinds:
-            if kind != plain:
-                difference = auc(rows, normalisation=kind, severity=severity) - base
-                yield f"{words} scanners: {kind} above {plain}", difference
+    like, unlike = (
+        {kind: auc(rows, normalisation=kind, severity=severity) for kind in rows["normalisation"].unique() if kind}
+        for severity in ("0", "1")
+    )
+    for kind in like:
+        yield f"{kind}: like scanners above differing ones", like[kind] - unlike[kind]
+    for kind in (kind for kind in like if kind != plain):
+        yield f"like scanners: {kind} above {plain}", like[kind] - like[plain]
+        yield f"differing scanners: {kind} above {plain}", unlike[kind] - unlike[plain]
+        yield f"{kind}: what it loses less than {plain}", unlike[kind] - like[kind] - unlike[plain] + like[plain]
 
 
 def byzantine(rows: pd.DataFrame) -> Iterator[Finding]:
