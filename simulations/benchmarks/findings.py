@@ -79,22 +79,21 @@ def byzantine(rows: pd.DataFrame) -> Iterator[Finding]:
 def held_out(rows: pd.DataFrame) -> Iterator[Finding]:
     """The gap between the sites that train and the one that does not, by a linear probe on the frozen encoder."""
     away = "site-4"
+    at_sites = rows[(rows["metric"] == "auc") & (rows["site"] != "") & (rows["label_fraction"] == 1)]
 
-    def gap(row: str, severity: str) -> BySeed:
-        own = rows[(rows["row"] == row) & (rows["metric"] == "auc") & (rows["severity"].isin([severity, ""]))]
-        own = own[own["label_fraction"] == 1]
-        inside = own[~own["site"].isin(["", away])].groupby(SEED)["value"].mean()
-        return inside - own[own["site"] == away].groupby(SEED)["value"].mean()
+    def gap(row: str, views: str) -> BySeed:
+        own = at_sites[(at_sites["row"] == row) & at_sites["views"].isin([views, ""])]
+        outside = own["site"] == away
+        return own[~outside].groupby(SEED)["value"].mean() - own[outside].groupby(SEED)["value"].mean()
 
-    for severity, words in (("0", "like scanners"), ("1", "differing scanners")):
-        supervised, pretrained = gap("scratch", severity), gap(FEDERATED, severity)
-        yield f"{words}: gap of supervised training alone", supervised
-        yield f"{words}: gap with self-supervised pretraining", pretrained
-        yield f"{words}: by how much pretraining narrows it", supervised - pretrained
-        yield (
-            f"{words}: classifier with pretraining above without, at the sites that train",
-            auc(rows, severity=severity) - auc(rows, "scratch", severity=severity),
-        )
+    for place, views in enumerate(kind for kind in rows["views"].unique() if kind):
+        supervised, pretrained = gap("scratch", views), gap(FEDERATED, views)
+        if place == 0:
+            yield "gap of supervised training alone", supervised
+        yield f"{views}: gap with self-supervised pretraining", pretrained
+        yield f"{views}: by how much pretraining narrows it", supervised - pretrained
+        gain = auc(rows, views=views) - auc(rows, "scratch", views=views)
+        yield f"{views}: classifier with pretraining above without, at the sites that train", gain
 
 
 GRIDS: dict[str, Callable[[pd.DataFrame], Iterator[Finding]]] = {
