@@ -81,19 +81,20 @@ def held_out(rows: pd.DataFrame) -> Iterator[Finding]:
     away = "site-4"
     at_sites = rows[(rows["metric"] == "auc") & (rows["site"] != "") & (rows["label_fraction"] == 1)]
 
-    def gap(row: str, views: str) -> BySeed:
+    def at(row: str, views: str, outside: bool) -> BySeed:
         own = at_sites[(at_sites["row"] == row) & at_sites["views"].isin([views, ""])]
-        outside = own["site"] == away
-        return own[~outside].groupby(SEED)["value"].mean() - own[outside].groupby(SEED)["value"].mean()
+        return own[(own["site"] == away) == outside].groupby(SEED)["value"].mean()
 
     for place, views in enumerate(kind for kind in rows["views"].unique() if kind):
-        supervised, pretrained = gap("scratch", views), gap(FEDERATED, views)
+        inside, outside = at(FEDERATED, views, False), at(FEDERATED, views, True)
+        supervised_inside, supervised_outside = at("scratch", views, False), at("scratch", views, True)
+        gap, supervised_gap = inside - outside, supervised_inside - supervised_outside
         if place == 0:
-            yield "gap of supervised training alone", supervised
-        yield f"{views}: gap with self-supervised pretraining", pretrained
-        yield f"{views}: by how much pretraining narrows it", supervised - pretrained
-        gain = auc(rows, views=views) - auc(rows, "scratch", views=views)
-        yield f"{views}: classifier with pretraining above without, at the sites that train", gain
+            yield "gap of supervised training alone", supervised_gap
+        yield f"{views}: gap with self-supervised pretraining", gap
+        yield f"{views}: by how much pretraining narrows it", supervised_gap - gap
+        yield f"{views}: with pretraining above without, at the sites that train", inside - supervised_inside
+        yield f"{views}: with pretraining above without, at the site held out", outside - supervised_outside
 
 
 GRIDS: dict[str, Callable[[pd.DataFrame], Iterator[Finding]]] = {
