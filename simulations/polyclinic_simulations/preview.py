@@ -84,7 +84,7 @@ def preview_tables(found: Mapping[str, Any]) -> Iterator[Table]:
     """Both with a row a site: classes, shifts and faults; and views, sex and age, if anything is known of them."""
     yield _classes_table(found)
     sites = found["sites"].values()
-    if any(site["ages"] or set(site["views"]) | set(site["sexes"]) > {""} for site in sites):
+    if any(site["ages"] or {*site["views"], *site["sexes"]} - {""} for site in sites):
         yield _attributes_table(found["sites"])
 
 

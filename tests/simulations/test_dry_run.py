@@ -107,6 +107,14 @@ def test_sites_of_ages_and_those_held_out_are_shown(capsys: pytest.CaptureFixtur
     assert "simulation.held_out names '32-45', which is no site" in capsys.readouterr().err
 
 
+def test_views_alone_have_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("all/labels.csv")
+    first, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([f"{first},view,sex", *(f"{row},PA,F" for row in rows)]))
+    assert dry("sites = 2") == 0
+    assert sum("12 PA" in line and "12 F" in line for line in capsys.readouterr().out.splitlines()) == 2
+
+
 def test_a_site_held_out_and_each_in_turn_are_two_protocols(capsys: pytest.CaptureFixture[str]) -> None:
     assert dry('sites = 3\nheld_out = ["site-3"]', "--leave-one-site-out") == 2
     assert "leave held_out out, or --leave-one-site-out" in capsys.readouterr().err
