@@ -3,7 +3,7 @@
 Runs `polyclinic sweep` on four of simulations/studies/grid-*.toml, and on each of them once more with radiographs in
 place of invented patients and all else alike. Each finding is the mean over seeds of a difference of two AUC that were
 measured on the same patients, with its 95 % interval by Student's t. What is finished is not made again: hours on two
-cores for a whole run, under --out, where each sweep leaves its page. Without --data only the phantom's half is made.
+cores for a whole run, under --state, where each sweep leaves its page. Without --data only the phantom's half is made.
 """
 
 import argparse
@@ -155,20 +155,19 @@ def tables(findings: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="where the sweeps work, and are gone on with")
+    parser.add_argument("--state", type=Path, default=Path(".polyclinic/findings"), help="where the sweeps work")
     parser.add_argument("--data", type=Path, help=f"the folder that holds {RADIOGRAPHS}")
-    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS))
-    parser.add_argument("--json", type=Path, default=RESULTS / "findings.json", help="where the findings go")
+    parser.add_argument("--out", type=Path, default=RESULTS / "findings.json")
     options = parser.parse_args()
     machine, findings = describe(), {}
     for cohort in [PHANTOM, *([RADIOGRAPHS] if options.data else [])]:
-        place = options.out / cohort
+        place = options.state / cohort
         place.mkdir(parents=True, exist_ok=True)
-        for name in options.grids:
+        for name, compare in GRIDS.items():
             data = options.data.absolute() if cohort == RADIOGRAPHS else None
-            rows = sweep(grid_for(name, cohort, place), place / name, options.out / "state", data)
-            findings.setdefault(cohort, {})[name] = found(rows, GRIDS[name])
-    keep(options.json, machine, {"findings": findings})
+            rows = sweep(grid_for(name, cohort, place), place / name, options.state / "state", data)
+            findings.setdefault(cohort, {})[name] = found(rows, compare)
+    keep(options.out, machine, {"findings": findings})
     print(tables(findings))
 
 
