@@ -1,12 +1,17 @@
 """What the ready grids find: differences between their rows, seed by seed, on the phantom and on radiographs.
 
-Runs `polyclinic sweep` on four of simulations/studies/grid-*.toml, and on each of them once more with radiographs in
-place of invented patients and all else alike. Each finding is the mean over seeds of a difference of two AUC that were
-measured on the same patients, with its 95 % interval by Student's t. What is finished is not made again: hours on two
-cores for a whole run, under --state, where each sweep leaves its page. Without --data only the phantom's half is made.
+Runs `polyclinic sweep` on four of simulations/studies/grid-*.toml, and on each of them once more with radiographs and
+their labels in place of invented patients. Each finding is the mean over seeds of a difference of two AUC, with its
+95 % interval by Student's t. Two rules, rows or views are compared on the same test patients. Two partitions are not,
+since every site draws its own, nor are sites; there the same difference in the row `pooled`, or of the untrained
+encoder, says what the patients make of it. What is finished is not made again: hours on two cores for a whole run,
+under --state, where each sweep leaves its page. Without --data only the phantom's half is made, and what --out holds of
+the other stays.
 """
 
 import argparse
+import json
+import math
 import re
 import subprocess
 import sys
@@ -32,69 +37,93 @@ Finding = tuple[str, BySeed]
 
 
 def auc(rows: pd.DataFrame, row: str = FEDERATED, **axes: str) -> BySeed:
-    """(seeds,) of a row's classifier on all sites' test patients, at these values of the axes."""
+    """(seeds,) of a row's classifier on all sites' test patients, at these values of the axes on which it depends."""
     for column, value in {"row": row, "metric": "classifier_auc", "site": "", **axes}.items():
-        rows = rows[rows[column].isin([value, ""])]
+        rows = rows[rows[column] == value]
     return rows.groupby(SEED)["value"].mean()
 
 
 def label_skew(rows: pd.DataFrame) -> Iterator[Finding]:
     """What skew costs the plain mean, and what each rule is above it under skew."""
     even, skewed = "iid", "dirichlet alpha=0.1"
-    plain = auc(rows, rule="fedavg", partition=skewed)
-    yield "fedavg: even labels above skewed ones", auc(rows, rule="fedavg", partition=even) - plain
-    for rule in rows["rule"].unique():
-        if rule not in ("fedavg", ""):
-            yield f"skewed: {rule} above fedavg", auc(rows, rule=rule, partition=skewed) - plain
-    yield "skewed: pooled above fedavg", auc(rows, "pooled", partition=skewed) - plain
+    plain = {kind: auc(rows, rule="fedavg", partition=kind) for kind in (even, skewed)}
+    pooled = {kind: auc(rows, "pooled", partition=kind) for kind in (even, skewed)}
+    yield "fedavg: even labels above skewed ones", plain[even] - plain[skewed]
+    yield "pooled: even labels above skewed ones", pooled[even] - pooled[skewed]
+    yield "even: pooled above fedavg", pooled[even] - plain[even]
+    yield "skewed: pooled above fedavg", pooled[skewed] - plain[skewed]
+    for rule in others(rows["rule"], "fedavg"):
+        yield f"skewed: {rule} above fedavg", auc(rows, rule=rule, partition=skewed) - plain[skewed]
 
 
 def scanner_shift(rows: pd.DataFrame) -> Iterator[Finding]:
     """What the scanners cost each normalisation, and how each stands to averaged batch normalisation."""
-    plain = "batch norm, averaged"
+    group, plain = "group norm", "batch norm, averaged"
+    kinds = [plain, *others(rows["normalisation"], plain)]
     like, unlike = (
-        {kind: auc(rows, normalisation=kind, severity=severity) for kind in rows["normalisation"].unique() if kind}
-        for severity in ("0", "1")
+        {kind: auc(rows, normalisation=kind, severity=severity) for kind in kinds} for severity in ("0", "1")
     )
-    for kind in like:
-        yield f"{kind}: like scanners above differing ones", like[kind] - unlike[kind]
-    for kind in (kind for kind in like if kind != plain):
+    loss = {kind: like[kind] - unlike[kind] for kind in kinds}
+    for kind in kinds:
+        yield f"{kind}: like scanners above differing ones", loss[kind]
+    for kind in kinds[1:]:
         yield f"like scanners: {kind} above {plain}", like[kind] - like[plain]
         yield f"differing scanners: {kind} above {plain}", unlike[kind] - unlike[plain]
-        yield f"{kind}: what it loses less than {plain}", unlike[kind] - like[kind] - unlike[plain] + like[plain]
+        yield f"{kind}: what it loses less than {plain}", loss[plain] - loss[kind]
+    pooled = {
+        kind: auc(rows, "pooled", normalisation=kind, severity="0")
+        - auc(rows, "pooled", normalisation=kind, severity="1")
+        for kind in (group, plain)
+    }
+    yield "pooled, group norm: like scanners above differing ones", pooled[group]
+    yield "pooled, batch norm: like scanners above differing ones", pooled[plain]
+    yield "pooled, group norm: what it loses less than batch norm", pooled[plain] - pooled[group]
 
 
 def byzantine(rows: pd.DataFrame) -> Iterator[Finding]:
-    """What an attack costs each rule."""
-    for attack in ("sign flip", "100 times"):
-        for rule in rows["rule"].unique():
-            if rule:
-                unharmed = auc(rows, rule=rule, attack="none")
-                yield (
-                    f"{attack}, {rule}: without the attack above with it",
-                    unharmed - auc(rows, rule=rule, attack=attack),
-                )
+    """How each rule stands to the plain mean under each attack, and what the attack costs it."""
+    unharmed, plain = "none", "fedavg"
+    for attack in (unharmed, *others(rows["attack"], unharmed)):
+        of_plain = auc(rows, rule=plain, attack=attack)
+        for rule in others(rows["rule"], plain):
+            yield f"{attack}: {rule} above {plain}", auc(rows, rule=rule, attack=attack) - of_plain
+    for attack in others(rows["attack"], unharmed):
+        for rule in (plain, *others(rows["rule"], plain)):
+            before = auc(rows, rule=rule, attack=unharmed)
+            yield f"{attack}, {rule}: without the attack above with it", before - auc(rows, rule=rule, attack=attack)
 
 
 def held_out(rows: pd.DataFrame) -> Iterator[Finding]:
-    """The gap between the sites that train and the one that does not, by a linear probe on the frozen encoder."""
+    """The gap between the sites that train and the one that does not, by a linear probe on the frozen encoder.
+
+    The probe learns from all labels of the sites that train. What a classifier fine-tuned on a part of them gains by
+    pretraining is measured at the sites that train alone.
+    """
     away = "site-4"
+    kinds = others(rows["views"], "")
     at_sites = rows[(rows["metric"] == "auc") & (rows["site"] != "") & (rows["label_fraction"] == 1)]
 
     def at(row: str, views: str, outside: bool) -> BySeed:
-        own = at_sites[(at_sites["row"] == row) & at_sites["views"].isin([views, ""])]
+        own = at_sites[(at_sites["row"] == row) & (at_sites["views"] == views)]
         return own[(own["site"] == away) == outside].groupby(SEED)["value"].mean()
 
-    for place, views in enumerate(kind for kind in rows["views"].unique() if kind):
+    for row, said in (("random", "the untrained encoder"), ("scratch", "supervised training alone")):
+        yield f"gap of {said}", at(row, kinds[0], False) - at(row, kinds[0], True)
+    for views in kinds:
         inside, outside = at(FEDERATED, views, False), at(FEDERATED, views, True)
         supervised_inside, supervised_outside = at("scratch", views, False), at("scratch", views, True)
         gap, supervised_gap = inside - outside, supervised_inside - supervised_outside
-        if place == 0:
-            yield "gap of supervised training alone", supervised_gap
         yield f"{views}: gap with self-supervised pretraining", gap
         yield f"{views}: by how much pretraining narrows it", supervised_gap - gap
         yield f"{views}: with pretraining above without, at the sites that train", inside - supervised_inside
         yield f"{views}: with pretraining above without, at the site held out", outside - supervised_outside
+        classifiers = auc(rows, views=views) - auc(rows, "scratch", views=views)
+        yield f"{views}: the classifier, with pretraining above without, at the sites that train", classifiers
+
+
+def others(values: "pd.Series[str]", but: str) -> list[str]:
+    """An axis's values in the order of the file, but for one, and for the blank of rows that do not depend on it."""
+    return [str(value) for value in values.unique() if value not in (but, "")]
 
 
 GRIDS: dict[str, Callable[[pd.DataFrame], Iterator[Finding]]] = {
@@ -111,6 +140,7 @@ def grid_for(name: str, cohort: str, folder: Path) -> Path:
     if cohort == PHANTOM:
         return ready
     text = ready.read_text()
+    text = text[text.index("[study]") :]  # its first lines say what came out on the phantom
     for pattern, words in IN_ITS_STEAD.items():
         text, found = re.subn(pattern, words, text)
         assert found == 1, f"{ready} has {found} times {pattern}"
@@ -120,23 +150,24 @@ def grid_for(name: str, cohort: str, folder: Path) -> Path:
 
 
 def sweep(grid: Path, out: Path, state: Path, data: Path | None) -> pd.DataFrame:
-    """A sweep's results.csv; runs what is missing of it."""
+    """A sweep's results.csv; runs what is missing of it. A study that cannot be trained is a result as well."""
     command = [sys.executable, "-c", "from polyclinic.cli import main; main()", "sweep", str(grid)]
     command += ["--out", str(out), "--state", str(state), *(["--data", str(data)] if data else []), "--json"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if (code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode) > 1:
+        raise SystemExit(code)
     return pd.read_csv(out / "results.csv", dtype={"severity": str}, keep_default_na=False, na_values={"value": [""]})
 
 
 def found(rows: pd.DataFrame, compare: Callable[[pd.DataFrame], Iterator[Finding]]) -> dict[str, Any]:
-    """{what is compared: mean, 95 % half-width and the seeds' own}."""
+    """{what is compared: mean, 95 % half-width (None of one seed) and the seeds' own}, of all that was measured."""
     figures = {}
     for words, differences in compare(rows):
-        m = mean(differences)
-        figures[words] = {
-            "mean": round(m.value, 3),
-            "half": round(m.half, 3),
-            "seeds": [round(v, 3) for v in differences],
-        }
+        if (m := mean(differences)).seeds:
+            figures[words] = {
+                "mean": round(m.value, 3),
+                "half": None if math.isnan(m.half) else round(m.half, 3),
+                "seeds": [round(v, 3) for v in differences.dropna()],
+            }
     return figures
 
 
@@ -147,10 +178,15 @@ def tables(findings: dict[str, dict[str, Any]]) -> str:
         found = {cohort: grids[name] for cohort, grids in findings.items() if name in grids}
         if found:
             lines += ["", f"| {name} | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
-        for words in next(iter(found.values()), {}):
-            figures = [f"{grid[words]['mean']:+.3f} ± {grid[words]['half']:.3f}" for grid in found.values()]
-            lines.append(f"| {words} | {' | '.join(figures)} |")
+        for words in dict.fromkeys(words for grid in found.values() for words in grid):
+            lines.append(f"| {words} | {' | '.join(_in_words(grid.get(words)) for grid in found.values())} |")
     return "\n".join(lines)
+
+
+def _in_words(finding: dict[str, Any] | None) -> str:
+    if finding is None:
+        return "–"
+    return f"{finding['mean']:+.3f}" + ("" if finding["half"] is None else f" ± {finding['half']:.3f}")
 
 
 def main() -> None:
@@ -159,7 +195,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help=f"the folder that holds {RADIOGRAPHS}")
     parser.add_argument("--out", type=Path, default=RESULTS / "findings.json")
     options = parser.parse_args()
-    machine, findings = describe(), {}
+    machine = describe()
+    findings = json.loads(options.out.read_text())["findings"] if options.out.exists() else {}
     for cohort in [PHANTOM, *([RADIOGRAPHS] if options.data else [])]:
         place = options.state / cohort
         place.mkdir(parents=True, exist_ok=True)

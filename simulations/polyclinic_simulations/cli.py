@@ -299,7 +299,8 @@ def _preview(study: "Study", data: Path, state: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        Console().print(*preview_tables(found), sep="\n\n")
+        for table in preview_tables(found):
+            Console().print(table, "")
         if found["clock"]:
             Console().print(clock_in_words(found["clock"]), highlight=False, soft_wrap=True)
 

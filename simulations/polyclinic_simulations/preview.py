@@ -17,7 +17,7 @@ from polyclinic.study import Study
 from polyclinic_simulations.consortium import Progress, gather, require
 
 LISTED = 8
-"""Classes with a column of their own."""
+"""Classes with a column of their own, and views named."""
 
 
 def preview(study: Study, data: Path, state: Path, progress: Progress) -> dict[str, Any]:
@@ -93,13 +93,21 @@ def _attributes_table(sites: Mapping[str, Any]) -> Table:
         "site", "views", "sex", "age, quartiles", title="Patients of each view, sex and age", title_justify="left"
     )
     for name, site in sites.items():
-        views, sexes = (
-            ", ".join(f"{n} {word or 'unknown'}" for word, n in site[key].items()) for key in ("views", "sexes")
-        )
-        table.add_row(
-            escape(name), escape(views), escape(sexes), " – ".join(f"{age:g}" for age in site["ages"]) or "unknown"
-        )
+        views, sexes = (_counts(site[key]) for key in ("views", "sexes"))
+        ages = " – ".join(f"{age:g}" for age in site["ages"]) or "unknown"
+        table.add_row(escape(name), escape(views), escape(sexes), ages)
     return table
+
+
+def _counts(patients: Mapping[str, int]) -> str:
+    """The most frequent words, and how many more there are.
+
+    >>> _counts({"": 1, "AP": 3, "PA": 12})
+    '12 PA, 3 AP, 1 unknown'
+    """
+    most = Counter(patients).most_common(LISTED)
+    more = [f"{len(patients) - LISTED} rarer ones"] if len(patients) > LISTED else []
+    return ", ".join([*(f"{n} {word or 'unknown'}" for word, n in most), *more])
 
 
 def clock_in_words(clock: Mapping[str, Any]) -> str:
@@ -133,7 +141,8 @@ def _classes_table(found: Mapping[str, Any]) -> Table:
         counts = [site["patients"], site["images"], *(site["classes"].get(each, 0) for each in shown)]
         shifts = ", ".join(map(_in_words, site["shift"]))
         words = [shifts or "–", *([", ".join(map(_words, site["fault"])) or "–"] if unreliable else [])]
-        table.add_row(f"{name} (held out)" if site["held_out"] else name, *map(str, counts), *words)
+        named = f"{name} (held out)" if site["held_out"] else name
+        table.add_row(escape(named), *map(str, counts), *map(escape, words))
     if more:
         table.caption = f"{more} rarer classes are left out"
     return table

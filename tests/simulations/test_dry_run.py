@@ -110,9 +110,23 @@ def test_sites_of_ages_and_those_held_out_are_shown(capsys: pytest.CaptureFixtur
 def test_views_alone_have_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("all/labels.csv")
     first, *rows = path.read_text().splitlines()
-    path.write_text("\n".join([f"{first},view,sex", *(f"{row},PA,F" for row in rows)]))
+    path.write_text("\n".join([f"{first},view", *(f"{row},PA" for row in rows)]))
     assert dry("sites = 2") == 0
-    assert sum("12 PA" in line and "12 F" in line for line in capsys.readouterr().out.splitlines()) == 2
+    assert sum("12 PA" in line for line in capsys.readouterr().out.splitlines()) == 2
+
+
+def test_words_of_a_cohort_are_no_markup_and_many_of_them_are_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("all/labels.csv")
+    first, *rows = path.read_text().replace("clear", "[/x]").splitlines()
+    path.write_text("\n".join([f"{first},view", *(f"{row},[b]{k:02}" for k, row in enumerate(rows))]))
+    study = STUDY.replace("clear", "[/x]")
+    Path("study.toml").write_text(
+        study + 'sites = 2\nshift = [{ kind = "prevalence", severity = 0.1, value = "[/x]" }]'
+    )
+    assert cli.run(["simulate", "study.toml", "--dry-run"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "prevalence 0.1 [/x]" in told
+    assert "1 [b]" in told and "rarer ones" in told
 
 
 def test_a_site_held_out_and_each_in_turn_are_two_protocols(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,9 @@ def sweep(
         ),
     ] = Engine.AUTO,
     dry: Annotated[bool, typer.Option("--dry-run", help="Check and list the studies; train nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the ranking as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the ranking, or what --dry-run lists, as JSON.")
+    ] = False,
 ) -> None:
     """Train one study over a grid of methods, rules, partitions, severities and seeds; see which copes with what.
 

@@ -317,20 +317,28 @@ def fairness(table: Table) -> list[dict[str, Any]]:
 
 
 def held_out(table: Table) -> list[dict[str, Any]]:
-    """A line a condition, choice and row: mean AUC at sites that train, at those held out, and the gap between them."""
+    """A line a condition, choice and row: mean AUC at sites that train, at those held out, and the gap between them.
+
+    Of the seeds that have both. A row that is the same whatever is chosen has one line, without a choice.
+    """
     own = table.rows[(table.rows["metric"] == "auc") & (table.rows["site"] != "")]
     own = own[[table.is_held_out(cell, site) for cell, site in zip(own["cell"], own["site"], strict=True)]]
     found = []
     for condition in table.conditions if len(own) else []:
-        for choice, _ in table.ranked(condition):
-            rows = table.of(condition, choice)
-            for name in own["row"].unique():
+        for name in own["row"].unique():
+            lines = []
+            for choice, _ in table.ranked(condition):
+                rows = table.of(condition, choice)
                 at = rows[(rows["metric"] == "auc") & (rows["site"] != "") & (rows["row"] == name)]
-                away = at.index.isin(own.index)
-                outside, inside = (at[kept].groupby(SEED)["value"].mean() for kept in (away, ~away))
-                figures = [mean(inside), mean(outside), mean((inside - outside).dropna())]
+                by_seed = at.groupby([SEED, at.index.isin(own.index)])["value"].mean().unstack()
+                inside, outside = by_seed.reindex(columns=[False, True]).dropna().T.to_numpy()
+                lines.append((table.name(choice), [mean(inside), mean(outside), mean(inside - outside)]))
+            if name != FEDERATED and len({tuple(m.value for m in figures) for _, figures in lines}) == 1:
+                lines = [("", lines[0][1])]
+            for words, figures in lines:
                 if figures[-1].seeds:
-                    found.append({**_of(table, condition, choice), "row": row_name(name), "figures": figures})
+                    line = {"condition": table.named(condition), "choice": words, "row": row_name(name)}
+                    found.append({**line, "figures": figures})
     return found
 
 

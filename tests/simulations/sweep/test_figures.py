@@ -117,6 +117,22 @@ def test_what_has_no_figures_has_no_plot(table: Table) -> None:
     assert "one seed" in " ".join(verdicts(apart))
 
 
+def test_a_row_that_no_choice_changes_has_one_line_at_sites_held_out() -> None:
+    study = tiny_study(simulation={"sites": 2, "cohort": "all", "held_out": ["site-2"]})
+    cells = [Cell({"rule": rule, "seed": "0"}, study) for rule in ("a", "b")]
+    grid = Grid({"rule": ["a", "b"], "seed": ["0"]}, [], rules=["rule"], faults=[], cells=cells)
+    rows = [
+        line(rule=cell.values["rule"], seed="0", cell=cell.name, row=row, site=site, value=value + gain * place)
+        for place, cell in enumerate(cells)
+        for row, gain in (("federated", 0.1), ("pixels", 0.0))
+        for site, value in {"": 0.6, "site-1": 0.7, "site-2": 0.5}.items()
+    ]
+    found = figures.held_out(Table(pd.DataFrame(rows), grid))
+    assert [(row["row"], row["choice"]) for row in found] == [
+        ("federated", "b"), ("federated", "a"), ("16 × 16 pixels", "")
+    ]  # fmt: skip
+
+
 def test_the_gap_at_sites_held_out_is_taken_seed_by_seed() -> None:
     study = tiny_study(simulation={"sites": 3, "cohort": "all", "held_out": ["site-3"]})
     cells = [Cell({"severity": "1", "seed": seed}, study) for seed in ("0", "1")]
@@ -135,6 +151,9 @@ def test_the_gap_at_sites_held_out_is_taken_seed_by_seed() -> None:
     assert [m.value for m in ours["figures"]] == pytest.approx([0.825, 0.775, 0.05])
     assert [m.value for m in other["figures"]] == pytest.approx([0.725, 0.525, 0.2])
     assert (ours["figures"][2].half, ours["row"]) == (pytest.approx(0.0, abs=1e-9), "federated")
+    half = [row for row in rows if row["site"] != "site-3" or row["seed"] == "0"]
+    ours = figures.held_out(Table(pd.DataFrame(half), grid))[0]
+    assert [m.value for m in ours["figures"]] == pytest.approx([0.8, 0.75, 0.05]), "of the seed that has both"
     nobody = tiny_study(simulation={"sites": 3, "cohort": "all"})
     unheld = [Cell(cell.values, nobody) for cell in cells]
     for was, cell in zip(cells, unheld, strict=True):
