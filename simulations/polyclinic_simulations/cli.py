@@ -243,7 +243,7 @@ def _run(
     holding_out: bool = False,
 ) -> None:
     from polyclinic.cli import program
-    from polyclinic.errors import Interrupted, PolyclinicError, Refused
+    from polyclinic.errors import Interrupted, PolyclinicError, QuorumLost, Refused
     from polyclinic_server.aggregation.private import EpsilonSpent
     from polyclinic_simulations.display import Display, classifier_table, comparison_table, holdout_table
     from polyclinic_simulations.holdout import leave_one_site_out
@@ -265,7 +265,10 @@ def _run(
         raise Interrupted("interrupted; what was finished is kept", f"go on with: {how}") from None
     except PolyclinicError as error:
         if not isinstance(error, Refused | EpsilonSpent) and (out / "study.toml").exists():
-            error.fix += f"\n  then go on with: {how}"
+            if isinstance(error, QuorumLost) and study.simulation.unreliable:  # the seed strikes the same sites again
+                error.fix = "lower aggregation.min_sites or what strikes the sites, or give them longer, and begin anew"
+            else:
+                error.fix += f"\n  then go on with: {how}"
         raise
     if as_json:
         print(json.dumps(summary, indent=2))

@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from polyclinic.report.words import duration
+
 LISTED = 8
 """Classes named above a table."""
 
@@ -22,6 +24,7 @@ class Display:
         self._bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal, expand=True)
         self._tasks: dict[str, TaskID] = {}
         self._stage = ""
+        self._why: dict[tuple[int, str], str] = {}
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -62,8 +65,12 @@ class Display:
                 self._show("rows", f"row {row}", event["made"], None)
             self._say(_row_line(event), bars=False)
         elif name in ("update_refused", "site_missing"):
-            why = event.get("reason", "no answer")
+            why = event.get("reason") or self._why.get((event["round"], event["site"]), "no answer")
             self._say(f"[yellow]round {event['round']}: {event['site']} left out: {escape(why)}[/yellow]")
+        elif name == "site_struck" and "dropout" in event["faults"]:
+            self._why[event["round"], event["site"]] = "dropped out"
+        elif name == "site_late":
+            self._why[event["round"], event["site"]] = f"answered {duration(event['late_s'])} late"
         elif name == "stopped_early":
             patience = f"{event['patience']} round{'s' * (event['patience'] != 1)}"
             self._say(f"round {event['round']}: no better on validation patients for {patience}, stopped")

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from polyclinic.cohort import Cohort
 from polyclinic.evaluation import classes_of
-from polyclinic.faults import ANY_ROUND, AnyFault
+from polyclinic.faults import AnyFault
+from polyclinic.report import words
 from polyclinic.study import Study
 from polyclinic_simulations.consortium import Progress, gather, require
 
@@ -57,9 +58,9 @@ def _faults(name: str, study: Study) -> Iterable[AnyFault]:
     return () if name in study.simulation.held_out else study.simulation.faults_of(name).values()
 
 
-def _patients_by(words: NDArray[np.str_], cohort: Cohort) -> dict[str, int]:
+def _patients_by(said: NDArray[np.str_], cohort: Cohort) -> dict[str, int]:
     """{what an image is said to be: patients with such images}."""
-    pairs = np.unique(np.stack([words, cohort.patients.astype(np.str_)]), axis=1)
+    pairs = np.unique(np.stack([said, cohort.patients.astype(np.str_)]), axis=1)
     return dict(sorted(Counter(pairs[0].tolist()).items()))
 
 
@@ -69,15 +70,6 @@ def _ages(cohort: Cohort) -> list[float]:
     ages = cohort.ages[first]
     known = ages[~np.isnan(ages)]
     return [round(float(age), 1) for age in np.quantile(known, (0.25, 0.5, 0.75))] if len(known) else []
-
-
-def _in_words(shift: Mapping[str, Any]) -> str:
-    """
-    >>> _in_words({"kind": "prevalence", "severity": 0.5, "value": "nodule", "becomes": ""})
-    'prevalence 0.5 nodule'
-    """
-    words = " to ".join(filter(None, (shift["value"], shift["becomes"])))
-    return f"{shift['kind']} {shift['severity']:g} {words}".strip()
 
 
 def preview_tables(found: Mapping[str, Any]) -> Iterator[Table]:
@@ -139,25 +131,10 @@ def _classes_table(found: Mapping[str, Any]) -> Table:
         table.add_column("fault")
     for name, site in found["sites"].items():
         counts = [site["patients"], site["images"], *(site["classes"].get(each, 0) for each in shown)]
-        shifts = ", ".join(map(_in_words, site["shift"]))
-        words = [shifts or "–", *([", ".join(map(_words, site["fault"])) or "–"] if unreliable else [])]
+        shifts = ", ".join(map(words.of_shift, site["shift"]))
+        told = [shifts or "–", *([", ".join(map(words.of_fault, site["fault"])) or "–"] if unreliable else [])]
         named = f"{name} (held out)" if site["held_out"] else name
-        table.add_row(escape(named), *map(str, counts), *map(escape, words))
+        table.add_row(escape(named), *map(str, counts), *map(escape, told))
     if more:
         table.caption = f"{more} rarer classes are left out"
     return table
-
-
-def _words(fault: Mapping[str, Any]) -> str:
-    """A fault in a few words.
-
-    >>> _words({"kind": "lateness", "seconds": 600.0, "probability": 0.25, "rounds": (1, 1_000_000)})
-    'lateness 600 s (0.25 of rounds)'
-    >>> _words({"kind": "scaling", "factor": 10.0, "probability": 1.0, "rounds": (3, 5)})
-    'scaling 10 (rounds 3 to 5)'
-    """
-    size = f" {fault['factor']:g}" if "factor" in fault else f" {fault['seconds']:g} s" if "seconds" in fault else ""
-    first, last = fault["rounds"]
-    when = [f"{fault['probability']:.3g} of rounds"] if fault["probability"] < 1 else []
-    when += [f"rounds {first} to {last}"] if (first, last) != ANY_ROUND else []
-    return f"{fault['kind']}{size}" + (f" ({', '.join(when)})" if when else "")

@@ -24,6 +24,19 @@ def test_what_others_wrote_is_shown_as_it_is() -> None:
     assert hostile in shown({"event": "update_refused", "round": 1, "site": "north", "reason": hostile})
 
 
+def test_a_site_is_missing_for_a_reason_that_a_simulation_knows() -> None:
+    said = shown(
+        {"event": "site_struck", "round": 2, "site": "north", "faults": ["slow", "dropout"]},
+        {"event": "site_late", "round": 2, "site": "south", "arrives_s": 9000.0, "late_s": 7260.0},
+        *({"event": "site_missing", "round": 2, "site": site} for site in ("north", "south", "west")),
+    )
+    assert said.splitlines() == [
+        "round 2: north left out: dropped out",
+        "round 2: south left out: answered 2 h 1 min late",
+        "round 2: west left out: no answer",
+    ]
+
+
 def test_where_nobody_looks_at_bars_a_row_has_a_line_as_it_begins_trains_and_ends() -> None:
     said = shown(
         {"event": "row_started", "row": "pooled", "made": 3, "rows": 4},

@@ -10,10 +10,10 @@ import pytest
 from polyclinic import cli
 from polyclinic.encoders import ENCODERS
 from polyclinic.errors import Refused
+from polyclinic.report.words import of_fault
 from polyclinic.study import Study
 from polyclinic_client.site import Site
 from polyclinic_simulations.compare import train_one
-from polyclinic_simulations.preview import _words
 from polyclinic_simulations.simulate import simulate
 
 from ..tiny import SIMCLR, TinyEncoder, events, in_memory, same_bits, tiny_study, write_cohort
@@ -99,6 +99,6 @@ def test_the_preview_lists_the_faults_of_a_site_beside_its_shifts(
 
 def test_a_fault_in_a_few_words() -> None:
     always = {"probability": 1.0, "rounds": (1, 1_000_000)}
-    assert _words({"kind": "corrupt", **always}) == "corrupt"
+    assert of_fault({"kind": "corrupt", **always}) == "corrupt"
     lateness = {"kind": "lateness", "seconds": 600.0, "probability": 0.25, "rounds": (3, 5)}
-    assert _words(lateness) == "lateness 600 s (0.25 of rounds, rounds 3 to 5)"
+    assert of_fault(lateness) == "lateness 600 s (0.25 of rounds, rounds 3 to 5)"

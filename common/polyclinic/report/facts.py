@@ -32,8 +32,17 @@ def what_was_trained(run: Run) -> str:
         for kind in ("patients", "images")
         if run.sites and all(kind in site for site in run.sites.values())
     ]
-    whose = f" with {words.listed(counts)}" if counts else ""
+    whose = f" with {words.listed(counts)}{_invented(run)}" if counts else ""
     return f"{stages} of a {encoder}, across {words.plural(len(run.sites), 'site')}{whose}."
+
+
+def _invented(run: Run) -> str:
+    """Whose patients nobody has ever seen."""
+    simulation = run.study.simulation
+    sites = [site.name for site in simulation.site if site.phantom]
+    if simulation.phantom or (sites and len(sites) == len(simulation.site)):
+        return ", all of them invented"
+    return f", those of {words.listed(sites)} invented" if sites else ""
 
 
 def rounds_of(run: Run) -> list[str]:
@@ -206,7 +215,7 @@ def _collapses(run: Run) -> list[str]:
 
 
 def sites(run: Run) -> list[dict[str, Any]]:
-    """A row for every site: size, part in the rounds, last loss and probe, epsilon spent."""
+    """A row for every site: size, what was done to it, part in the rounds, last loss and probe, epsilon spent."""
     # A round that was made again after a resumption counts once, as it went the last time.
     names = ("update_accepted", "update_refused", "site_missing")
     last = {(e.get("round"), str(e.get("site"))): e["event"] for e in run.events if e.get("event") in names}
@@ -217,11 +226,30 @@ def sites(run: Run) -> list[dict[str, Any]]:
             "name": name,
             "colour": colours[name] if len(colours) <= len(COLOURS) else "",
             **facts,
+            "rehearsed": _rehearsed(run, name),
             **{event: counts[name] for event, counts in parts.items()},
             **{metric: _last_value(run, metric, name) for metric in ("loss", "probe_auc")},
             "epsilon": spent(run).get(name, ""),
         }
         for name, facts in run.sites.items()
+    ]
+
+
+def _rehearsed(run: Run, site: str) -> str:
+    """The shifts and faults that a simulation gives a site."""
+    simulation = run.study.simulation
+    shifts = [words.of_shift(shift.model_dump()) for shift in simulation.shifts_of(site)]
+    return ", ".join(shifts + [words.of_fault(fault.model_dump()) for fault in simulation.faults_of(site).values()])
+
+
+def missing(run: Run) -> list[dict[str, Any]]:
+    """`round`, `site` and `why` of every order that was not answered in time; the why is what a simulation did."""
+    late = {(e["round"], e["site"]): f"answered {words.duration(e['late_s'])} late" for e in run.happened("site_late")}
+    struck = {(e["round"], e["site"]) for e in run.happened("site_struck") if "dropout" in e["faults"]}
+    return [
+        {"round": at[0], "site": at[1], "why": "dropped out" if at in struck else late.get(at, "no reply in time")}
+        for event in run.happened("site_missing")
+        if (at := (event["round"], event["site"]))
     ]
 
 

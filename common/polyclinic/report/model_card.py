@@ -36,6 +36,7 @@ def render_model_card(path: Path) -> str:
         classifier=facts.classifier(run),
         rehearsed=run.summary.get("engine") in REHEARSALS,
         warnings=facts.warnings(run),
+        rehearsals=[site for site in facts.sites(run) if site["rehearsed"]],
         counted=any(run.sites.values()),
         privacy=facts.privacy(run),
         releases=facts.releases(run),

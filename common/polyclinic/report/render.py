@@ -78,7 +78,7 @@ def context(run: Run) -> dict[str, Any]:
         "privacy": facts.privacy(run),
         "releases": facts.releases(run),
         "refused": run.happened("update_refused"),
-        "missing": run.happened("site_missing"),
+        "missing": facts.missing(run),
         "study": tomli_w.dumps(_without_paths(run)),
         "encoder": (run.path / "encoder.safetensors").exists(),
     }

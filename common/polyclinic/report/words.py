@@ -1,6 +1,9 @@
 """How the report says numbers and names."""
 
 from collections.abc import Mapping
+from typing import Any
+
+from polyclinic.faults import ANY_ROUND
 
 METHODS = {
     "simclr": "SimCLR",
@@ -64,6 +67,29 @@ def count(number: float) -> str:
     '12,345'
     """
     return f"{number:,.0f}"
+
+
+def of_shift(shift: Mapping[str, Any]) -> str:
+    """
+    >>> of_shift({"kind": "prevalence", "severity": 0.5, "value": "nodule", "becomes": ""})
+    'prevalence 0.5 nodule'
+    """
+    value = " to ".join(filter(None, (shift["value"], shift["becomes"])))
+    return f"{shift['kind']} {shift['severity']:g} {value}".strip()
+
+
+def of_fault(fault: Mapping[str, Any]) -> str:
+    """
+    >>> of_fault({"kind": "lateness", "seconds": 600.0, "probability": 0.25, "rounds": (1, 1_000_000)})
+    'lateness 600 s (0.25 of rounds)'
+    >>> of_fault({"kind": "scaling", "factor": 10.0, "probability": 1.0, "rounds": (3, 5)})
+    'scaling 10 (rounds 3 to 5)'
+    """
+    size = f" {fault['factor']:g}" if "factor" in fault else f" {fault['seconds']:g} s" if "seconds" in fault else ""
+    first, last = fault["rounds"]
+    when = [f"{fault['probability']:.3g} of rounds"] if fault["probability"] < 1 else []
+    when += [f"rounds {first} to {last}"] if (first, last) != ANY_ROUND else []
+    return f"{fault['kind']}{size}" + (f" ({', '.join(when)})" if when else "")
 
 
 def plural(number: int, thing: str) -> str:

@@ -120,6 +120,9 @@ class UnreliableGrid(LocalGrid):
             order, _ = wire.unpack_order(message.content)
             self._begin(order, message.metadata.message_type)
             struck = strikes(self._study, order.site, order.round) if order.train else {}
+            if struck:
+                faults = [fault.kind for fault, _ in struck.values()]
+                self._run.event("site_struck", round=order.round, site=order.site, faults=faults)
             if any(isinstance(fault, Dropout) for fault, _ in struck.values()):
                 del self._waiting[ids[-1]]
             else:

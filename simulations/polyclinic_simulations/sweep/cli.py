@@ -56,6 +56,7 @@ def sweep(
 
     Rows that do not depend on a choice (sites alone, all pooled, no pretraining) are trained once for all of them.
     Stopped at any moment, the same command goes on; a grid that has grown trains what is new.
+    An axis of any name has values that say what they set: { name = "liar", set = { "simulation.fault" = ... } }.
 
     Examples:
 
@@ -68,6 +69,7 @@ def sweep(
     from polyclinic.cli import program
     from polyclinic.errors import Interrupted, PolyclinicError, Refused
     from polyclinic.files import locked, make_folder, write_atomic
+    from polyclinic.report.words import plural
     from polyclinic_simulations.display import Display
     from polyclinic_simulations.sweep import run
     from polyclinic_simulations.sweep.figures import Table
@@ -80,6 +82,7 @@ def sweep(
         raise Refused(f"{out} is a file", "give a folder as --out")
     if out.exists() and any(out.iterdir()) and not (out / "grid.toml").exists():
         raise Refused(f"{out} is not empty, and holds no sweep", "give another --out")
+    others = run.strangers(read, place)
     wanted = run.tasks(read, place)
     at_once = _at_once(engine, max(cell.study.compute.threads for cell in read.cells))
     with Display() as display:
@@ -93,8 +96,9 @@ def sweep(
         if not free:
             raise Refused(f"another process is working in {out}", "wait for it, or give another --out")
         write_atomic(out / "grid.toml", grid.read_bytes())
-        if others := run.strangers(read, place):
-            print(f"warning: {out} holds {others} studies of another grid, which are left out", file=sys.stderr)
+        if others:
+            told = f"{plural(others, 'folder')} of studies that are none of this grid's, which are left out"
+            print(f"warning: {out} holds {told}", file=sys.stderr)
         write_atomic(out / run.PATIENTS, json.dumps(patients))
         try:
             with _Bars(console, len(read.cells), len(read.cells) - len(wanted)) as bars:

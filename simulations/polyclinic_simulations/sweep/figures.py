@@ -36,6 +36,9 @@ MEAN_ALONE = "mean single site"
 MOST_SITES = 12
 """Of a matrix that can be read."""
 
+Line = tuple[str, list["Mean"]]
+"""(a choice in words, its figures)."""
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -247,6 +250,20 @@ def across(table: Table) -> Figure | None:
     return Figure("From condition to condition", note, svg, [(name, colours[name]) for name in series])
 
 
+def cost_of_conditions(table: Table) -> list[dict[str, Any]]:
+    """A line a condition after the first, row and choice: AUC there, in the first, and what is lost, seed by seed."""
+    found = []
+    for condition in table.conditions[1:]:
+        for row in (FEDERATED, "pooled"):
+            lines: list[Line] = []
+            for choice, _ in table.ranked(condition):
+                at = [table.by_seed(place, choice, row, table.metric) for place in (table.conditions[0], condition)]
+                before, after = pd.concat(at, axis=1, join="inner").dropna().T.to_numpy()
+                lines.append((table.name(choice), [mean(before), mean(after), mean(before - after)]))
+            found += _lines_of(table.named(condition), row, lines)
+    return found
+
+
 def label_efficiency(table: Table, condition: Values) -> Figure | None:
     """AUC of the probe against the part of the labels that it learns from."""
     own = table.of(condition)
@@ -298,7 +315,11 @@ def matrix(table: Table, condition: Values) -> dict[str, Any] | None:
 
 
 def fairness(table: Table) -> list[dict[str, Any]]:
-    """A line a condition and choice: mean over sites, the worst site and the spread between sites, means over seeds."""
+    """A line a condition and choice: mean over sites, the worst site and the spread between sites, means over seeds.
+
+    `worst` is the site that most seeds have as their worst, "" where there is no such site; `sites`, those that a seed
+    measures.
+    """
     found = []
     for condition in table.conditions:
         for choice, _ in table.ranked(condition):
@@ -308,11 +329,12 @@ def fairness(table: Table) -> list[dict[str, Any]]:
             if own.empty:
                 continue
             by_seed = own.groupby(SEED)["value"]
-            worst = own.loc[by_seed.idxmin(), "site"].mode()[0]
+            worst = own.loc[by_seed.idxmin(), "site"].value_counts()
+            often = worst.index[0] if len(worst) == 1 or worst.iloc[0] > worst.iloc[1] else ""
+            counts = by_seed.size()
             figures = [mean(by_seed.mean()), mean(by_seed.min()), mean(by_seed.max() - by_seed.min())]
-            found.append(
-                {**_of(table, condition, choice), "figures": figures, "worst": worst, "sites": own["site"].nunique()}
-            )
+            sites = str(counts.min()) + (f" to {counts.max()}" if counts.min() < counts.max() else "")
+            found.append({**_of(table, condition, choice), "figures": figures, "worst": often, "sites": sites})
     return found
 
 
@@ -326,20 +348,26 @@ def held_out(table: Table) -> list[dict[str, Any]]:
     found = []
     for condition in table.conditions if len(own) else []:
         for name in own["row"].unique():
-            lines = []
+            lines: list[Line] = []
             for choice, _ in table.ranked(condition):
                 rows = table.of(condition, choice)
                 at = rows[(rows["metric"] == "auc") & (rows["site"] != "") & (rows["row"] == name)]
                 by_seed = at.groupby([SEED, at.index.isin(own.index)])["value"].mean().unstack()
                 inside, outside = by_seed.reindex(columns=[False, True]).dropna().T.to_numpy()
                 lines.append((table.name(choice), [mean(inside), mean(outside), mean(inside - outside)]))
-            if name != FEDERATED and len({tuple(m.value for m in figures) for _, figures in lines}) == 1:
-                lines = [("", lines[0][1])]
-            for words, figures in lines:
-                if figures[-1].seeds:
-                    line = {"condition": table.named(condition), "choice": words, "row": row_name(name)}
-                    found.append({**line, "figures": figures})
+            found += _lines_of(table.named(condition), name, lines)
     return found
+
+
+def _lines_of(condition: str, row: str, lines: list[Line]) -> list[dict[str, Any]]:
+    """What was measured of a row, a line a choice; one for a row beside `federated` that is the same for all."""
+    if row != FEDERATED and len({tuple(m.value for m in figures) for _, figures in lines}) == 1:
+        lines = [("", lines[0][1])]
+    return [
+        {"condition": condition, "choice": choice, "row": row_name(row), "figures": figures}
+        for choice, figures in lines
+        if figures[-1].seeds
+    ]
 
 
 def sites_told_apart(table: Table) -> list[dict[str, Any]]:

@@ -166,7 +166,9 @@ def _patch(axis: str, value: Any, base: Plain, path: Path) -> Patch:
         return name, _scaled(base.get("simulation", {}), value, path)
     if "." not in axis:
         raise StudyError(
-            f"{path}: [grid] has no axis {axis!r}", "use method, rule, partition, severity, seed, or a key's whole name"
+            f"{path}: [grid] has no axis {axis!r} with the value {value!r}",
+            "use method, rule, partition, severity, seed, a key's whole name, or values that say what they set: "
+            '{ name = "...", set = { "a.key" = ... } }',
         )
     return name, {axis: value}
 

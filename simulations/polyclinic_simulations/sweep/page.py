@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from polyclinic_simulations.sweep.run import CELLS, Place, notes
 
 MOST_NOTES = 20
 """Cells whose notes the page shows."""
+MOST_DOUBTS = 5
+"""Notes that half the studies or more have, which the page begins with."""
 METRICS = {"auc": "linear probe on the frozen encoder", "classifier_auc": "fine-tuned classifier"}
 
 
@@ -28,7 +31,10 @@ def render_sweep(name: str, grid: Grid, rows: pd.DataFrame, place: Place, failed
     environment.filters |= {"duration": words.duration, "size": words.size}
     made = sum(map(place.is_made, grid.cells))
     shown: dict[str, Any] = {"name": name, "made": made, "cells": len(grid.cells), "failed": failed, "axes": grid.axes}
-    shown["notes"] = list(notes(grid, place).items())[:MOST_NOTES]
+    told = notes(grid, place)
+    shown["notes"] = list(told.items())[:MOST_NOTES]
+    often = Counter(text for texts in told.values() for text in texts)
+    shown["doubts"] = [(text, count) for text, count in often.most_common(MOST_DOUBTS) if 2 * count >= made > 1]
     shown["study"] = grid.cells[0].study.to_toml()
     if len(rows):
         shown |= _measured(Table(rows, grid), place)
@@ -54,6 +60,7 @@ def _measured(table: Table, place: Place) -> dict[str, Any]:
         "lede": verdicts(table),
         "across": figures.across(table),
         "conditions": conditions,
+        "cost_of_conditions": figures.cost_of_conditions(table),
         "fairness": figures.fairness(table),
         "held_out": figures.held_out(table),
         "told_apart": figures.sites_told_apart(table),
@@ -75,7 +82,8 @@ def verdicts(table: Table) -> list[str]:
             noise = "" if gap.value - gap.half > 0 else " (within the noise of the seeds)"
             text += f", {gap.value:.3f} above {second}{noise if gap.seeds > 1 else ' (one seed)'}"
         if lost := gaps.get("pooled"):
-            text += f"; {abs(lost.value):.3f} {'above' if lost.value > 0 else 'below'} pooling all images"
+            noise = " (within the noise of the seeds)" if abs(lost.value) <= lost.half else ""
+            text += f"; {abs(lost.value):.3f} {'above' if lost.value > 0 else 'below'} pooling all images{noise}"
         texts.append(f"{text}.")
     return texts
 

@@ -129,10 +129,19 @@ def prepare(grid: Grid, wanted: list[Task], place: Place, at_once: int, reading:
 
 
 def strangers(grid: Grid, place: Place) -> int:
-    """Cells in the folder that are none of the grid's."""
+    """Cells in the folder that are none of the grid's.
+
+    Raises:
+        Refused: there is nothing else, so that the table and the page of another grid would be lost.
+    """
     own = {cell.name for cell in grid.cells}
-    there = place.out / CELLS
-    return sum(path.name not in own for path in there.iterdir()) if there.exists() else 0
+    there = {path.name for path in (place.out / CELLS).glob("*")}
+    if there and not there & own:
+        raise Refused(
+            f"{place.out} holds the sweep of another grid, and no study of this one",
+            "give another --out",
+        )
+    return len(there - own)
 
 
 @contextmanager

@@ -243,6 +243,38 @@ def test_a_run_without_probes_says_why(make_run):
     assert "No site could probe the encoder by itself" in Page(render_report(run)).text
 
 
+def test_what_was_simulated_is_told_of_every_site_and_of_the_patients(make_run):
+    run = make_run()
+    sites = list(json.loads((run / "seats.json").read_text()))
+    plain = load_study(run / "study.toml").plain()
+    assert "invented" not in Page(render_report(run)).text and "shifts and faults" not in Page(render_report(run)).text
+    simulation = {
+        "clock": {"images_per_s": 1.0},
+        "site": [{"name": name, "phantom": 9} for name in sites],
+        "shift": [{"kind": "noise", "severity": 0.5, "sites": ["north"]}],
+        "fault": [{"kind": "sign_flip", "sites": ["north"]}, {"kind": "dropout", "probability": 0.25}],
+    }
+    (run / "study.toml").write_text(resolve({**plain, "simulation": simulation}).to_toml())
+    late = {"event": "site_late", "round": 2, "site": sites[0], "arrives_s": 9000, "late_s": 7260}
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(late) + "\n")
+    page = Page(render_report(run))
+    assert "images, all of them invented." in page.text
+    assert "noise 0.5, sign_flip, dropout (0.25 of rounds)" in page.text
+    assert "answered 2 h 1 min late" in page.text and "no reply in time" not in page.text
+    struck = {"event": "site_struck", "round": 2, "site": sites[0], "faults": ["dropout"]}
+    with (run / "events.jsonl").open("a") as file:
+        file.write(json.dumps(struck) + "\n")
+    assert "dropped out" in Page(render_report(run)).text
+    write_model_card(run)
+    card = (run / "MODEL_CARD.md").read_text()
+    assert "- north was simulated with: noise 0.5, sign\\_flip, dropout (0.25 of rounds)" in card
+    assert "all of them invented" in card
+    simulation["site"][0] = {"name": sites[0], "cohort": "real"}
+    (run / "study.toml").write_text(resolve({**plain, "simulation": simulation}).to_toml())
+    assert f"those of {', '.join(sites[1:4])} and {sites[4]} invented" in Page(render_report(run)).text
+
+
 def test_where_cohorts_lie_is_not_told(make_run):
     run = make_run(cohort="/home/someone/secret-archive")
     assert "secret-archive" in (run / "study.toml").read_text()

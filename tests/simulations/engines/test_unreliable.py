@@ -254,6 +254,10 @@ def test_too_few_sites_is_the_error_that_it_always_is(tmp_path: Path) -> None:
     with pytest.raises(QuorumLost, match="only 1 of at least 2 sites sent an update that passed in round 3"):
         Consortium().run(study, run)
     assert len(events(run, "round_closed")) == 2
+    struck = events(run, "site_struck")
+    assert [(event["round"], event["site"], event["faults"]) for event in struck] == [
+        (3, "north", ["dropout"]), (3, "west", ["dropout"])
+    ]  # fmt: skip
 
 
 def sent(study: Study, folder: Path) -> dict[str, Tensors]:

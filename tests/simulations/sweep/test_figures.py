@@ -75,6 +75,31 @@ def test_fairness_is_the_worst_site_and_the_spread(table: Table) -> None:
     assert [found.value for found in row["figures"]] == pytest.approx([0.69, 0.66, 0.06])
 
 
+def test_nobody_is_most_often_worst_where_seeds_disagree_as_often(table: Table) -> None:
+    at_y = (table.rows["row"] == "federated") & (table.rows["site"] == "y")
+    better = table.rows.assign(value=table.rows["value"] + at_y * (table.rows["seed"] == "1"))
+    assert figures.fairness(Table(better, GRID))[0]["worst"] == "y", "in two of three seeds"
+    two = better[better["seed"] != "2"]
+    assert figures.fairness(Table(two, GRID))[0]["worst"] == ""
+    gone = table.rows[~((table.rows["site"] == "y") & (table.rows["seed"] == "2"))]
+    row = figures.fairness(Table(pd.concat([gone, gone[gone["site"] == "y"].assign(site="z")]), GRID))[0]
+    assert row["sites"] == "3"
+
+
+def test_what_a_condition_costs_is_taken_from_the_first_seed_by_seed(table: Table) -> None:
+    """Skew gains b .1 and .12 or .094 more than that by seed, a and pooled nothing; pooled has one line for both."""
+    a, b, pooled = sorted(figures.cost_of_conditions(table), key=lambda row: (row["row"] != "federated", row["choice"]))
+    assert [row["condition"] for row in (a, b, pooled)] == ["skew"] * 3
+    assert (a["choice"], b["choice"], pooled["choice"]) == ("a", "b", "")
+    assert [m.value for m in a["figures"]] == pytest.approx([0.7, 0.7, 0])
+    assert b["figures"][2].value == pytest.approx(-0.1 + (-0.02 + 2 * 0.006) / 3)
+    assert pooled["figures"][2].value == pytest.approx(0)
+    apart = table.rows[(table.rows["partition"] != "skew") | (table.rows["seed"] == "1")]
+    assert all(row["figures"][0].seeds == 1 for row in figures.cost_of_conditions(Table(apart, GRID)))
+    alone = Table(table.rows[table.rows["partition"] == "iid"], GRID)
+    assert figures.cost_of_conditions(alone) == []
+
+
 def test_the_matrix_says_where_a_site_alone_is_of_use(table: Table) -> None:
     found = figures.matrix(table, IID)
     assert found is not None

@@ -338,7 +338,16 @@ def test_a_method_needs_a_stage_to_change(tmp_path: Path) -> None:
 
 def test_studies_of_another_grid_are_told_of(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    for rounds in (1, 2):
-        grid = write_grid(tmp_path / "grid.toml", {"stages.0.rounds": [rounds]}, [])
-        assert sweep(grid, out, data, "--engine", "local") == 0
-    assert "holds 1 studies of another grid" in capsys.readouterr().err
+
+    def of(*rounds: int) -> int:
+        return sweep(
+            write_grid(tmp_path / "grid.toml", {"stages.0.rounds": rounds}, []), out, data, "--engine", "local"
+        )
+
+    assert of(1) == 0
+    made = (out / "results.csv").read_bytes()
+    assert of(2) == 2
+    assert "holds the sweep of another grid, and no study of this one" in capsys.readouterr().err
+    assert (out / "results.csv").read_bytes() == made
+    assert of(1, 2) == of(2) == 0
+    assert "holds 1 folder of studies that are none of this grid's" in capsys.readouterr().err
