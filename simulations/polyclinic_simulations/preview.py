@@ -17,12 +17,14 @@ from polyclinic.report import words
 from polyclinic.study import Study
 from polyclinic_simulations.consortium import Progress, gather, require
 
+BROADEST = 40
+"""Characters of the names of classes that have columns of their own; broader ones stand in one."""
 LISTED = 8
 """Classes with a column of their own, and views named."""
 
 
 def preview(study: Study, data: Path, state: Path, progress: Progress) -> dict[str, Any]:
-    """The `sites` of a study by name, and its `clock`.
+    """The `sites` of a study by name, its `clock`, and by which `partition` (None of sites by name) and `seed`.
 
     Of a site: `patients`, `images`; `classes`, `views` and `sexes` (patients of each, "" without one); `ages` (their
     quartiles, years; [] where unknown); `shift`, `fault`, `held_out`. Patients with images of several classes or views
@@ -35,6 +37,8 @@ def preview(study: Study, data: Path, state: Path, progress: Progress) -> dict[s
     require(members, study)
     return {
         "study": study.name,
+        "seed": study.seed,
+        "partition": None if study.simulation.site else study.simulation.partition.model_dump(),
         "clock": clock.model_dump() if (clock := study.simulation.clock).images_per_s else None,
         "sites": {
             member.name: {
@@ -95,11 +99,11 @@ def _counts(patients: Mapping[str, int]) -> str:
     """The most frequent words, and how many more there are.
 
     >>> _counts({"": 1, "AP": 3, "PA": 12})
-    '12 PA, 3 AP, 1 unknown'
+    '12 PA · 3 AP · 1 unknown'
     """
     most = Counter(patients).most_common(LISTED)
     more = [f"{len(patients) - LISTED} rarer ones"] if len(patients) > LISTED else []
-    return ", ".join([*(f"{n} {word or 'unknown'}" for word, n in most), *more])
+    return " · ".join([*(f"{n} {word or 'unknown'}" for word, n in most), *more])
 
 
 def clock_in_words(clock: Mapping[str, Any]) -> str:
@@ -120,21 +124,33 @@ def _classes_table(found: Mapping[str, Any]) -> Table:
     for site in found["sites"].values():
         totals.update(site["classes"])
     shown = sorted(name for name, _ in totals.most_common(LISTED))
-    more = len(totals) - len(shown)
-    table = Table(title=f"{escape(found['study'])}: patients of each class", title_justify="left")
-    table.add_column("site")
-    for name in ("patients", "images", *(name or "no class" for name in shown)):
-        table.add_column(escape(name), justify="right")
-    table.add_column("shift")
+    wide = sum(map(len, shown)) > BROADEST
     unreliable = any(site["fault"] for site in found["sites"].values())
-    if unreliable:
-        table.add_column("fault")
+    table = Table(title=f"{escape(_dealt(found))}: patients of each class", title_justify="left")
+    table.add_column("site", no_wrap=True)
+    for name in ("patients", "images", *(() if wide else (name or "no class" for name in shown))):
+        table.add_column(escape(name), justify="right")
+    for name in (*(("classes",) if wide else ()), "shift", *(("fault",) if unreliable else ())):
+        table.add_column(name)
     for name, site in found["sites"].items():
-        counts = [site["patients"], site["images"], *(site["classes"].get(each, 0) for each in shown)]
-        shifts = ", ".join(map(words.of_shift, site["shift"]))
-        told = [shifts or "–", *([", ".join(map(words.of_fault, site["fault"])) or "–"] if unreliable else [])]
+        counts = [site["patients"], site["images"], *(() if wide else (site["classes"].get(c, 0) for c in shown))]
+        told = [_counts(site["classes"])] if wide else []
+        told.append(", ".join(map(words.of_shift, site["shift"])) or "–")
+        told += [", ".join(map(words.of_fault, site["fault"])) or "–"] if unreliable else []
         named = f"{name} (held out)" if site["held_out"] else name
         table.add_row(escape(named), *map(str, counts), *map(escape, told))
-    if more:
-        table.caption = f"{more} rarer classes are left out"
+    if len(totals) > len(shown) and not wide:
+        table.caption = f"{len(totals) - len(shown)} rarer classes are left out"
     return table
+
+
+def _dealt(found: Mapping[str, Any]) -> str:
+    """The study, and by which law and seed its patients are dealt to sites.
+
+    >>> _dealt({"study": "chest", "seed": 3, "partition": {"kind": "dirichlet", "alpha": 0.1}})
+    'chest, dealt by dirichlet alpha 0.1, seed 3'
+    """
+    if found["partition"] is None:
+        return f"{found['study']}, seed {found['seed']}"
+    settings = "".join(f" {key} {value}" for key, value in found["partition"].items() if key != "kind" and value)
+    return f"{found['study']}, dealt by {found['partition']['kind']}{settings}, seed {found['seed']}"

@@ -1,6 +1,7 @@
 """`polyclinic simulate --dry-run`: the sites as they would be, and nothing run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_prevalence_and_labels_are_those_after_the_shifts(capsys: pytest.Capture
     simulation = 'sites = 2\nshift = [{ kind = "prevalence", severity = 1, value = "spot", sites = ["site-2"] }]'
     assert dry(simulation, "--json") == 0
     found = shown(capsys)
-    assert found["study"] == "tiny"
+    assert (found["study"], found["seed"], found["partition"]) == ("tiny", 0, {"kind": "iid"})
     one, two = found["sites"]["site-1"], found["sites"]["site-2"]
     assert one["patients"] == sum(one["classes"].values()) == 12
     assert set(one["classes"]) == {"ill", "well"}
@@ -101,7 +102,7 @@ def test_sites_of_ages_and_those_held_out_are_shown(capsys: pytest.CaptureFixtur
     assert (young["ages"], young["sexes"], young["views"]) == ([22.5, 25, 27.5], {"F": 4, "M": 2}, {"AP": 6, "PA": 6})
     assert dry(simulation) == 0
     shown_rows = capsys.readouterr().out.splitlines()
-    assert any("4 F, 2 M" in line and "6 AP, 6 PA" in line and "22.5 – 25 – 27.5" in line for line in shown_rows)
+    assert any("4 F · 2 M" in line and "6 AP · 6 PA" in line and "22.5 – 25 – 27.5" in line for line in shown_rows)
     assert [line.split("(held out)")[0].strip("│ ") for line in shown_rows if "(held out)" in line] == ["32-43"]
     assert dry(simulation.replace("32-43", "32-45")) == 2
     assert "simulation.held_out names '32-45', which is no site" in capsys.readouterr().err
@@ -127,6 +128,19 @@ def test_words_of_a_cohort_are_no_markup_and_many_of_them_are_cut(capsys: pytest
     told = " ".join(capsys.readouterr().out.split())
     assert "prevalence 0.1 [/x]" in told
     assert "1 [b]" in told and "rarer ones" in told
+
+
+def test_many_or_long_classes_stand_in_one_column(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("all/labels.csv")
+    path.write_text(path.read_text().replace("spot", "a very long name of what a finding is called"))
+    Path("study.toml").write_text(
+        STUDY.replace('ill = ["spot"]\nwell = ["clear"]', "")
+        + 'sites = 2\npartition = { kind = "quantity", alpha = 9.0 }'
+    )
+    assert cli.run(["simulate", "study.toml", "--dry-run"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "tiny, dealt by quantity alpha" in told and "classes" in told
+    assert re.search(r"\d+ a very long name", told) and re.search(r"\d+ clear", told)
 
 
 def test_a_site_held_out_and_each_in_turn_are_two_protocols(capsys: pytest.CaptureFixture[str]) -> None:

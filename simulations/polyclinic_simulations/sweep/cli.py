@@ -66,6 +66,9 @@ def sweep(
 
       polyclinic sweep grid.toml --out sweeps/rules --dry-run
     """
+    from polyclinic_simulations.sweep.grid import read_grid
+
+    read = read_grid(grid)  # what is mistyped is said before torch is loaded
     from polyclinic.cli import program
     from polyclinic.errors import Interrupted, PolyclinicError, Refused
     from polyclinic.files import locked, make_folder, write_atomic
@@ -73,10 +76,8 @@ def sweep(
     from polyclinic_simulations.display import Display
     from polyclinic_simulations.sweep import run
     from polyclinic_simulations.sweep.figures import Table
-    from polyclinic_simulations.sweep.grid import read_grid
     from polyclinic_simulations.sweep.page import ranking, render_sweep
 
-    read = read_grid(grid)
     place = run.Place(out.absolute(), (data or grid.parent).absolute(), state.absolute())
     if out.exists() and not out.is_dir():
         raise Refused(f"{out} is a file", "give a folder as --out")

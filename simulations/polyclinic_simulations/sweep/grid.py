@@ -105,7 +105,9 @@ def read_grid(path: Path) -> Grid:
         raise StudyError(f"{path} is not TOML: {error}", "correct the line it names") from error
     axes = dict(_flat(base.pop("grid", {}), path))
     if not axes:
-        raise StudyError(f"{path} has no [grid]", 'name what to vary, such as: [grid] rule = ["fedavg", "median"]')
+        raise StudyError(
+            f"{path} has no [grid], or an empty one", 'name what to vary, such as: [grid] rule = ["fedavg", "median"]'
+        )
     resolve(base, str(path))  # an error that all cells share is the study's
     axes = {axis: values for axis, values in axes.items() if axis != SEED} | {SEED: axes.get(SEED, [_seed(base)])}
     patches = {axis: [_patch(axis, value, base, path) for value in values] for axis, values in axes.items()}
@@ -211,8 +213,10 @@ def _require(patches: Mapping[str, list[Patch]], path: Path) -> None:
     for axis, found in patches.items():
         names = [name for name, _ in found]
         if not names or len(set(names)) < len(names):
-            problem = f"names {next(n for n in names if names.count(n) > 1)!r} twice" if names else "has no value"
-            raise StudyError(f"{path}: [grid] {axis} {problem}", "list every value once")
+            if not names:
+                raise StudyError(f"{path}: [grid] {axis} has no value", "list its values, or leave the axis out")
+            twice = next(name for name in names if names.count(name) > 1)
+            raise StudyError(f"{path}: [grid] {axis} names {twice!r} twice", "list every value once")
     sets = {axis: {key for _, settings in found for key in settings} for axis, found in patches.items()}
     for one, other in itertools.permutations(sets, 2):
         if clash := next((key for key in sets[one] for inner in sets[other] if _within(inner, key)), None):
