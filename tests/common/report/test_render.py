@@ -268,7 +268,10 @@ def test_what_was_simulated_is_told_of_every_site_and_of_the_patients(make_run):
     assert "dropped out" in Page(render_report(run)).text
     write_model_card(run)
     card = (run / "MODEL_CARD.md").read_text()
-    assert "- north was simulated with: noise 0.5, sign\\_flip, dropout (0.25 of rounds)" in card
+    assert (
+        "\n\nWhat the simulation did to sites:\n\n- " in card
+        and "\n- north: noise 0.5, sign\\_flip, dropout (0.25 of rounds)" in card
+    )
     assert "all of them invented" in card
     simulation["site"][0] = {"name": sites[0], "cohort": "real"}
     (run / "study.toml").write_text(resolve({**plain, "simulation": simulation}).to_toml())
