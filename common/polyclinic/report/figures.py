@@ -75,7 +75,9 @@ def traffic(run: Run) -> list[Figure]:
     figures = []
     wall = run.metrics.get("seconds", {}).get("", [])
     if wall:
-        note = f"{words.duration(sum(v for _, v in wall))} in all, from sending the orders to the new global weights."
+        whose = " of simulated time" if run.study.simulation.clock.images_per_s else ""
+        took = words.duration(sum(v for _, v in wall))
+        note = f"{took}{whose} in all, from sending the orders to the new global weights."
         figures.append(Figure("Seconds by round", note, bars([("seconds", wall, WALL)], "Seconds by round")))
     down, up = run.total("bytes_down"), run.total("bytes_up")
     if any(value for _, value in [*down, *up]):

@@ -259,7 +259,7 @@ def test_what_was_simulated_is_told_of_every_site_and_of_the_patients(make_run):
     with (run / "events.jsonl").open("a") as file:
         file.write(json.dumps(late) + "\n")
     page = Page(render_report(run))
-    assert "images, all of them invented." in page.text
+    assert "images, all of them invented." in page.text and "of simulated time in all" in page.text
     assert "noise 0.5, sign_flip, dropout (0.25 of rounds)" in page.text
     assert "answered 2 h 1 min late" in page.text and "no reply in time" not in page.text
     struck = {"event": "site_struck", "round": 2, "site": sites[0], "faults": ["dropout"]}
