@@ -23,7 +23,8 @@ class Aggregation(Settings):
     round_deadline_s: float = Field(default=3600.0, gt=0)
     """Seconds after which a round closes without the sites that have not replied."""
     norm_limit: float = Field(default=10.0, gt=1)
-    """An update whose norm is above this many times the median of those accepted so far is refused."""
+    """An update whose norm is above this many times the median of those accepted so far in the stage is refused, or of
+    the latest ones where that is less; of a stage's first round, one above the norm of the model itself."""
     max_patients: int = Field(default=65_536, ge=1, le=65_536)
     """A site counts for no more patients than this; one that claims more is refused."""
 

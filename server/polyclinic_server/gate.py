@@ -7,7 +7,7 @@ faulty or hostile site could spoil a round; a refusal costs that site its turn, 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from statistics import median_low
+from statistics import median_high, median_low
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,11 +69,18 @@ class Gate:
 
     @property
     def limit(self) -> float:
-        """Largest norm that passes: the study's multiple of the median so far. Of two, the lower one is the median."""
+        """Largest norm that passes: the study's multiple of the median so far, or of the latest ones', if that is less.
+
+        Norms fall with the learning rate, so that by the end a hundredfold update is no larger than the first honest
+        ones. The latest are as many as there are sites: a round's, where all answer. Of two, the lower one is the
+        median so far, lest one site raise the limit, and the higher one that of the latest, lest one site lower it.
+        """
         if self.mode == "site":
             return math.inf
-        limit = self.settings.norm_limit * median_low(self.norms) if self.norms else self.own
-        return max(limit, NORM_FLOOR * self.own)
+        if not self.norms:
+            return self.own
+        typical = min(median_low(self.norms), median_high(self.norms[-len(self.seats) :]))
+        return max(self.settings.norm_limit * typical, NORM_FLOOR * self.own)
 
     def _weight(self, reply: Reply) -> None:
         allowed = min(self.seats[reply.site], self.settings.max_patients)

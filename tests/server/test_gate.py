@@ -119,6 +119,13 @@ def test_the_norm_is_held_against_the_median_of_those_accepted() -> None:
         check(update=packed(0.21 / np.sqrt(10)), at=later)
 
 
+def test_the_limit_falls_with_the_learning_rate_and_no_site_of_two_moves_it_alone() -> None:
+    """The norms of two sites, round by round; the limit is ten times what is typical."""
+    assert gate(norms=(3.0, 3.0, 3.0, 3.0, 0.5, 0.5)).limit == pytest.approx(5)
+    assert gate(norms=(3.0, 3.0, 3.0, 3.0, 0.5, 1e-9)).limit == pytest.approx(5), "nor lowers it"
+    assert gate(norms=(1.0, 1.0, 1.0, 9.0)).limit == pytest.approx(10), "nor raises it"
+
+
 def test_a_stage_that_hardly_moves_refuses_nobody_for_it() -> None:
     still = gate(norms=(1e-12, 1e-12))
     check(update=packed(0.9 * NORM_FLOOR * still.own / np.sqrt(10)), at=still)
