@@ -95,15 +95,15 @@ def _attributes_table(sites: Mapping[str, Any]) -> Table:
     return table
 
 
-def _counts(patients: Mapping[str, int]) -> str:
-    """The most frequent words, and how many more there are.
+def _counts(patients: Mapping[str, int], none: str = "unknown") -> str:
+    """The most frequent words, and how many more there are; `none` for those without one.
 
     >>> _counts({"": 1, "AP": 3, "PA": 12})
     '12 PA · 3 AP · 1 unknown'
     """
     most = Counter(patients).most_common(LISTED)
     more = [f"{len(patients) - LISTED} rarer ones"] if len(patients) > LISTED else []
-    return " · ".join([*(f"{n} {word or 'unknown'}" for word, n in most), *more])
+    return " · ".join([*(f"{n} {word or none}" for word, n in most), *more])
 
 
 def clock_in_words(clock: Mapping[str, Any]) -> str:
@@ -134,7 +134,7 @@ def _classes_table(found: Mapping[str, Any]) -> Table:
         table.add_column(name)
     for name, site in found["sites"].items():
         counts = [site["patients"], site["images"], *(() if wide else (site["classes"].get(c, 0) for c in shown))]
-        told = [_counts(site["classes"])] if wide else []
+        told = [_counts(site["classes"], "no class")] if wide else []
         told.append(", ".join(map(words.of_shift, site["shift"])) or "–")
         told += [", ".join(map(words.of_fault, site["fault"])) or "–"] if unreliable else []
         named = f"{name} (held out)" if site["held_out"] else name
