@@ -2,15 +2,17 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from polyclinic_simulations.sweep import figures
+from polyclinic_simulations.sweep import figures, page
 from polyclinic_simulations.sweep.figures import Table, mean
 from polyclinic_simulations.sweep.grid import Cell, Grid
 from polyclinic_simulations.sweep.page import verdicts
+from polyclinic_simulations.sweep.run import Place
 
 from ...tiny import tiny_study
 
@@ -131,6 +133,17 @@ def test_rows_that_a_choice_changes_are_read_beside_their_own() -> None:
         "all sites pooled, norm batch": pytest.approx(0.5),
     }
     assert "0.100 below pooling" in verdicts(table)[0]
+
+
+def test_what_half_of_the_studies_say_stands_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cells = [Cell({"seed": str(seed)}, tiny_study(study={"name": "s", "seed": seed})) for seed in range(4)]
+    told = {"0": ["all <alike>"], "1": ["all <alike>", "once"], "2": []}
+    monkeypatch.setattr(page, "notes", lambda grid, place: told)
+    monkeypatch.setattr(Place, "is_made", lambda place, cell: True)
+    grid = Grid({"seed": list("0123")}, [], [], [], cells)
+    shown = page.render_sweep("s", grid, pd.DataFrame(), Place(tmp_path, tmp_path, tmp_path), {})
+    first = shown[: shown.index("<details>")]
+    assert "<li>all &lt;alike&gt; (in 2 of 4 studies)</li>" in first and "once" not in first
 
 
 def test_what_has_no_figures_has_no_plot(table: Table) -> None:
