@@ -107,6 +107,7 @@ def _hold_out(
                 rows.append({**row, "seconds": seconds})
             if wrong := _wrong(scores):
                 noted.setdefault(f"{start}, {scope}, {wrong}", []).append(f"{fraction:.0%}")
+        tidy(run.path / "sites")  # what it has made is in its checkpoints
     notes = [f"{text} (with {', '.join(fractions)} of the site's labels)" for text, fractions in noted.items()]
     for text in notes:
         run.event("warning", text=f"{name} held out: {text}")

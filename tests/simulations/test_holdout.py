@@ -106,6 +106,9 @@ def test_interrupted_and_resumed_is_as_undisturbed(few: tuple[float, ...], study
     where = tmp_path / "data", tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
         leave_one_site_out(study, tmp_path / "run", *where, listen=impatient)
+    sites = tmp_path / "run" / "sites"
+    kept = {path.relative_to(sites).parts[1] for path in sites.rglob("moments-*")}
+    assert len(kept) == 1, "sites keep what the study in hand has made of them, and nothing of those that are made"
     resumed = leave_one_site_out(study, tmp_path / "run", *where, resume=True)
     whole = leave_one_site_out(study, tmp_path / "whole", *where)
     assert json.dumps(resumed) == json.dumps(whole)
