@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from polyclinic.report.words import duration
+from polyclinic.report.words import absence
 
 LISTED = 8
 """Classes named above a table."""
@@ -67,10 +67,8 @@ class Display:
         elif name in ("update_refused", "site_missing"):
             why = event.get("reason") or self._why.get((event["round"], event["site"]), "no answer")
             self._say(f"[yellow]round {event['round']}: {event['site']} left out: {escape(why)}[/yellow]")
-        elif name == "site_struck" and "dropout" in event["faults"]:
-            self._why[event["round"], event["site"]] = "dropped out"
-        elif name == "site_late":
-            self._why[event["round"], event["site"]] = f"answered {duration(event['late_s'])} late"
+        elif why := absence(event):
+            self._why[event["round"], event["site"]] = why
         elif name == "stopped_early":
             patience = f"{event['patience']} round{'s' * (event['patience'] != 1)}"
             self._say(f"round {event['round']}: no better on validation patients for {patience}, stopped")

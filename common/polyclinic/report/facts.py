@@ -244,12 +244,11 @@ def _rehearsed(run: Run, site: str) -> str:
 
 def missing(run: Run) -> list[dict[str, Any]]:
     """`round`, `site` and `why` of every order that was not answered in time; the why is what a simulation did."""
-    late = {(e["round"], e["site"]): f"answered {words.duration(e['late_s'])} late" for e in run.happened("site_late")}
-    struck = {(e["round"], e["site"]) for e in run.happened("site_struck") if "dropout" in e["faults"]}
+    told = [*run.happened("site_late"), *run.happened("site_struck")]
+    known = {(event["round"], event["site"]): why for event in told if (why := words.absence(event))}
     return [
-        {"round": at[0], "site": at[1], "why": "dropped out" if at in struck else late.get(at, "no reply in time")}
-        for event in run.happened("site_missing")
-        if (at := (event["round"], event["site"]))
+        {"round": e["round"], "site": e["site"], "why": known.get((e["round"], e["site"]), "no reply in time")}
+        for e in run.happened("site_missing")
     ]
 
 

@@ -92,6 +92,17 @@ def of_fault(fault: Mapping[str, Any]) -> str:
     return f"{fault['kind']}{size}" + (f" ({', '.join(when)})" if when else "")
 
 
+def absence(event: Mapping[str, Any]) -> str:
+    """Why a simulated site's answer to a round is missing, of an event that says so; else "".
+
+    >>> absence({"event": "site_late", "late_s": 7260.0}), absence({"event": "site_struck", "faults": ["dropout"]})
+    ('answered 2 h 1 min late', 'dropped out')
+    """
+    if event["event"] == "site_late":
+        return f"answered {duration(event['late_s'])} late"
+    return "dropped out" if event["event"] == "site_struck" and "dropout" in event["faults"] else ""
+
+
 def plural(number: int, thing: str) -> str:
     """
     >>> plural(1, "site"), plural(1200, "site")

@@ -212,11 +212,10 @@ def _require(patches: Mapping[str, list[Patch]], path: Path) -> None:
     """Refuse axes without values, with one twice, and two that set the same: the later would undo the earlier."""
     for axis, found in patches.items():
         names = [name for name, _ in found]
-        if not names or len(set(names)) < len(names):
-            if not names:
-                raise StudyError(f"{path}: [grid] {axis} has no value", "list its values, or leave the axis out")
-            twice = next(name for name in names if names.count(name) > 1)
-            raise StudyError(f"{path}: [grid] {axis} names {twice!r} twice", "list every value once")
+        if not names:
+            raise StudyError(f"{path}: [grid] {axis} has no value", "list its values, or leave the axis out")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise StudyError(f"{path}: [grid] {axis} names {twice[0]!r} twice", "list every value once")
     sets = {axis: {key for _, settings in found for key in settings} for axis, found in patches.items()}
     for one, other in itertools.permutations(sets, 2):
         if clash := next((key for key in sets[one] for inner in sets[other] if _within(inner, key)), None):
