@@ -55,15 +55,16 @@ def row_names(study: Study, sites: Mapping[str, Site]) -> list[str]:
     """The rows that the study asks for, cheapest first."""
     asked = study.evaluation.rows
     names = [row for row in ("pixels", "random") if row in asked] + ["federated"]
-    if "scratch" in asked and _finetunes(study) and len(study.stages) > len(_finetunes(study)):
+    if "scratch" in asked and has_scratch(study):
         names += ["scratch", "init"] if study.encoder.init != "random" else ["scratch"]
     if "alone" in asked:
         names += [f"alone:{name}" for name in sites]
     return names + (["pooled"] if "pooled" in asked else [])
 
 
-def _finetunes(study: Study) -> list[Finetune]:
-    return [stage for stage in study.stages if isinstance(stage, Finetune)]
+def has_scratch(study: Study) -> bool:
+    """Whether the row `scratch` can be made, and is not the study itself: it pretrains, and then fine-tunes."""
+    return len({isinstance(stage, Finetune) for stage in study.stages}) == 2
 
 
 def row(

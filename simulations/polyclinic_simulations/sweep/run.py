@@ -20,6 +20,7 @@ from polyclinic.methods import make_method
 from polyclinic.stages import AnyStage
 from polyclinic.study import Encoder, Images, Study, load_study
 from polyclinic_simulations.checks import check
+from polyclinic_simulations.compare import has_scratch
 from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, require
 from polyclinic_simulations.shift import pixel_shifts
@@ -70,7 +71,8 @@ def tasks(grid: Grid, place: Place) -> list[Task]:
     for row in grid.cells[0].study.evaluation.rows:
         groups: dict[tuple[str, ...], list[Cell]] = {}
         for cell in grid.cells:
-            groups.setdefault(tuple(cell.values[axis] for axis in grid.axes_of(row)), []).append(cell)
+            if row != "scratch" or has_scratch(cell.study):
+                groups.setdefault(tuple(cell.values[axis] for axis in grid.axes_of(row)), []).append(cell)
         for cells in groups.values():
             free = [cell for cell in cells if begun[cell.name] is None]
             if free and not any(row in rows[cell.name] for cell in cells):
