@@ -42,7 +42,7 @@ class Column(Settings):
 
     kind: Literal["column"]
     by: str
-    """`site`, `view`, `sex` or `age`; a patient goes to the value that most of its images have."""
+    """`site`, `view`, `scanner`, `sex` or `age`; a patient goes to the value that most of its images have."""
     edges: list[Annotated[int, Field(ge=1, le=90)]] = Field(default_factory=list, max_length=89)
     """Years at which one site's patients end and the next one's begin, ascending: [40, 60] makes the sites under-40,
     40-59 and 60-and-over. Only with by = "age"; every age above 89 is kept as 90."""

@@ -1,6 +1,9 @@
 """One cohort dealt to several sites, always by patient: every patient goes to exactly one site.
 
 The class of a patient is the label of its first image.
+
+The partitioners of flwr-datasets are not used: they deal the rows of a Hugging Face dataset, images rather than
+patients, count their least sizes in rows, and would bring that library along for a few draws.
 """
 
 import re
@@ -16,7 +19,7 @@ from polyclinic.simulation import Classes, Column, Dirichlet, Iid, Quantity
 
 MIN_PATIENTS = 2
 """A site with one patient could neither train nor hold one out."""
-COLUMNS = {"site": "sites", "view": "views", "sex": "sexes"}
+COLUMNS = {"site": "sites", "view": "views", "scanner": "scanners", "sex": "sexes"}
 """Of a cohort's table, each with the attribute of `Cohort` that holds its words. `age` holds numbers."""
 UNKNOWN = "unknown"
 """The site of patients without a value."""

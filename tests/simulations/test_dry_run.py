@@ -108,6 +108,17 @@ def test_sites_of_ages_and_those_held_out_are_shown(capsys: pytest.CaptureFixtur
     assert "simulation.held_out names '32-45', which is no site" in capsys.readouterr().err
 
 
+def test_each_scanner_is_a_site_and_a_column_without_values_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("all/labels.csv")
+    first, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([f"{first},scanner", *(f"{row},Room {1 + k // 20}" for k, row in enumerate(rows))]))
+    assert dry('partition = { kind = "column", by = "scanner" }', "--json") == 0
+    sites = shown(capsys)["sites"]
+    assert {name: site["patients"] for name, site in sites.items()} == {"Room-1": 10, "Room-2": 10, "Room-3": 4}
+    assert dry('partition = { kind = "column", by = "room" }') == 2
+    assert "set partition.by to 'scanner'" in capsys.readouterr().err
+
+
 def test_views_alone_have_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("all/labels.csv")
     first, *rows = path.read_text().splitlines()

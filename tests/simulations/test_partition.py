@@ -22,7 +22,7 @@ def cohort(labels: list[str], images: int = 1) -> Cohort:
     words = np.repeat(np.array(labels), images)
     count = len(words)
     numbers = np.repeat(np.arange(len(labels), dtype=np.int32), images)
-    unknown = {"sexes": np.full(count, ""), "ages": np.full(count, np.nan)}
+    unknown = {**dict.fromkeys(("scanners", "sexes"), np.full(count, "")), "ages": np.full(count, np.nan)}
     return replace(in_memory(1), rows=np.zeros(count, np.int64), patients=numbers, labels=words, **unknown)
 
 
@@ -43,7 +43,7 @@ WAYS = (
     | st.builds(lambda alpha: Quantity(kind="quantity", alpha=alpha), ALPHAS)
 )
 Way = Iid | Dirichlet | Quantity | Classes
-BY_SITE, BY_VIEW, BY_SEX = (Column(kind="column", by=by) for by in ("site", "view", "sex"))
+BY_SITE, BY_VIEW, BY_SCANNER, BY_SEX = (Column(kind="column", by=by) for by in ("site", "view", "scanner", "sex"))
 
 
 @given(
@@ -81,12 +81,18 @@ def test_other_seeds_deal_otherwise(how: Way) -> None:
     assert len(dealt) == 20
 
 
-def test_iid_sites_have_the_same_size_and_nearly_the_same_classes() -> None:
-    labels = np.array(["a"] * 600 + ["b"] * 400)
+def test_iid_sites_have_the_same_size_and_draw_their_patients_without_looking_at_labels() -> None:
+    """How many of a class a site has is hypergeometric, with its variance; a stratified deal has less."""
+    sites, size, ill, draws = 4, 25, 60, 400
+    labels = np.array(["ill"] * ill + ["well"] * (sites * size - ill))
     patients = cohort(labels.tolist())
-    parts = partition(patients, 4, Iid(), 0)
-    assert {len(part) for part in parts} == {250}
-    assert shares(parts, labels, "a") == pytest.approx(0.25, abs=0.04)
+    dealt = [partition(patients, sites, Iid(), seed) for seed in range(draws)]
+    assert {len(part) for parts in dealt for part in parts} == {size}
+    found = np.array([[(labels[part] == "ill").sum() for part in parts] for parts in dealt])
+    share = ill / (sites * size)
+    variance = size * share * (1 - share) * (sites * size - size) / (sites * size - 1)
+    assert found.mean(axis=0) == pytest.approx(size * share, abs=4 * np.sqrt(variance / draws))
+    assert found.var(axis=0).mean() == pytest.approx(variance, rel=0.15)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 5.0])
@@ -183,6 +189,14 @@ def test_sites_of_a_column_have_its_values_and_a_patient_the_one_of_most_images(
     }
 
 
+def test_sites_of_scanners_are_their_patients() -> None:
+    machines = np.repeat(["scanner-2", "scanner-1", ""], 4)
+    parts = by_column(replace(cohort(["a"] * 6, images=2), scanners=machines), BY_SCANNER)
+    assert {name: part.tolist() for name, part in parts.items()} == {
+        "scanner-1": [2, 3], "scanner-2": [0, 1], "unknown": [4, 5]
+    }  # fmt: skip
+
+
 def test_values_that_give_the_same_name_are_numbered() -> None:
     values = np.repeat(["é", "ö", "AP erect", "AP/erect", "x" * 90, "x" * 91], 2)
     parts = by_column(replace(cohort(["a"] * 12), sites=values), BY_SITE)
@@ -248,7 +262,7 @@ def test_a_group_of_ages_with_one_patient_is_refused_and_columns_with_values_are
 
 def test_a_column_without_values_is_refused_and_those_with_values_are_named() -> None:
     patients = replace(cohort(["a"] * 4), views=np.array(["PA", "PA", "AP", "AP"]))
-    for column in ("site", "scanner"):
+    for column in ("site", "scanner", "ward"):
         with pytest.raises(Refused, match=rf"column '{column}'\n  fix: set partition.by to 'view'"):
             by_column(patients, Column(kind="column", by=column))
     with pytest.raises(Refused, match="use another partition"):

@@ -61,8 +61,8 @@ def inspect(
     classes, or a tree of DICOM files. Columns of the CSV, all but the first
     optional, separated by commas, semicolons or tabs: image (or file), a path
     within its folder; label, several with | between them; patient; site; view;
-    split: train, val or test; sex; age, in years or as DICOM has it. Others are
-    not read, and a warning names them.
+    scanner; split: train, val or test; sex; age, in years or as DICOM has it.
+    Others are not read, and a warning names them.
 
     Files that cannot be used stop nothing: they are listed, by reason, in quarantine.csv under the state directory.
     A second call reads only files that are new or changed.

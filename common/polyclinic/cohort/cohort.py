@@ -42,7 +42,7 @@ class Stack:
         return out
 
 
-SAID = ("labels", "sites", "views", "splits", "sexes", "ages")
+SAID = ("labels", "sites", "views", "splits", "scanners", "sexes", "ages")
 """What a cohort says of each image."""
 
 
@@ -57,6 +57,8 @@ class Cohort:
         rows: (images,) image k of this cohort is `images[rows[k]]`; sorted by patient.
         patients: (images,) patient number from 0, ascending, without gaps.
         labels, sites, views, splits: (images,) "" where unknown; several labels are joined by "|".
+        scanners: (images,) "" where unknown; scanner-1, scanner-2, ... where headers alone tell machines
+            apart. Empty: unknown of all.
         sexes: (images,) F, M or O; "" where unknown. Empty: unknown of all.
         ages: (images,) years, NaN where unknown, 90 for all above 89. Empty: unknown of all.
     """
@@ -69,13 +71,15 @@ class Cohort:
     sites: NDArray[np.str_]
     views: NDArray[np.str_]
     splits: NDArray[np.str_]
+    scanners: NDArray[np.str_] = field(default_factory=lambda: np.empty(0, np.str_))
     sexes: NDArray[np.str_] = field(default_factory=lambda: np.empty(0, np.str_))
     ages: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
     def __post_init__(self) -> None:
         """Fill in what is unknown of all."""
-        if not len(self.sexes):
-            object.__setattr__(self, "sexes", np.full(len(self), ""))
+        for name in ("scanners", "sexes"):
+            if not len(getattr(self, name)):
+                object.__setattr__(self, name, np.full(len(self), ""))
         if not len(self.ages):
             object.__setattr__(self, "ages", np.full(len(self), np.nan))
 

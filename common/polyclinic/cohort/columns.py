@@ -10,10 +10,14 @@ COLUMNS = {
     "patient": ("patientid", "patientno", "pid", "subject", "subjectid", "participantid", "case", "caseid", "mrn"),
     "site": ("hospital", "institution", "centre", "center"),
     "view": ("viewposition", "projection"),
+    "scanner": (
+        "manufacturer", "manufacturermodel", "manufacturermodelname", "model", "modelname", "device", "devicename",
+        "machine", "vendor", "equipment",
+    ),
     "split": ("subset", "fold", "partition"),
     "sex": ("gender", "patientsex", "patientgender"),
     "age": ("ageyears", "patientage"),
-}
+}  # fmt: skip
 """Every column that is read, with other names that people give it, in small letters; of these only `file` is read."""
 READ = {*COLUMNS, "file"}
 

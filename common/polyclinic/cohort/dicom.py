@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 HEADER = [
     "PatientID", "IssuerOfPatientID", "PatientSex", "PatientAge",
+    "Manufacturer", "ManufacturerModelName", "DeviceSerialNumber",
     "SOPClassUID", "Modality", "ViewPosition", "BurnedInAnnotation",
     "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
@@ -37,7 +38,8 @@ HEADER = [
     "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
-"""The only elements read. The first two leave `_facts` as an HMAC; the groups are looked into for LUTs only."""
+"""The only elements read. The patient's identifier and the machine's three leave `_facts` as HMACs; the groups are
+looked into for LUTs only."""
 BODY = [
     *HEADER, "PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
     *(f"{c}PaletteColorLookupTableDescriptor" for c in ("Red", "Green", "Blue")),
@@ -105,6 +107,7 @@ def _facts(header: Dataset, key: bytes) -> Facts:
         modality=_code(header, "Modality", MODALITIES),
         photometric=_code(header, "PhotometricInterpretation", PHOTOMETRIC),
         view=_code(header, "ViewPosition", VIEWS),
+        scanner=_scanner(header, key),
         transfer_syntax=str(syntax) if syntax.is_transfer_syntax and not syntax.is_private else "",
         height=_number(header, "Rows"),
         width=_number(header, "Columns"),
@@ -119,6 +122,12 @@ def _patient(header: Dataset, key: bytes) -> str:
     return keyed(key, "patient", f"{issuer}\0{patient}" if issuer else patient) if patient else ""
 
 
+def _scanner(header: Dataset, key: bytes) -> str:
+    """A keyed word for the machine, since its elements are free text (PS3.3 C.7.5.1); "" where all three are absent."""
+    machine = "\0".join(_text(header, name) for name in ("Manufacturer", "ManufacturerModelName", "DeviceSerialNumber"))
+    return f"scanner-{keyed(key, 'scanner', machine)[:8]}" if machine.strip("\0") else ""
+
+
 def _code(header: Dataset, name: str, terms: Set[str]) -> str:
     """A code string that is one of the element's terms; "" for anything else, which might be a name."""
     value = str(header.get(name) or "").strip()
@@ -126,16 +135,18 @@ def _code(header: Dataset, name: str, terms: Set[str]) -> str:
 
 
 def _meaning(header: Dataset, name: str, parse: Callable[[str], T]) -> T | None:
-    """What an element says of the patient; None where it is missing, unknown or means nothing.
-
-    Its bytes are read as they stand: pydicom would warn of an age of another form than nnnY.
-    """
-    found = header.get_item(name)
-    value = b"" if found is None else found.value
+    """What an element says of the patient; None where it is missing, unknown or means nothing."""
     try:
-        return parse(value.decode("ascii", "replace").strip("\0 ") if isinstance(value, bytes) else str(value or ""))
+        return parse(_text(header, name))
     except Meaningless:
         return None
+
+
+def _text(header: Dataset, name: str) -> str:
+    """An element's bytes as they stand, "" without it: pydicom would warn of an age of another form than nnnY."""
+    found = header.get_item(name)
+    value = b"" if found is None else found.value
+    return value.decode("ascii", "surrogateescape").strip("\0 ") if isinstance(value, bytes) else str(value or "")
 
 
 def _number(header: Dataset, name: str) -> int:

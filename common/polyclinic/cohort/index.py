@@ -20,7 +20,7 @@ from polyclinic.errors import CohortError
 from polyclinic.files import atomic
 
 INDEX = "index.npz"
-WORDS = ("labels", "sites", "views", "splits", "sexes")
+WORDS = ("labels", "sites", "views", "scanners", "splits", "sexes")
 """Of a Cohort."""
 FACTS = ("modalities", "photometric")
 
@@ -62,8 +62,10 @@ def write_index(folder: Path, members: Sequence[Member], stored: int, meta: dict
         "meta": np.array(json.dumps(meta)),
         "ages": np.repeat(np.array(ages, np.float64), counts),  # None becomes NaN
     }
-    for name, word in _WORD_OF.items():
-        vocabulary, codes = np.unique([word(members[i]) for i in order], return_inverse=True)
+    words = {name: [word(members[i]) for i in order] for name, word in _WORD_OF.items()}
+    words["scanners"] = _scanners([members[i] for i in order])
+    for name, said in words.items():
+        vocabulary, codes = np.unique(said, return_inverse=True)
         arrays |= {name: vocabulary, f"{name}_code": np.repeat(codes.astype(np.int32), counts)}
     for side in ("height", "width"):
         arrays[side] = np.repeat(np.array([getattr(members[i].record.facts, side) for i in order], np.int32), counts)
@@ -77,6 +79,20 @@ def _sex(member: Member) -> str:
 
 def _age(member: Member) -> float | None:
     return member.record.facts.age if member.source.age is None else member.source.age
+
+
+def _scanners(members: Sequence[Member]) -> list[str]:
+    """The CSV's word for each image's machine; for those that only headers know, numbers in the images' order.
+
+    A simulated site is named after its scanner and draws from its name: under a header's keyed word, the same files
+    would train to other weights in another state directory.
+    """
+    numbers: dict[str, int] = {}
+    heard = ((m.source.scanner, m.record.facts.scanner) for m in members)
+    return [
+        said or (f"scanner-{numbers.setdefault(machine, len(numbers) + 1)}" if machine else "")
+        for said, machine in heard
+    ]
 
 
 _WORD_OF: dict[str, Callable[[Member], str]] = {

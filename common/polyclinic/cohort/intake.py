@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-VERSION = 3
+VERSION = 4
 """Goes up when the same file would give other pixels or facts: cohorts are then built anew."""
 
 
@@ -33,9 +33,9 @@ class Intake:
 class Facts:
     """What is kept of a file beside its pixels: nothing that could name a patient.
 
-    `patient` is a keyed HMAC, empty where the file has no identifier. `modality`, `photometric`, `view`, `sex` and
-    `transfer_syntax` are terms of closed sets, never free text. `height` and `width` are the original's, in pixels;
-    `age` is in years, those above 89 as one.
+    `patient` is a keyed HMAC, empty where the file has no identifier; `scanner` is a short one, of the machine.
+    `modality`, `photometric`, `view`, `sex` and `transfer_syntax` are terms of closed sets, never free text. `height`
+    and `width` are the original's, in pixels; `age` is in years, those above 89 as one.
     """
 
     kind: Literal["dicom", "raster", ""] = ""
@@ -43,6 +43,7 @@ class Facts:
     modality: str = ""
     photometric: str = ""
     view: str = ""
+    scanner: str = ""
     transfer_syntax: str = ""
     height: int = 0
     width: int = 0

@@ -13,7 +13,7 @@ MAX_MEMORY = 8 << 30
 TIMEOUT_S = 120.0
 """For one file."""
 MAX_TEXT = 64
-"""Characters kept of a label, a site, a view or a split."""
+"""Characters kept of a label, a site, a view, a scanner or a split."""
 MAX_LABELS = 64
 """Labels of one image."""
 MAX_CLASSES = 100

@@ -37,6 +37,7 @@ class Source:
     label: str = ""
     site: str = ""
     view: str = ""
+    scanner: str = ""
     split: str = ""
     sex: str = ""
     age: float | None = None
@@ -132,9 +133,10 @@ def _sources(rows: list[dict[str, str]], root: Path, meaningless: Counter[str]) 
     for row in rows:
         relative = os.path.normpath((row.get("image") or row.get("file") or "").strip().replace("\0", ""))
         label = "|".join(clean(word) for word in (row.get("label") or "").split("|")[: limits.MAX_LABELS])
-        site, view, split = (clean(row.get(name) or "") for name in ("site", "view", "split"))
+        site, view, scanner, split = (clean(row.get(name) or "") for name in ("site", "view", "scanner", "split"))
         sex, age = _attributes(row, meaningless)
-        source = Source(relative, (row.get("patient") or "").strip(), label, site, view, split.lower(), sex, age)
+        patient = (row.get("patient") or "").strip()
+        source = Source(relative, patient, label, site, view, scanner, split.lower(), sex, age)
         yield replace(source, reason=Reason.LISTED_TWICE) if relative in seen else _with_stat(root, source)
         seen.add(relative)
 

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +22,7 @@ from pydicom.encaps import encapsulate
 from polyclinic.cohort import Cohort, build, build_cohort, index, open_cohort, pool, store, union
 from polyclinic.cohort.card import make_card
 from polyclinic.cohort.identity import load_key
-from polyclinic.cohort.index import read_meta, require_patients
+from polyclinic.cohort.index import read_facts, read_meta, require_patients
 from polyclinic.cohort.intake import Facts
 from polyclinic.cohort.scan import Scan, scan
 from polyclinic.errors import CohortError, PolyclinicError, StorageError
@@ -49,7 +50,7 @@ def chest(tmp_path: Path, png: Write) -> Path:
 
 def same(a: Cohort, b: Cohort) -> bool:
     """Whether two cohorts hold the same images in the same order with the same words."""
-    names = ("patients", "labels", "sites", "views", "splits")
+    names = ("patients", "labels", "sites", "views", "scanners", "splits")
     words = all((getattr(a, name) == getattr(b, name)).all() for name in names)
     return len(a) == len(b) and words and bool((a.images[a.rows] == b.images[b.rows]).all())
 
@@ -193,6 +194,28 @@ def test_sex_and_age_are_of_the_csv_then_of_the_header(tmp_path: Path, dicom: Wr
     some = union([said.select([0, 2]), said.select([1, 3])])
     order = [0, 2, 1, 3]
     assert (some.sexes == said.sexes[order]).all() and np.array_equal(some.ages, said.ages[order], equal_nan=True)
+
+
+def test_scanners_are_of_the_csv_then_numbers_that_no_key_changes(tmp_path: Path, dicom: Write, images: Images) -> None:
+    folder, rng = tmp_path / "a", np.random.default_rng(0)
+    for k in range(12):  # of four machines, the first one nameless, each with images of its own height
+        machine = {"Manufacturer": "Mustermann", "DeviceSerialNumber": f"SN{k % 4}"} if k % 4 else {}
+        dicom(folder / f"{k}.dcm", rng.integers(0, 4096, (24 + k % 4, 20), np.uint16), PatientID=f"P{k}", **machine)
+    one, two = (build_cohort(folder, images, tmp_path / state, workers=1) for state in ("one", "two"))  # of two keys
+    assert one.scanners.tolist() == two.scanners.tolist()
+    told = dict(zip(read_facts(one.folder)["height"].tolist(), one.scanners.tolist(), strict=True))
+    assert told.pop(24) == ""
+    assert list(dict.fromkeys(filter(None, one.scanners.tolist()))) == ["scanner-1", "scanner-2", "scanner-3"]
+    assert sorted(told.values()) == ["scanner-1", "scanner-2", "scanner-3"]
+    assert Counter(one.scanners.tolist()) == {"": 3, "scanner-1": 3, "scanner-2": 3, "scanner-3": 3}
+    rows = [f"{k}.dcm,{'Room 2' if k < 2 else ''}" for k in range(12)]
+    (folder / "labels.csv").write_text("\n".join(["image,scanner", *rows]))
+    said = build_cohort(folder, images, tmp_path / "one", workers=1)
+    assert sorted(Counter(said.scanners.tolist()).values()) == [2, 2, 2, 3, 3]
+    assert (said.scanners == "Room 2").sum() == 2
+    assert not {"scanner", "scanners"} & make_card(said.folder).keys()
+    some = union([said.select([0, 2]), said.select([1, 3])])
+    assert some.scanners.tolist() == said.scanners[[0, 2, 1, 3]].tolist()
 
 
 def test_the_digest_holds_sex_and_age_where_they_are_known(tmp_path: Path, png: Write, images: Images) -> None:

@@ -20,6 +20,8 @@ from polyclinic.cohort.columns import COLUMNS, meant_as, passed_over
         ("View Position", "view"),
         ("Patient Age", "age"),
         ("gender", "sex"),
+        ("Manufacturer's Model Name", "scanner"),
+        ("device", "scanner"),
         ("dosage", ""),
         ("size", ""),
         ("source_file", ""),

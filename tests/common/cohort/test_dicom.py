@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -346,6 +347,28 @@ def test_sex_and_age_are_those_of_the_header(
     facts = read(tmp_path / "a")[1]
     assert (facts.sex, facts.age) == expected
     assert Facts(**json.loads(json.dumps(facts.to_json()))) == facts
+
+
+def test_a_scanner_is_a_keyed_word_of_all_that_names_the_machine(tmp_path: Path, dicom: Write) -> None:
+    names = ("Manufacturer", "ManufacturerModelName", "DeviceSerialNumber")
+    machines = [each.split("/") for each in ("Erika/M/1", "Erika/M/2", "Erika/N/1", "F/M/1", "//1", "/1/")]
+    words = [read(dicom(tmp_path / "a", **dict(zip(names, each, strict=True))))[1].scanner for each in machines]
+    assert len(set(words)) == len(machines)
+    assert all(re.fullmatch("scanner-[0-9a-f]{8}", word) for word in words)
+    path = dicom(tmp_path / "b", Manufacturer="Erika ", ManufacturerModelName="M", DeviceSerialNumber="1")
+    assert read(path)[1].scanner == words[0]
+    assert decode(path.read_bytes(), Intake(32, 1, "percentile"), b"x" * 32)[1].scanner not in words
+    for nameless in (dicom(tmp_path / "c"), dicom(tmp_path / "d", Manufacturer="", DeviceSerialNumber=" ")):
+        assert read(nameless)[1].scanner == ""
+
+
+def test_free_text_of_a_machine_in_no_form_of_its_own_does_no_harm(tmp_path: Path, dicom: Write) -> None:
+    """Text without a character set and longer than LO allows, of which pydicom warns: bytes are all that is needed."""
+    ds = dcmread(dicom(tmp_path / "a"))
+    value = b"M\xfcller\\" + b"x" * 100
+    ds[0x00080070] = RawDataElement(BaseTag(0x00080070), "LO", len(value), value, 0, False, True)
+    ds.save_as(tmp_path / "a")
+    assert read(tmp_path / "a")[1].scanner
 
 
 def test_a_newborn_has_an_age(tmp_path: Path, dicom: Write) -> None:

@@ -18,6 +18,7 @@ Write = Callable[..., Path]
 NAMED = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientAddress", "OtherPatientIDs", "AccessionNumber", "StudyDate",
     "InstitutionName", "ReferringPhysicianName", "StudyDescription", "StudyInstanceUID", "SOPInstanceUID",
+    "Manufacturer", "ManufacturerModelName", "DeviceSerialNumber",
 )  # fmt: skip
 
 
@@ -36,6 +37,8 @@ def test_nothing_that_names_a_patient_is_left_behind(
         "PatientName": "Mustermann^Erika", "PatientID": "MRN-4711-0815", "PatientBirthDate": "19640812",
         "InstitutionName": "Klinikum Musterstadt", "AccessionNumber": "ACC-99887766", "StudyDate": "20260314",
         "ReferringPhysicianName": "Brinkmann^Klaus", "StudyDescription": "Verdacht auf Pneumonie",
+        "Manufacturer": "Praxis Dr. Mustermann", "ManufacturerModelName": "Raum von Schwester Agathe",
+        "DeviceSerialNumber": "SN-0815-Brinkmann",
     }  # fmt: skip
     folder = tmp_path / "archive"
     for k in range(4):
@@ -54,7 +57,7 @@ def test_nothing_that_names_a_patient_is_left_behind(
         assert (card["images"], card["quarantine"]) == (4, {"not_an_image": 1, "burned_in": 1, "damaged": 1})
         texts = [*written(tmp_path / source), ("card", (str(card) + card_html(card)).encode())]
         texts += [("output", "".join(capfd.readouterr()).encode()), ("log", caplog.text.encode())]
-        forbidden = [*header.values(), "Mustermann", "Erika", "secretname", "CSV-PATIENT", "archive", "4711"]
+        forbidden = [*header.values(), "Mustermann", "Erika", "Agathe", "secretname", "CSV-PATIENT", "archive", "4711"]
         for name, data in texts:
             for word in forbidden:
                 assert word.lower().encode() not in data.lower(), f"{word} in {name}"

@@ -22,10 +22,13 @@ def table(folder: Path, text: str) -> dict[str, Source]:
 
 def test_columns_mean_what_they_say(tmp_path: Path, png: Png) -> None:
     png(tmp_path / "a" / "1.png")
-    text = '\ufeffimage,label,patient,site,view,split,age\na/1.png,"x|y",P 1,"Ho Chi Minh, Vietnam",AP erect,Train,33\n'
+    text = (
+        "\ufeffimage,label,patient,site,view,scanner,split,age\n"
+        'a/1.png,"x|y",P 1,"Ho Chi Minh, Vietnam",AP erect, Room 2,Train,33\n'
+    )
     source = table(tmp_path, text)["a/1.png"]
     assert (source.patient, source.label, source.site) == ("P 1", "x|y", "Ho Chi Minh, Vietnam")
-    assert (source.view, source.split, source.reason) == ("AP erect", "train", None)
+    assert (source.view, source.scanner, source.split, source.reason) == ("AP erect", "Room 2", "train", None)
 
 
 def test_sex_and_age_are_read_and_what_means_nothing_is_counted(tmp_path: Path) -> None:

@@ -108,15 +108,18 @@ def test_sites_differ_in_machine_and_agree_within(consortium: Path) -> None:
     machines = []
     for site in sorted(consortium.iterdir()):
         kinds = {
-            (ds.file_meta.TransferSyntaxUID, ds.BitsStored, ds.PhotometricInterpretation, ds.Rows, ds.StationName)
+            (
+                ds.file_meta.TransferSyntaxUID, ds.BitsStored, ds.PhotometricInterpretation, ds.Rows, ds.StationName,
+                ds.Manufacturer + ds.DeviceSerialNumber,
+            )
             for ds in headers(site)
-        }
+        }  # fmt: skip
         assert len(kinds) == 1
         machines.append(kinds.pop())
     assert len({machine[0] for machine in machines}) == 5
     assert {machine[1] for machine in machines} == {8, 10, 12, 16}
     assert {machine[2] for machine in machines} == {"MONOCHROME1", "MONOCHROME2"}
-    assert len({machine[4] for machine in machines}) == 5
+    assert len({machine[4] for machine in machines}) == len({machine[5] for machine in machines}) == 5
     curves = {(s.gamma, s.gain, s.blur, s.noise) for s in (Scanner.of(site, 0, 3) for site in ("north", "east"))}
     assert len(curves) == 2
 
