@@ -1,10 +1,11 @@
 """Checkpoints: the global tensors after each round, whole or not there, with nothing in them that a rerun would change.
 
 `round-NNNN.safetensors` holds the tensors, with what the rule of aggregation remembers under the prefix `rule/`, and
-`round-NNNN.json` what else the next round must know of those before. The JSON is written last and stands in the
-metadata of the tensors too: a pair that does not agree is not a checkpoint.
+`round-NNNN.json` what else the next round must know of those before. The JSON is written last and its SHA-256 stands in
+the metadata of the tensors: a pair that does not agree is not a checkpoint.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ BEST = "best-{:04d}.safetensors"
 STATE = "rule/"
 """Prefix of what is no global tensor, whose names have no slash."""
 FACTS = "checkpoint"
-"""Key of the JSON in the metadata of the tensors."""
+"""Key of the JSON's SHA-256 in the metadata of the tensors; checkpoints of 0.1.0 may have the JSON itself there."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def save(folder: Path, checkpoint: Checkpoint, tensors: Tensors, state: Tensors 
     path, text = folder / f"round-{checkpoint.round:04d}.json", json.dumps(asdict(checkpoint), sort_keys=True)
     together = {**tensors, **{STATE + name: value for name, value in (state or {}).items()}}
     stored = {name: torch.from_numpy(value) for name, value in together.items()}
-    save_tensors(path.with_suffix(".safetensors"), stored, {FACTS: text})
+    save_tensors(path.with_suffix(".safetensors"), stored, {FACTS: _sha256(text)})
     write_atomic(path, text)
     for old in folder.glob("best-*"):
         if old.name != BEST.format(checkpoint.best.measured):
@@ -156,6 +157,10 @@ def _load(path: Path) -> tuple[Checkpoint, Tensors]:
         tensors, metadata = load_tensors(path.with_suffix(".safetensors"))
     except (OSError, ValueError, TypeError, KeyError, CheckpointError) as error:
         raise CheckpointError(f"{path.name} or its tensors cannot be read", fix) from error
-    if metadata.get(FACTS) != text or path.stem != f"round-{checkpoint.round:04d}":
+    if metadata.get(FACTS) not in (_sha256(text), text) or path.stem != f"round-{checkpoint.round:04d}":
         raise CheckpointError(f"{path.name} does not belong to its tensors", fix)
     return checkpoint, {n: value.numpy() for n, value in sorted(tensors.items()) if not n.startswith(STATE)}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

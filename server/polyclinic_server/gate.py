@@ -35,8 +35,10 @@ class Gate:
         seats: patients that each site enrolled with; none may claim more.
         norms: of the updates accepted in earlier rounds of the stage. Those of the round in flight do not count, so
             that what passes does not depend on who is first.
+        own: norm of the round's global tensors.
         mode: the study's privacy. Under "site" no norm is too large: clipping bounds it, and a limit drawn from all
             sites' norms would have one site decide whether another's update counts.
+        limit: largest norm that passes in the round; 0 before any is open.
     """
 
     settings: Aggregation
@@ -44,10 +46,12 @@ class Gate:
     norms: list[float] = field(default_factory=list)
     own: float = 0.0
     mode: str = "none"
+    limit: float = field(default=0.0, init=False)
 
     def open_round(self, tensors: Tensors) -> None:
-        """Take note of the global tensors' own norm: no update of a stage's first round may be larger."""
+        """Take note of the global tensors' own norm, and set the round's limit from it and `norms`."""
         self.own = math.sqrt(sum(squares for value in tensors.values() for squares, _ in _chunks(value)))
+        self.limit = self._limit()
 
     def check(self, order: Order, study_hash: str, reply: Reply, update: Tensors | None, tensors: Tensors) -> float:
         """The norm of an update that passes.
@@ -67,10 +71,10 @@ class Gate:
             raise RefusedUpdate(f"its norm {norm:.3g} is above the limit {self.limit:.3g}")
         return norm
 
-    @property
-    def limit(self) -> float:
-        """Largest norm that passes: the study's multiple of the median so far, or of the latest ones', if that is less.
+    def _limit(self) -> float:
+        """The study's multiple of the median so far, or of the latest ones', if that is less.
 
+        In a stage's first round it is the norm of the global tensors themselves.
         Norms fall with the learning rate, so that by the end a hundredfold update is no larger than the first honest
         ones. The latest are as many as there are sites: a round's, where all answer. Of two, the lower one is the
         median so far, lest one site raise the limit, and the higher one that of the latest, lest one site lower it.

@@ -53,19 +53,21 @@ class RunDir:
             self._listen(line)
 
     def rewind(self, round: int) -> None:
-        """Forget the metrics of rounds after `round`: they will be made again. Called once, before any metric."""
+        """Forget the metrics of rounds after `round`: they will be made again. Called once, before any metric.
+
+        Those of `round` itself may be measured again, and only they are kept in memory.
+        """
         path = self.path / "metrics.csv"
         _drop_torn_line(path)
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         kept = [row for row in list(csv.reader(text.splitlines()))[1:] if int(row[1]) <= round]
-        self._measured = {tuple(row[:4]) for row in kept}
+        self._measured = {tuple(row[:4]) for row in kept if int(row[1]) == round}
         write_atomic(path, "".join(",".join(row) + "\n" for row in [COLUMNS, *kept]))
 
     def metrics(self, stage: int, round: int, site: str, values: Mapping[str, float]) -> None:
-        """Append metrics; those that already stand (measured again after a resumption) are left as they are."""
+        """Append metrics; those that already stood when the run was resumed are left as they are."""
         rows = [(str(stage), str(round), site, metric, repr(float(value))) for metric, value in values.items()]
         fresh = [row for row in rows if row[:4] not in self._measured]
-        self._measured.update(row[:4] for row in fresh)
         with storage(self.path), (self.path / "metrics.csv").open("a", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(fresh)
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from polyclinic.artifacts import save_tensors
 from polyclinic.errors import CheckpointError, StorageError
 from polyclinic.wire import Tensors, digest
 from polyclinic_server import checkpoints
@@ -70,6 +72,21 @@ def test_nothing_in_a_checkpoint_depends_on_when_or_where(tmp_path: Path) -> Non
         assert str(tmp_path).encode() not in data
     facts = json.loads((tmp_path / "one" / "round-0003.json").read_text())
     assert set(facts) == {"study", "round", "stage", "model", "norms", "best"}
+
+
+def test_the_norms_are_stored_once_and_an_earlier_form_is_read(tmp_path: Path) -> None:
+    """Those of a thousand sites over fifty rounds are a megabyte in every checkpoint."""
+    checkpoint, tensors = made(3)
+    checkpoints.save(tmp_path, checkpoint, tensors)
+    path, text = tmp_path / "round-0003.safetensors", (tmp_path / "round-0003.json").read_text()
+    assert b"norms" not in path.read_bytes()
+    save_tensors(path, {name: torch.from_numpy(value) for name, value in tensors.items()}, {"checkpoint": text})
+    found = checkpoints.newest(tmp_path, "hash", pytest.fail)
+    assert found is not None
+    assert found[0] == checkpoint
+    save_tensors(path, {name: torch.from_numpy(value) for name, value in tensors.items()}, {"checkpoint": text + " "})
+    with pytest.raises(CheckpointError, match="every checkpoint of this run is damaged"):
+        checkpoints.newest(tmp_path, "hash", lambda text: None)
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:

@@ -126,6 +126,21 @@ def test_the_limit_falls_with_the_learning_rate_and_no_site_of_two_moves_it_alon
     assert gate(norms=(1.0, 1.0, 1.0, 9.0)).limit == pytest.approx(10), "nor raises it"
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 7, 8])
+def test_the_limit_is_set_as_a_round_opens(rounds: int) -> None:
+    """From all norms of the rounds before, and not again for every update: it would sort them a thousand times."""
+    rng = np.random.default_rng(rounds)
+    at = gate(norm_limit=3.0)
+    for _ in range(rounds):
+        norms = rng.uniform(1, 2, rng.integers(1, 3)).tolist()
+        before = at.limit
+        at.norms += norms
+        assert at.limit == before
+        at.open_round(TENSORS)
+    ordered, latest = sorted(at.norms), sorted(at.norms[-2:])
+    assert at.limit == 3.0 * min(ordered[(len(ordered) - 1) // 2], latest[len(latest) // 2])
+
+
 def test_a_stage_that_hardly_moves_refuses_nobody_for_it() -> None:
     still = gate(norms=(1e-12, 1e-12))
     check(update=packed(0.9 * NORM_FLOOR * still.own / np.sqrt(10)), at=still)

@@ -1,6 +1,7 @@
 """The run directory: what is appended survives a torn line, and a resumed run holds no round twice."""
 
 import errno
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ def test_metrics_stand_once(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.rewind(0)
     run.metrics(0, 1, "north", {"loss": 0.1, "images": 3})
-    run.metrics(0, 1, "north", {"loss": 0.2, "patients": 2})
-    run.metrics(0, 1, "", {"loss": 1 / 3})
+    resumed = RunDir(tmp_path)
+    resumed.rewind(1)
+    resumed.metrics(0, 1, "north", {"loss": 0.2, "patients": 2})
+    resumed.metrics(0, 1, "", {"loss": 1 / 3})
     assert measured(run) == [
         ("0", "1", "", "loss", repr(1 / 3)),
         ("0", "1", "north", "images", "3.0"),
@@ -40,6 +43,28 @@ def test_metrics_stand_once(tmp_path: Path) -> None:
         ("0", "1", "north", "patients", "2.0"),
     ]
     assert (tmp_path / "metrics.csv").read_text().startswith("stage,round,site,metric,value\n")
+
+
+def test_metrics_are_not_held_in_memory(tmp_path: Path) -> None:
+    """Those of a thousand sites over fifty rounds would take 60 MB."""
+
+    def kept(rounds: range) -> int:
+        for round in rounds:
+            for site in range(100):
+                run.metrics(0, round, f"site-{site}", {"loss": 0.1, "seconds": 2.0})
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        run = RunDir(tmp_path)
+        run.rewind(0)
+        before = kept(range(1, 3))
+        assert kept(range(3, 9)) - before < 50_000
+        run = RunDir(tmp_path)
+        run.rewind(8)
+        assert tracemalloc.get_traced_memory()[0] - before < 100_000  # of one round, not of eight
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("torn", ["", "1", "0,3,no", "0,3,north,loss,0.", '"0,3'])
