@@ -14,6 +14,7 @@ as it is (zero-shot: a fraction of 0), and fine-tuned there with ever more of it
 import json
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from polyclinic.privacy.dpsgd import sampling_rate
 from polyclinic.report import read_run
 from polyclinic.stages import Finetune
 from polyclinic.study import PatientPrivacy, Study, load_study, resolve
+from polyclinic.wire import Tensors
 from polyclinic_client.site import Site
 from polyclinic_client.work import Progress
 from polyclinic_server.rundir import Listener, RunDir
@@ -41,6 +43,8 @@ from polyclinic_simulations.tidy import tidy
 
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.33, 0.5, 1.0)
 STARTS = ("pretrained", "joined", "supervised")
+SITES = "sites"
+"""In a training's folder: what its sites keep of it."""
 
 
 def leave_one_site_out(
@@ -83,7 +87,7 @@ def leave_one_site_out(
         page = render_holdout(study.name, pd.DataFrame(rows), needed)
         write_atomic(out / "holdout.html", page)
         write_atomic(out / "summary.json", json.dumps(summary, indent=2))
-        tidy(out / "sites", out / HOLDOUT)
+        tidy(out / HOLDOUT)
         return summary
 
 
@@ -107,7 +111,7 @@ def _hold_out(
                 rows.append({**row, "seconds": seconds})
             if wrong := _wrong(scores):
                 noted.setdefault(f"{start}, {scope}, {wrong}", []).append(f"{fraction:.0%}")
-        tidy(run.path / "sites")  # what it has made is in its checkpoints
+        tidy(*(folder / start).rglob(SITES))  # what it has made is in its checkpoints
     notes = [f"{text} (with {', '.join(fractions)} of the site's labels)" for text, fractions in noted.items()]
     for text in notes:
         run.event("warning", text=f"{name} held out: {text}")
@@ -134,7 +138,7 @@ def _start(
     if reason := _unlabelled(tuned, others):
         yield "in-distribution", 0.0, reason
         return
-    tensors = train_row(tuned, others, folder / "finetuning", None, progress)
+    tensors = _train(tuned, others, folder / "finetuning", progress)
     yield "in-distribution", 0.0, classify(tuned, tensors, others)
     home = {name: sites[name]}
     yield "held-out", 0.0, classify(tuned, tensors, home)
@@ -145,7 +149,7 @@ def _start(
         if reason := _unlabelled(own, home):
             yield "held-out", fraction, reason
         else:
-            yield "held-out", fraction, classify(own, train_row(own, home, here, None, progress), home)
+            yield "held-out", fraction, classify(own, _train(own, home, here, progress), home)
 
 
 def _unlabelled(study: Study, sites: Mapping[str, Site]) -> str:
@@ -173,9 +177,15 @@ def _pretrain(study: Study, sites: Mapping[str, Site], folder: Path, progress: P
     if not file.exists():
         plain = study.model_dump(mode="json")
         own = resolve({**plain, "stages": [stage for stage in plain["stages"] if stage["kind"] == "pretrain"]})
-        tensors = train_row(own, sites, folder, None, progress)
+        tensors = _train(own, sites, folder, progress)
         save_encoder(file, encoder_of(own, tensors), own)
     return file
+
+
+def _train(study: Study, sites: Mapping[str, Site], folder: Path, progress: Progress | None) -> Tensors:
+    """The tensors of one training. Several are of one study: each is another world, with its own state and ledger."""
+    own = {name: replace(site, state=folder / SITES / name) for name, site in sites.items()}
+    return train_row(study, own, folder, None, progress)
 
 
 def _finetuning(study: Study, encoder: Path | None, folder: Path, fraction: float | None = None) -> Study:

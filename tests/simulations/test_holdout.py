@@ -11,17 +11,24 @@ import pytest
 
 from polyclinic.encoders import ENCODERS
 from polyclinic.errors import QuorumLost, StudyError
-from polyclinic.study import Study
+from polyclinic.report import read_run
+from polyclinic.study import Study, load_study
 from polyclinic.wire import Tensors
+from polyclinic_client.site import Site
 from polyclinic_simulations import holdout
 from polyclinic_simulations.display import labels_needed
-from polyclinic_simulations.holdout import STARTS, leave_one_site_out
+from polyclinic_simulations.holdout import STARTS, _train, leave_one_site_out
 from polyclinic_simulations.holdout_page import render_holdout
+from polyclinic_simulations.simulate import HOLDOUT
+from polyclinic_simulations.tidy import tidy
 
-from ..tiny import SIMCLR, SITES, TinyEncoder, tiny_study, write_cohort
+from ..tiny import SIMCLR, SITES, TinyEncoder, in_memory, tiny_study, write_cohort
 
 TUNE = {"kind": "finetune", "rounds": 2, "batch_size": 8, "learning_rate": 0.02, "views": {"flip": False}}
 LABELS = {"labels": {"spot": ["spot"], "clear": ["clear"]}}
+FEW = (0.0, 0.5, 1.0)
+Training = tuple[list[str], list[str], float | None]
+"""(methods, sites, label fraction) of something that is trained."""
 
 
 @pytest.fixture(autouse=True)
@@ -30,17 +37,15 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> tuple[float, ...]:
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three fractions instead of nine."""
-    monkeypatch.setattr(holdout, "FRACTIONS", (0.0, 0.5, 1.0))
-    return holdout.FRACTIONS
+    monkeypatch.setattr(holdout, "FRACTIONS", FEW)
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Study:
+def consortium(folder: Path) -> Study:
     """Three hospitals of twelve patients; one round of SimCLR, two of fine-tuning."""
     for number, name in enumerate(SITES):
-        write_cohort(tmp_path / "data" / name, 12, seed=number)
+        write_cohort(folder / "data" / name, 12, seed=number)
     return tiny_study(
         stages=[{**SIMCLR, "rounds": 1}, TUNE],
         evaluation=LABELS,
@@ -49,24 +54,32 @@ def study(tmp_path: Path) -> Study:
 
 
 @pytest.fixture
-def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], list[str], float | None]]:
-    """(methods, sites, label fraction) of everything that is trained, in order."""
-    made: list[tuple[list[str], list[str], float | None]] = []
-    train = holdout.train_row
+def study(tmp_path: Path) -> Study:
+    return consortium(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[Training]]:
+    """The protocol as nobody disturbs it: its folder, its summary, and everything that it has trained, in order."""
+    folder, made, train = tmp_path_factory.mktemp("whole"), list[Training](), holdout.train_row
 
     def noting(study: Study, sites: Any, *rest: Any) -> Tensors:
         fraction = getattr(study.stages[-1], "label_fraction", None)
         made.append(([stage.method for stage in study.stages], sorted(sites), fraction))
         return train(study, sites, *rest)
 
-    monkeypatch.setattr(holdout, "train_row", noting)
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENCODERS, "resnet18", lambda encoder, images: TinyEncoder(images.channels))
+        patch.setattr(holdout, "FRACTIONS", FEW)
+        patch.setattr(holdout, "train_row", noting)
+        summary = leave_one_site_out(consortium(folder), folder / "run", folder / "data", folder / "state")
+    return folder, summary, made
 
 
 def test_the_held_out_site_trains_only_where_it_may(
-    few: tuple[float, ...], study: Study, trainings: list[Any], tmp_path: Path
+    whole: tuple[Path, dict[str, Any], list[Training]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    summary = leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state")
+    folder, summary, trainings = whole
     assert list(summary["leave_one_site_out"]) == list(SITES)
     for number, held in enumerate(SITES):
         others = [name for name in SITES if name != held]
@@ -77,7 +90,7 @@ def test_the_held_out_site_trains_only_where_it_may(
             *tuning,
         ]  # fmt: skip
         assert trainings[number * 11 : (number + 1) * 11] == expected
-    rows = pd.read_csv(tmp_path / "run" / "holdout.csv")
+    rows = pd.read_csv(folder / "run" / "holdout.csv")
     assert len(rows) == 3 * len(STARTS) * 4
     assert rows.groupby(["held_out", "start", "scope", "label_fraction"]).size().eq(1).all()
     assert rows["auc"].between(0, 1).all()
@@ -86,38 +99,60 @@ def test_the_held_out_site_trains_only_where_it_may(
         goal = own.loc[("supervised", 1.0), "auc"]
         assert found["supervised_at_100"] == goal
         for start, needed in found["labels_needed"].items():
-            reached = [f for f in few if own.loc[(start, f), "auc"] >= goal]
+            reached = [f for f in FEW if own.loc[(start, f), "auc"] >= goal]
             assert needed == (reached[0] if reached else None)
-    page = (tmp_path / "run" / "holdout.html").read_text()
+    page = (folder / "run" / "holdout.html").read_text()
     assert page.count('aria-label="AUC by fraction of the labels"') == len(SITES)
     assert all(f"<h2>{name}</h2>" in page for name in SITES)
-    made = len(trainings)
-    again = leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state", resume=True)
+    monkeypatch.setattr(holdout, "train_row", lambda *arguments: pytest.fail("what is finished is finished"))
+    study = load_study(folder / "run" / "study.toml")
+    again = leave_one_site_out(study, folder / "run", folder / "data", folder / "state", resume=True)
     assert json.dumps(again) == json.dumps(summary)
-    assert len(trainings) == made  # what is finished is finished, and nothing that only going on would need is kept
-    assert not list((tmp_path / "run").rglob("moments-*")) + list((tmp_path / "run").rglob("checkpoints"))
+    left = [*(folder / "run").rglob("moments-*"), *(folder / "run").rglob("checkpoints")]
+    assert not left, "nothing that only going on would need is kept"
 
 
-def test_interrupted_and_resumed_is_as_undisturbed(few: tuple[float, ...], study: Study, tmp_path: Path) -> None:
-    def impatient(event: Mapping[str, Any]) -> None:
-        if "supervised, in-distribution" in str(event.get("row")):
+def test_killed_inside_a_round_and_resumed_is_as_undisturbed(
+    few: None, study: Study, whole: tuple[Path, dict[str, Any], list[Training]], tmp_path: Path
+) -> None:
+    run, start = tmp_path / "run", Path(HOLDOUT, "east", "joined")
+
+    def impatient(done: int, total: int) -> None:
+        if (run / start / "finetuning" / "checkpoints" / "round-0001.json").exists():
             raise KeyboardInterrupt
 
-    where = tmp_path / "data", tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
-        leave_one_site_out(study, tmp_path / "run", *where, listen=impatient)
-    sites = tmp_path / "run" / "sites"
-    kept = {path.relative_to(sites).parts[1] for path in sites.rglob("moments-*")}
-    assert len(kept) == 1, "sites keep what the study in hand has made of them, and nothing of those that are made"
-    resumed = leave_one_site_out(study, tmp_path / "run", *where, resume=True)
-    whole = leave_one_site_out(study, tmp_path / "whole", *where)
-    assert json.dumps(resumed) == json.dumps(whole)
-    one, other = (pd.read_csv(tmp_path / name / "holdout.csv").drop(columns="seconds") for name in ("run", "whole"))
+        leave_one_site_out(study, run, tmp_path / "data", tmp_path / "state", progress=impatient)
+    kept = [path.relative_to(run) for path in run.rglob("moments-*")]
+    assert kept, "or the round that is made again would start from nothing"
+    assert all(path.is_relative_to(start) for path in kept), "of a start that is finished, no site keeps anything"
+    resumed = leave_one_site_out(study, run, tmp_path / "data", tmp_path / "state", resume=True)
+    assert json.dumps(resumed) == json.dumps(whole[1])
+    one, other = (pd.read_csv(out / "holdout.csv").drop(columns="seconds") for out in (run, whole[0] / "run"))
     pd.testing.assert_frame_equal(one, other)
+    encoders = [path.relative_to(run) for path in run.rglob("encoder.safetensors")]
+    assert len(encoders) == len(SITES) * 5  # of three starts, two of which are pretrained
+    assert all((run / path).read_bytes() == (whole[0] / "run" / path).read_bytes() for path in encoders)
+
+
+def test_each_training_has_the_whole_epsilon_to_spend(tmp_path: Path) -> None:
+    """The starts pretrain by one study, of which the epsilon here allows a site one round and no second."""
+    study = tiny_study(
+        stages=[{**TUNE, "rounds": 1, "batch_size": 4}],
+        evaluation=LABELS,
+        privacy={"mode": "patient", "noise": 2.0, "epsilon": 1.55, "delta": 1e-3},
+    )
+    sites = {name: Site(name, in_memory(16, seed, images=1), tmp_path / name) for seed, name in enumerate(SITES)}
+    for start in STARTS[:2]:
+        _train(study, sites, tmp_path / start, None)
+        run = read_run(tmp_path / start)
+        assert run.epsilon.keys() == set(SITES)
+        assert all(1.55 / 2 < spent <= 1.55 for spent in run.epsilon.values())
+        tidy(tmp_path)  # as after a start: a site that still has its update trains nothing
 
 
 def test_seconds_are_those_of_a_rows_first_making(
-    few: tuple[float, ...], study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: None, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, pace = [0.0], [10.0]
     train = holdout.train_row
@@ -145,7 +180,7 @@ def test_seconds_are_those_of_a_rows_first_making(
 
 @pytest.mark.parametrize("min_sites", [1, 2])
 def test_a_site_without_labels_costs_only_the_rows_that_need_them(
-    min_sites: int, few: tuple[float, ...], study: Study, tmp_path: Path
+    min_sites: int, few: None, study: Study, tmp_path: Path
 ) -> None:
     labels = tmp_path / "data" / "west" / "labels.csv"
     labels.write_text(labels.read_text().replace("spot", "").replace("clear", ""))
@@ -174,7 +209,7 @@ def test_a_site_without_labels_costs_only_the_rows_that_need_them(
 
 
 def test_what_fails_for_another_reason_than_labels_is_not_taken_for_that(
-    few: tuple[float, ...], study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: None, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = holdout.train_row
 
