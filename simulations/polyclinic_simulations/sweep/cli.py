@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
 if TYPE_CHECKING:
     from polyclinic.study import Study
@@ -176,36 +185,49 @@ def _show(table: "Ranking", failed: Mapping[str, str], out: Path) -> None:
 
 
 class _Bars:
-    """On a terminal a bar over all studies and one of the study in hand; elsewhere a line a study."""
+    """On a terminal a bar over all studies and one of each that is in hand; elsewhere a line a study."""
 
     def __init__(self, console: Console, total: int, made: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        columns = (
+            TextColumn("{task.description}", table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis")),
+            TextColumn("{task.fields[row]}", table_column=Column(no_wrap=True)),
+            BarColumn(None, table_column=Column(ratio=2)),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        shown = console.is_terminal
+        self._bars = Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown, expand=True)
         self._console, self._total, self._made = console, total, made
+        self._in_hand: dict[str, TaskID] = {}
 
     def __enter__(self) -> "_Bars":
         self._bars.start()
-        self._all = self._bars.add_task("studies", total=self._total, completed=self._made)
-        self._one = self._bars.add_task("", total=None, visible=False)
+        self._all = self._bars.add_task("studies", total=self._total, completed=self._made, row="")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
     def event(self, cell: str, event: Mapping[str, Any]) -> None:
-        """Something that happened in a cell."""
-        name, row = event["event"], event.get("row")
-        if name in ("run_started", "run_resumed"):
-            text = escape(f"  {cell}" + (f", row {row}" if row else ""))
-            self._bars.reset(self._one, total=event["rounds"], completed=event.get("round", 0), description=text)
-            self._bars.update(self._one, visible=True)
+        """Something that happened in a cell; what happened in a row's own training carries `row`."""
+        name = event["event"]
+        if cell not in self._in_hand:
+            text = escape(f"  {cell.rpartition('-')[0]}")  # without the digest
+            self._in_hand[cell] = self._bars.add_task(text, total=None, row="")
+        bar = self._in_hand[cell]
+        if name == "row_started":
+            self._bars.update(bar, row=escape(event["row"]))
+        elif name in ("run_started", "run_resumed"):
+            self._bars.reset(bar, total=event["rounds"], completed=event.get("round", 0))
         elif name == "round_closed":
-            self._bars.update(self._one, completed=event["round"])
+            self._bars.update(bar, completed=event["round"])
 
     def finished(self, cell: str, trained: bool) -> None:
         """A cell has come to its end."""
         self._made += 1
         self._bars.update(self._all, completed=self._made)
+        if cell in self._in_hand:
+            self._bars.remove_task(self._in_hand.pop(cell))
         if not trained or not self._console.is_terminal:
             said = "" if trained else " could not be trained"
             self._console.print(f"study {self._made} of {self._total}: {cell}{said}", markup=False, highlight=False)

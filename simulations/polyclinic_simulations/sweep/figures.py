@@ -1,5 +1,6 @@
 """What the page of a sweep shows: from the tidy table to rows and plots. Every mean is over seeds."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,8 +82,8 @@ class Table:
         self._away = {cell.name: cell.study.simulation.held_out for cell in grid.cells}
         ours = rows[rows["row"] == FEDERATED]
         self.metric = "classifier_auc" if (ours["metric"] == "classifier_auc").any() else "auc"
-        self.conditions = _values(ours, grid.conditions)
-        self.choices = _values(ours, grid.choices)
+        self.conditions = _in_order(ours, grid, grid.conditions)
+        self.choices = _in_order(ours, grid, grid.choices)
         self._colours = dict(zip(self.choices, COLOURS, strict=False)) if len(self.choices) <= len(COLOURS) else {}
 
     def is_held_out(self, cell: str, site: str) -> bool:
@@ -118,9 +119,9 @@ class Table:
         return found.groupby(SEED)["value"].mean()
 
     def ranked(self, condition: Values) -> list[tuple[Values, Mean]]:
-        """The choices under a condition, the best first."""
+        """The choices under a condition, the best first; last, those that could not be trained with every seed."""
         found = [(choice, mean(self.by_seed(condition, choice, FEDERATED, self.metric))) for choice in self.choices]
-        return sorted((pair for pair in found if pair[1].seeds), key=lambda pair: -pair[1].value)
+        return sorted((pair for pair in found if pair[1].seeds), key=lambda pair: (-pair[1].seeds, -pair[1].value))
 
     def other_rows(self, condition: Values) -> list[tuple[str, Mean]]:
         """The rows beside `federated`, single sites as their mean; several, where choices change them."""
@@ -137,6 +138,12 @@ class Table:
                 value = mean(kept.groupby(SEED)["value"].mean())
                 found.append((", ".join(filter(None, (row_name(str(name)), more))), value))
         return sorted(found, key=lambda pair: -pair[1].value)
+
+
+def _in_order(rows: pd.DataFrame, grid: Grid, axes: list[str]) -> list[Values]:
+    """The combinations of values that there are, in the order of the grid."""
+    there = set(_values(rows, axes))
+    return [values for values in itertools.product(*(grid.axes[axis] for axis in axes)) if values in there]
 
 
 def _values(rows: pd.DataFrame, axes: list[str]) -> list[Values]:
@@ -338,12 +345,12 @@ def fairness(table: Table) -> list[dict[str, Any]]:
     return found
 
 
-def held_out(table: Table) -> list[dict[str, Any]]:
+def held_out(table: Table, metric: str) -> list[dict[str, Any]]:
     """A line a condition, choice and row: mean AUC at sites that train, at those held out, and the gap between them.
 
     Of the seeds that have both. A row that is the same whatever is chosen has one line, without a choice.
     """
-    own = table.rows[(table.rows["metric"] == "auc") & (table.rows["site"] != "")]
+    own = table.rows[(table.rows["metric"] == metric) & (table.rows["site"] != "")]
     own = own[[table.is_held_out(cell, site) for cell, site in zip(own["cell"], own["site"], strict=True)]]
     found = []
     for condition in table.conditions if len(own) else []:
@@ -351,7 +358,7 @@ def held_out(table: Table) -> list[dict[str, Any]]:
             lines: list[Line] = []
             for choice, _ in table.ranked(condition):
                 rows = table.of(condition, choice)
-                at = rows[(rows["metric"] == "auc") & (rows["site"] != "") & (rows["row"] == name)]
+                at = rows[(rows["metric"] == metric) & (rows["site"] != "") & (rows["row"] == name)]
                 by_seed = at.groupby([SEED, at.index.isin(own.index)])["value"].mean().unstack()
                 inside, outside = by_seed.reindex(columns=[False, True]).dropna().T.to_numpy()
                 lines.append((table.name(choice), [mean(inside), mean(outside), mean(inside - outside)]))

@@ -153,7 +153,10 @@ def _patch(axis: str, value: Any, base: Plain, path: Path) -> Patch:
     """One value of an axis."""
     if isinstance(value, dict) and value.keys() == {"name", "set"} and isinstance(value["set"], dict):
         return str(value["name"]), dict(_leaves(value["set"]))
-    name = _words(axis, value)
+    try:
+        name = _words(axis, value)
+    except ValueError as error:  # of thousands of hexadecimal digits
+        raise StudyError(f"{path}: [grid] {axis} has a number that is too long", "give a shorter one") from error
     own = value if isinstance(value, dict) else {KEYS.get(axis, ""): value}
     if axis == SEED:
         return name, {"study.seed": value}
@@ -214,6 +217,8 @@ def _require(patches: Mapping[str, list[Patch]], path: Path) -> None:
         names = [name for name, _ in found]
         if not names:
             raise StudyError(f"{path}: [grid] {axis} has no value", "list its values, or leave the axis out")
+        if "" in names:
+            raise StudyError(f"{path}: [grid] {axis} has a value without a name", "name every value")
         if twice := [name for name in names if names.count(name) > 1]:
             raise StudyError(f"{path}: [grid] {axis} names {twice[0]!r} twice", "list every value once")
     sets = {axis: {key for _, settings in found for key in settings} for axis, found in patches.items()}

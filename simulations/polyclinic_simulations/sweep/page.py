@@ -62,7 +62,7 @@ def _measured(table: Table, place: Place) -> dict[str, Any]:
         "conditions": conditions,
         "cost_of_conditions": figures.cost_of_conditions(table),
         "fairness": figures.fairness(table),
-        "held_out": figures.held_out(table),
+        "held_out": [(words, found) for metric, words in METRICS.items() if (found := figures.held_out(table, metric))],
         "told_apart": figures.sites_told_apart(table),
         "costs": figures.costs(table),
         "maps": _maps(table, place),
@@ -79,8 +79,9 @@ def verdicts(table: Table) -> list[str]:
         words, best, found = table.named(condition), table.name(order[0][0]), order[0][1]
         text = f"{words}: {best} reaches {found}" if words else f"{best} reaches {found}"
         if len(order) > 1 and (gap := gaps.get(second := table.name(order[1][0]))):
-            noise = "" if gap.value - gap.half > 0 else " (within the noise of the seeds)"
-            text += f", {gap.value:.3f} above {second}{noise if gap.seeds > 1 else ' (one seed)'}"
+            noise = "" if abs(gap.value) > gap.half else " (within the noise of the seeds)"
+            side = "above" if gap.value >= 0 else "below"  # in the seeds that both have
+            text += f", {abs(gap.value):.3f} {side} {second}{noise if gap.seeds > 1 else ' (one seed)'}"
         if lost := gaps.get("pooled"):
             noise = " (within the noise of the seeds)" if abs(lost.value) <= lost.half else ""
             text += f"; {abs(lost.value):.3f} {'above' if lost.value > 0 else 'below'} pooling all images{noise}"

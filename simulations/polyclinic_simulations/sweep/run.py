@@ -13,25 +13,20 @@ from typing import Any
 import pandas as pd
 
 from polyclinic.cohort.index import read_meta
-from polyclinic.encoders import build_encoder
 from polyclinic.errors import PolyclinicError, Refused, StorageError
 from polyclinic.files import make_folder, write_atomic
-from polyclinic.methods import make_method
-from polyclinic.stages import AnyStage
-from polyclinic.study import Encoder, Images, Study, load_study
+from polyclinic.study import Study, load_study
 from polyclinic_simulations.checks import check
 from polyclinic_simulations.compare import has_scratch
 from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, require
 from polyclinic_simulations.shift import pixel_shifts
 from polyclinic_simulations.simulate import simulate
+from polyclinic_simulations.sweep.disk import require_room
+from polyclinic_simulations.sweep.follow import Follower
 from polyclinic_simulations.sweep.grid import Cell, Grid
 
 CELLS, PATIENTS, FAILED = "cells", "patients.json", "failed.json"
-REPORT_BYTES = 3_000_000
-"""Of a finished cell, beside its encoder."""
-COPIES = 8
-"""Of its tensors that a site keeps at most while it trains: two rounds of update and moments, and one half made."""
 COSTS = {"bytes_up": "bytes_up", "bytes_down": "bytes_down", "site_seconds": "seconds"}
 """Of the federation, summed over sites and rounds: {in results.csv: in metrics.csv}."""
 
@@ -60,24 +55,36 @@ class Place:
         """Whether a cell is finished: its report is written last."""
         return all((self.folder(cell) / name).exists() for name in ("summary.json", "report.html"))
 
+    def has_failed(self, cell: Cell) -> bool:
+        """Whether a cell could not be trained when it was last tried."""
+        return (self.folder(cell) / FAILED).exists() and not self.is_made(cell)
+
 
 def tasks(grid: Grid, place: Place) -> list[Task]:
     """What is still to be made: every row once for the cells that share it, by the one where least can go wrong.
 
-    Those that are begun, or finished, keep the rows that they have.
+    Those that are begun, or finished, keep the rows that they have; of one that could not be trained, another that is
+    not begun takes them over.
     """
     begun = {cell.name: _rows_of(place.folder(cell)) for cell in grid.cells}
     rows: dict[str, list[str]] = {name: list(found or []) for name, found in begun.items()}
+    failed = {cell.name for cell in grid.cells if place.has_failed(cell)}
+    for row, cells in _sharing(grid):
+        free = [cell for cell in cells if begun[cell.name] is None]
+        if free and not any(row in rows[cell.name] and cell.name not in failed for cell in cells):
+            rows[min(free, key=lambda cell: (cell.name in failed, _risk(cell))).name].append(row)
+    return [(cell, cell.with_rows(rows[cell.name])) for cell in grid.cells if not place.is_made(cell)]
+
+
+def _sharing(grid: Grid) -> Iterator[tuple[str, list[Cell]]]:
+    """(a row that the grid asks for, the cells of which one is to train it for all)."""
     for row in grid.cells[0].study.evaluation.rows:
         groups: dict[tuple[str, ...], list[Cell]] = {}
         for cell in grid.cells:
             if row != "scratch" or has_scratch(cell.study):
                 groups.setdefault(tuple(cell.values[axis] for axis in grid.axes_of(row)), []).append(cell)
         for cells in groups.values():
-            free = [cell for cell in cells if begun[cell.name] is None]
-            if free and not any(row in rows[cell.name] for cell in cells):
-                rows[min(free, key=_risk).name].append(row)
-    return [(cell, cell.with_rows(rows[cell.name])) for cell in grid.cells if not place.is_made(cell)]
+            yield row, cells
 
 
 def _rows_of(folder: Path) -> list[str] | None:
@@ -90,7 +97,8 @@ def _risk(cell: Cell) -> tuple[int, int]:
 
 
 def prepare(grid: Grid, wanted: list[Task], place: Place, at_once: int, reading: Reading) -> dict[str, str]:
-    """Build all cohorts, deal their patients, and see that the disk can hold the grid.
+    """Build all cohorts and deal their patients, and see that the disk can hold the grid: before, by what the studies
+    alone tell, and after, with the images that sites store for themselves.
 
     Returns:
         {what decides who is where: a digest of the patients}, of all cells.
@@ -102,7 +110,8 @@ def prepare(grid: Grid, wanted: list[Task], place: Place, at_once: int, reading:
     path = place.out / PATIENTS
     before: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     found: dict[str, str] = {}
-    largest = 0
+    dealt: dict[str, tuple[int, int]] = {}
+    require_room(place.out, [(study, _sites(study), 0) for _, study in wanted], at_once)
     for cell in grid.cells:
         if (world := _world(cell.study)) in found:
             continue
@@ -118,15 +127,8 @@ def prepare(grid: Grid, wanted: list[Task], place: Place, at_once: int, reading:
             )
         shifted = sum(len(m.own) for m in members if any(pixel_shifts(m.shifts)))
         pixels = cell.study.images.size**2 * cell.study.images.channels
-        tensors = COPIES * (2 * len(members) + 1) * _bytes(cell.study)  # the federation's and those of the rows
-        largest = max(largest, shifted * pixels + tensors)
-    needed = min(at_once, len(wanted)) * largest + sum(_bytes(study) + REPORT_BYTES for _, study in wanted)
-    free = shutil.disk_usage(_existing(place.out)).free
-    if needed > free:
-        raise Refused(
-            f"the grid needs some {needed / 1e9:.1f} GB in {place.out}, and {free / 1e9:.1f} GB are free there",
-            "ask for fewer cells or a smaller encoder, or give another --out",
-        )
+        dealt[world] = len(members) - len(cell.study.simulation.held_out), shifted * pixels
+    require_room(place.out, [(study, *dealt[_world(cell.study)]) for cell, study in wanted], at_once)
     return before | found
 
 
@@ -162,21 +164,10 @@ def _world(study: Study) -> str:
     return sha256(study.model_dump_json(include=parts).encode()).hexdigest()
 
 
-def _bytes(study: Study) -> int:
-    """Of the tensors of the study's first stage."""
-    return _bytes_of(study.encoder, study.images, study.stages[0], len(study.evaluation.classes))
-
-
-@cache
-def _bytes_of(encoder: Encoder, images: Images, stage: AnyStage, classes: int) -> int:
-    method = make_method(stage, classes)
-    module = method.build(build_encoder(encoder, images))
-    state = module.state_dict()
-    return sum(4 * state[name].numel() for name in method.shared(module))
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+def _sites(study: Study) -> int:
+    """How many sites train, so far as the study alone tells: at least one."""
+    wanted = study.simulation
+    return max(1, (len(wanted.site) or wanted.sites) - len(wanted.held_out))
 
 
 def make_cell(task: Task, place: Place, listen: Listen = lambda cell, event: None) -> None:
@@ -191,7 +182,8 @@ def make_cell(task: Task, place: Place, listen: Listen = lambda cell, event: Non
     folder = place.folder(cell)
     begun = (folder / "study.toml").exists()
     make_folder(folder.parent)
-    (folder / FAILED).unlink(missing_ok=True)
+    if not begun:  # a new run wants an empty folder
+        (folder / FAILED).unlink(missing_ok=True)
     try:
         simulate(study, folder, place.data, place.state, resume=begun, listen=lambda event: listen(cell.name, event))
     except StorageError:
@@ -200,6 +192,7 @@ def make_cell(task: Task, place: Place, listen: Listen = lambda cell, event: Non
         folder.mkdir(exist_ok=True)
         write_atomic(folder / FAILED, json.dumps({"problem": error.problem}))
         return
+    (folder / FAILED).unlink(missing_ok=True)
     for part in ("sites", "rows", "checkpoints"):
         shutil.rmtree(folder / part, ignore_errors=True)
 
@@ -223,9 +216,13 @@ def side_by_side(wanted: list[Task], place: Place, listen: Listen) -> Iterator[C
         import ray
 
         far = ray.remote(max_retries=0)(make_cell)
+        followers = {cell.name: Follower(place.folder(cell)) for cell, _ in wanted}
         pending = {far.options(num_cpus=t[1].compute.threads).remote(t, place): t[0] for t in wanted}
         while pending:
             ready, _ = ray.wait(list(pending), timeout=1.0)
+            for cell in pending.values():
+                for event in followers[cell.name].new():
+                    listen(cell.name, event)
             for reference in ready:
                 cell = pending.pop(reference)
                 try:
@@ -269,9 +266,27 @@ def notes(grid: Grid, place: Place) -> dict[str, list[str]]:
 
 
 def failures(grid: Grid, place: Place) -> dict[str, str]:
-    """{cell: why it could not be trained}."""
-    found = {cell.name: place.folder(cell) / FAILED for cell in grid.cells}
-    return {name: json.loads(path.read_text())["problem"] for name, path in found.items() if path.exists()}
+    """{cell: why it could not be trained, and which rows the others lack for it where none of them can take them}."""
+    failed = [cell for cell in grid.cells if place.has_failed(cell)]
+    found = {cell.name: str(json.loads((place.folder(cell) / FAILED).read_text())["problem"]) for cell in failed}
+    for (name, other), rows in _missing(grid, place).items() if failed else ():
+        shared = f"the rows that others share with it ({', '.join(rows)}) are missing as well"
+        found[name] += f"; {shared}: remove {CELLS}/{other} and run again to have them trained there"
+    return found
+
+
+def _missing(grid: Grid, place: Place) -> dict[tuple[str, str], list[str]]:
+    """{(a cell that has failed, a finished one that shares rows with it): those that none has, and none can take}."""
+    begun = {cell.name: _rows_of(place.folder(cell)) for cell in grid.cells}
+    found: dict[tuple[str, str], list[str]] = {}
+    for row, cells in _sharing(grid):
+        if any(begun[cell.name] is None for cell in cells):
+            continue  # it takes them over when the sweep goes on
+        having = [cell for cell in cells if row in (begun[cell.name] or ())]
+        made = [cell for cell in cells if place.is_made(cell)]
+        if having and made and all(map(place.has_failed, having)):
+            found.setdefault((having[0].name, min(made, key=_risk).name), []).append(row)
+    return found
 
 
 @cache
@@ -286,6 +301,9 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
             ends = {"low": scores["auc_low"], "high": scores["auc_high"]}
             lines.append({**line, "metric": f"{prefix}auc", "value": scores["auc"], **ends})
             lines.append({**line, "metric": f"{prefix}balanced_accuracy", "value": scores["balanced_accuracy"]})
+    for row, found in summary["classifier_at_sites"].items():
+        for site, value in found.items():
+            lines.append({**blank, "row": row, "site": site, "metric": "classifier_auc", "value": value})
     for row, found in summary["profiles"].items():
         line = {**blank, "row": row}
         lines += [{**line, "site": at, "metric": "auc", "value": v} for at, v in found["at_sites"].items()]
@@ -296,7 +314,8 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
             lines.append({**line, "metric": "site_auc", "value": found["site_auc"]})
     measured = pd.read_csv(folder / "metrics.csv", keep_default_na=False)
     at_sites = measured[measured["site"] != ""]
-    costs = {name: at_sites.loc[at_sites["metric"] == m, "value"].sum() for name, m in COSTS.items()}
+    sums = at_sites.groupby("metric")["value"].sum()
+    costs = {name: sums[metric] for name, metric in COSTS.items() if metric in sums}  # privacy withholds some
     costs |= {name: summary[name] for name in ("rounds", "wall_s", "virtual_s") if name in summary}
     line = {**blank, "row": "federated"}
     return lines + [{**line, "metric": name, "value": float(value)} for name, value in costs.items()]

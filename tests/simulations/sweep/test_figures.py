@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from markupsafe import Markup
 
 from polyclinic_simulations.sweep import figures, page
 from polyclinic_simulations.sweep.figures import Table, mean
@@ -65,6 +66,24 @@ def test_choices_are_ranked_under_each_condition_and_compared_seed_by_seed(table
     assert "within the noise" in said[0]
 
 
+def test_a_choice_that_lacks_a_seed_is_ranked_behind_and_compared_in_those_that_both_have() -> None:
+    """Of the easy seeds alone it looks better than it is."""
+    values = {("a", "1"): 0.8, ("a", "2"): 0.8, ("b", "0"): 0.5, ("b", "1"): 0.82, ("b", "2"): 0.84}
+    rows = [line(partition="iid", seed=s, row="federated", rule=r, value=v) for (r, s), v in values.items()]
+    table = Table(pd.DataFrame(rows), GRID)
+    assert [name for name, _ in table.ranked(IID)] == [("b",), ("a",)]
+    assert "b reaches 0.720" in verdicts(table)[0] and "0.030 above a" in verdicts(table)[0]
+    worse = [row | ({"value": 0.9} if row["rule"] == "a" else {}) for row in rows]
+    assert "0.070 below a" in verdicts(Table(pd.DataFrame(worse), GRID))[0]
+
+
+def test_conditions_stand_in_the_order_of_the_grid(table: Table) -> None:
+    """Whichever of them is the first that was trained: the others are held against the first."""
+    late = table.rows[(table.rows["rule"] != "a") | (table.rows["partition"] != "iid")]
+    assert late.iloc[0]["partition"] == "iid" and late[late["row"] == "federated"].iloc[0]["rule"] == "b"
+    assert Table(late.iloc[::-1], GRID).conditions == [IID, SKEW]
+
+
 def test_rows_that_share_no_choice_stand_beside_all(table: Table) -> None:
     others = dict(table.other_rows(SKEW))
     assert others["all sites pooled"].value == pytest.approx(0.85)
@@ -112,7 +131,8 @@ def test_the_matrix_says_where_a_site_alone_is_of_use(table: Table) -> None:
 
 
 def test_plots_hold_every_choice_and_escape_what_they_are_given(table: Table) -> None:
-    table = Table(table.rows.assign(rule=table.rows["rule"].replace("a", "<a>")), GRID)
+    named = replace(GRID, axes={**GRID.axes, "rule": ["<a>", "b"]})
+    table = Table(table.rows.assign(rule=table.rows["rule"].replace("a", "<a>")), named)
     plot = str(figures.forest(table, SKEW))
     assert "&lt;a&gt;" in plot and "<a>" not in plot
     assert figures.across(table) is not None
@@ -133,6 +153,72 @@ def test_rows_that_a_choice_changes_are_read_beside_their_own() -> None:
         "all sites pooled, norm batch": pytest.approx(0.5),
     }
     assert "0.100 below pooling" in verdicts(table)[0]
+
+
+def test_few_labels_are_drawn_seed_by_seed_with_the_rows_that_no_choice_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By hand: of 0.5 and 0.7 the mean is 0.6 and, with t(0.975, 1) = 12.706, the interval 12.706 * 0.1414 / 1.4142."""
+    at = {"partition": "iid", "row": "federated", "rule": "a"}
+    rows = [line(**at, seed=s, value=v, label_fraction=f) for s, f, v in (
+        ("0", 0.1, 0.5), ("1", 0.1, 0.7), ("0", 1.0, 0.8), ("1", 1.0, 0.8),
+    )]  # fmt: skip
+    pooled = {"partition": "iid", "row": "pooled", "seed": "0"}
+    rows += [line(**pooled, value=value, label_fraction=f) for f, value in ((0.1, 0.6), (1.0, 0.9))]
+    drawn = dict[str, Any]()
+
+    def lines(series: Any, places: Any, colours: Any, label: str) -> Markup:
+        drawn.update(series)
+        assert places == ["10%", "100%"]
+        return Markup("")
+
+    monkeypatch.setattr(figures, "lines", lines)
+    found = figures.label_efficiency(Table(pd.DataFrame(rows), GRID), IID)
+    assert found is not None and found.title == "iid"
+    assert [name for name, _ in found.legend] == list(drawn) == ["a", "all sites pooled"]
+    assert [drawn["a"][place].value for place in ("10%", "100%")] == pytest.approx([0.6, 0.8])
+    assert drawn["a"]["10%"].half == pytest.approx(12.7062 * 0.1, rel=1e-4)
+    assert [drawn["all sites pooled"][place].value for place in ("10%", "100%")] == pytest.approx([0.6, 0.9])
+
+
+def test_sites_are_told_apart_before_and_after_training() -> None:
+    rows = [line(partition="iid", seed="0", row="federated", rule=rule, value=0.7) for rule in ("a", "b")]
+    about = {"partition": "iid", "metric": "site_auc"}
+    rows += [line(**about, seed=seed, row="pixels", value=value) for seed, value in (("0", 0.9), ("1", 0.8))]
+    rows += [line(**about, seed="0", row="random", value=0.75)]
+    rows += [line(**about, seed=s, row="federated", rule="b", value=v) for s, v in (("0", 0.6), ("1", 0.7))]
+    [found] = figures.sites_told_apart(Table(pd.DataFrame(rows), GRID))
+    assert (found["condition"], found["choice"]) == ("iid", "b"), "of a nothing is known"
+    assert [(m.value, m.seeds) for m in found["figures"]] == [
+        (pytest.approx(0.85), 2), (pytest.approx(0.75), 1), (pytest.approx(0.65), 2)
+    ]  # fmt: skip
+
+
+def test_costs_are_of_the_federation_alone() -> None:
+    rows = [line(partition="iid", seed="0", row="federated", rule="a", value=0.7)]
+    told = {"rounds": (4, 6), "bytes_down": (100, 300), "bytes_up": (100, 200), "site_seconds": (8, 9)}
+    about = {"partition": "iid", "rule": "a"}
+    for metric, values in told.items():
+        rows += [line(**about, seed=str(n), row="federated", metric=metric, value=v) for n, v in enumerate(values)]
+    rows.append(line(**about, seed="0", row="pooled", metric="rounds", value=1000))
+    expected = {"rounds": 5, "bytes_down": 200, "bytes_up": 150, "site_seconds": 8.5}
+    assert figures.costs(Table(pd.DataFrame(rows), GRID)) == [{"condition": "iid", "choice": "a", **expected}]
+
+
+def test_a_condition_shows_the_map_of_its_best_choice_at_its_first_seed(table: Table, tmp_path: Path) -> None:
+    rows = table.rows.assign(cell=table.rows["rule"] + "-" + table.rows["seed"])
+    for cell, embedding in (("a-0", "x,y,site,label\n0,1,north,ill\n1,0,south,well\n"), ("b-0", "x,y,site,label\n")):
+        report = tmp_path / "cells" / cell / "report"
+        report.mkdir(parents=True)
+        (report.parent / "study.toml").write_text(tiny_study().to_toml())
+        (report.parent / "seats.json").write_text('{"north": 1, "south": 1}')
+        (report / "embedding.csv").write_text(embedding)
+    by_site_and_label, none = page._maps(Table(rows, GRID), Place(tmp_path, tmp_path, tmp_path))
+    assert [by_site_and_label["title"], none["title"]] == ["iid, a", "skew, b"]
+    assert [name for figure in by_site_and_label["figures"] for name, _ in figure.legend] == [
+        "north", "south", "ill", "well"
+    ]  # fmt: skip
+    assert none["figures"] == []
 
 
 def test_what_half_of_the_studies_say_stands_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -165,7 +251,7 @@ def test_a_row_that_no_choice_changes_has_one_line_at_sites_held_out() -> None:
         for row, gain in (("federated", 0.1), ("pixels", 0.0))
         for site, value in {"": 0.6, "site-1": 0.7, "site-2": 0.5}.items()
     ]
-    found = figures.held_out(Table(pd.DataFrame(rows), grid))
+    found = figures.held_out(Table(pd.DataFrame(rows), grid), "auc")
     assert [(row["row"], row["choice"]) for row in found] == [
         ("federated", "b"), ("federated", "a"), ("16 × 16 pixels", "")
     ]  # fmt: skip
@@ -185,15 +271,15 @@ def test_the_gap_at_sites_held_out_is_taken_seed_by_seed() -> None:
         for row, values in at_sites.items()
         for site, value in {"": 0.7, **values}.items()
     ]
-    ours, other = figures.held_out(Table(pd.DataFrame(rows), grid))
+    ours, other = figures.held_out(Table(pd.DataFrame(rows), grid), "auc")
     assert [m.value for m in ours["figures"]] == pytest.approx([0.825, 0.775, 0.05])
     assert [m.value for m in other["figures"]] == pytest.approx([0.725, 0.525, 0.2])
     assert (ours["figures"][2].half, ours["row"]) == (pytest.approx(0.0, abs=1e-9), "federated")
     half = [row for row in rows if row["site"] != "site-3" or row["seed"] == "0"]
-    ours = figures.held_out(Table(pd.DataFrame(half), grid))[0]
+    ours = figures.held_out(Table(pd.DataFrame(half), grid), "auc")[0]
     assert [m.value for m in ours["figures"]] == pytest.approx([0.8, 0.75, 0.05]), "of the seed that has both"
     nobody = tiny_study(simulation={"sites": 3, "cohort": "all"})
     unheld = [Cell(cell.values, nobody) for cell in cells]
     for was, cell in zip(cells, unheld, strict=True):
         rows = [{**row, "cell": cell.name} if row["cell"] == was.name else row for row in rows]
-    assert figures.held_out(Table(pd.DataFrame(rows), replace(grid, cells=unheld))) == []
+    assert figures.held_out(Table(pd.DataFrame(rows), replace(grid, cells=unheld)), "auc") == []

@@ -3,18 +3,21 @@
 import json
 import shutil
 import tomllib
-from collections import namedtuple
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import tomli_w
+from rich.console import Console
 
 from polyclinic import cli
 from polyclinic.encoders import ENCODERS
-from polyclinic.errors import Refused, StudyError
+from polyclinic.errors import QuorumLost, Refused, StudyError
+from polyclinic.study import Study
+from polyclinic_server.rundir import RunDir
 from polyclinic_simulations.sweep import cli as module
 from polyclinic_simulations.sweep import run
 from polyclinic_simulations.sweep.figures import Table
@@ -28,12 +31,12 @@ ROWS = ["random", "alone", "pooled"]
 
 def write_grid(path: Path, grid: dict[str, Any], rows: list[str] = ROWS, **changes: Any) -> Path:
     """A grid over a study of three sites dealt from one cohort, of one round."""
-    plain = tiny_study(
-        stages=[{**SIMCLR, "rounds": 1}],
-        evaluation={"rows": rows, "every": 0},
-        simulation={"sites": 3, "cohort": "all"},
-        **changes,
-    ).model_dump(mode="json", exclude_defaults=True)
+    settings: dict[str, Any] = {
+        "stages": [{**SIMCLR, "rounds": 1}],
+        "evaluation": {"rows": rows, "every": 0},
+        "simulation": {"sites": 3, "cohort": "all"},
+    }
+    plain = tiny_study(**{**settings, **changes}).model_dump(mode="json", exclude_defaults=True)
     path.write_text(tomli_w.dumps({**plain, "grid": grid}))
     return path
 
@@ -108,6 +111,7 @@ def test_a_named_value_sets_several_keys_and_a_dotted_name_needs_no_quotes(tmp_p
         ({}, "has no \\[grid\\]"),
         ({"rule": []}, "rule has no value"),
         ({"rule": ["fedavg", "fedavg"]}, "names 'fedavg' twice"),
+        ({"rule": ["fedavg", {"name": "", "set": {"aggregation.rule": "median"}}]}, "a value without a name"),
         ({"rules": ["fedavg"]}, "no axis 'rules'"),
         ({"severity": [0.5]}, "no shift to scale"),
         ({"rule": ["fedavg", "fedbest"]}, "cell rule = fedbest"),
@@ -126,6 +130,15 @@ def test_a_named_value_sets_several_keys_and_a_dotted_name_needs_no_quotes(tmp_p
 def test_what_makes_no_grid_is_refused_by_name(grid: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=said):
         read_grid(write_grid(tmp_path / "grid.toml", grid))
+
+
+@pytest.mark.parametrize("factor", [1.5, -0.1, "all"])
+def test_a_severity_out_of_range_is_refused(factor: object, tmp_path: Path) -> None:
+    shift = [{"kind": "response", "severity": 0.5}]
+    simulation = {"sites": 3, "cohort": "all", "shift": shift}
+    path = write_grid(tmp_path / "grid.toml", {"severity": [0.5, factor]}, simulation=simulation)
+    with pytest.raises(StudyError, match=rf"severity is {factor!r}\n  fix: give numbers from 0 to 1"):
+        read_grid(path)
 
 
 def sweep(grid: Path, out: Path, data: Path, *options: str) -> int:
@@ -184,7 +197,10 @@ def test_rows_that_no_fault_changes_stand_beside_every_condition(data: Path, tmp
 
 
 def test_pretraining_is_compared_with_none_by_the_same_rule(tmp_path: Path) -> None:
-    grid = write_grid(tmp_path / "grid.toml", {"rule": ["median", "fedavg"]}, [*ROWS, "scratch"])
+    stages = [SIMCLR, {"kind": "finetune", "rounds": 1}]
+    evaluation = {"rows": [*ROWS, "scratch"], "labels": {"a": ["a"], "b": ["b"]}}
+    rules = {"rule": ["median", "fedavg"]}
+    grid = write_grid(tmp_path / "grid.toml", rules, stages=stages, evaluation=evaluation)
     wanted = run.tasks(read_grid(grid), Place(tmp_path / "out", tmp_path, tmp_path))
     assert [study.evaluation.rows for _, study in wanted] == [["scratch"], [*ROWS, "scratch"]]
 
@@ -265,19 +281,51 @@ def test_a_study_that_cannot_be_trained_is_a_result(
     assert {"random", "pooled"} <= set(table["row"])
 
 
-def test_what_cannot_be_done_is_said_before_anything_is_trained(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rows_of_a_cell_that_failed_are_taken_over_or_told_of(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    real = run.simulate
+
+    def failing(study: Study, folder: Path, *places: Path, **options: Any) -> Any:
+        if study.aggregation.rule != "fedavg":
+            return real(study, folder, *places, **options)
+        RunDir(folder).create(study)
+        raise QuorumLost("too few sites", "ask more")
+
+    monkeypatch.setattr(run, "simulate", failing)
+    path, out = tmp_path / "grid.toml", tmp_path / "out"
+    place = Place(out, data, tmp_path / "state")
+
+    def wanted() -> dict[str, list[Any]]:
+        found = run.tasks(read_grid(path), place)
+        return {cell.values["rule"]: study.evaluation.rows for cell, study in found}
+
+    write_grid(path, {"rule": ["fedavg", "fedprox"]}, ["random"])
+    assert wanted() == {"fedavg": ["random"], "fedprox": []}
+    assert sweep(path, out, data, "--engine", "local", "--json") == 1
+    [told] = json.loads(capsys.readouterr().out)["failed"].values()
+    [made] = (out / "cells").glob("fedprox-*")
+    assert told.startswith("too few sites; the rows that others share with it (random) are missing as well: ")
+    assert f"remove cells/{made.name} and run again" in told and told in (out / "sweep.html").read_text()
+    assert wanted() == {"fedavg": ["random"]}, "nobody is left to take it over"
+    write_grid(path, {"rule": ["fedavg", "fedprox", "median"]}, ["random"])
+    assert wanted() == {"fedavg": ["random"], "median": ["random"]}, "one that is not begun does"
+    write_grid(path, {"rule": ["fedavg", "fedprox"]}, ["random"])
+    shutil.rmtree(made)
+    assert wanted() == {"fedavg": ["random"], "fedprox": ["random"]}, "as it has been advised"
+    run._lines.cache_clear()  # of the folder that was removed
+    assert sweep(path, out, data, "--engine", "local", "--json") == 1
+    said = json.loads(capsys.readouterr().out)
+    assert list(said["failed"].values()) == ["too few sites"]
+    assert [row["row"] for row in said["conditions"][0]["others"]] == ["untrained encoder"]
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_trained(data: Path, tmp_path: Path) -> None:
     grid = read_grid(write_grid(tmp_path / "grid.toml", {"simulation.sites": [3, 300]}))
     place = Place(tmp_path / "out", data, tmp_path / "state")
     with pytest.raises(
         Refused, match=r"cell simulation.sites = 300, seed = 3: 24 patients cannot be dealt to 300 sites"
     ):
-        run.prepare(grid, run.tasks(grid, place), place, 1, lambda what, done, total: None)
-    grid = read_grid(write_grid(tmp_path / "grid.toml", {"seed": [0, 1, 2]}))
-    usage = namedtuple("usage", "total used free")(10**12, 0, 8_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(Refused, match=r"needs some 0\.0 GB .* free there"):
         run.prepare(grid, run.tasks(grid, place), place, 1, lambda what, done, total: None)
     grid = read_grid(write_grid(tmp_path / "grid.toml", {"rule": ["fedavg", "krum"]}))
     with pytest.raises(StudyError, match=r"cell rule = krum, seed = 3: .* needs updates of 5 sites, and there are 3"):
@@ -319,11 +367,35 @@ def test_it_runs_where_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module._at_once(module.Engine.AUTO, 2) == 1
 
 
+def test_each_study_in_hand_has_a_bar_until_it_ends() -> None:
+    one, other = (f"{rule}_dirichlet-alpha-0.1_encoder-with-a-long-name_0-0123456789" for rule in ("fedavg", "median"))
+    with module._Bars(Console(file=StringIO(), force_terminal=True), 3, 1) as bars:
+
+        def shown(width: int = 80) -> list[str]:
+            console = Console(file=StringIO(), width=width)
+            console.print(bars._bars.get_renderable())
+            return console.file.getvalue().splitlines()  # type: ignore[attr-defined, no-any-return]
+
+        bars.event(one, {"event": "run_started", "rounds": 4})
+        bars.event(other, {"event": "run_resumed", "rounds": 6, "round": 3})
+        bars.event(one, {"event": "row_started", "row": "alone:site-1"})
+        bars.event(one, {"event": "run_started", "rounds": 5, "row": "alone:site-1"})
+        bars.event(one, {"event": "round_closed", "round": 2, "row": "alone:site-1"})
+        whole, first, second = shown()
+        assert "studies" in whole and "1/3" in whole
+        assert "fedavg_dirich" in first and "alone:site-1" in first and "2/5" in first
+        assert "median_dirich" in second and "3/6" in second and "0123456789" not in "".join(shown(200))
+        bars.finished(one, True)
+        whole, second = shown()
+        assert "2/3" in whole and "median_dirich" in second
+
+
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[3] / "simulations" / "studies").glob("grid-*.toml")))
 def test_every_ready_grid_is_one(path: Path) -> None:
     head = path.read_text().partition("\n\n")[0]
     assert f"polyclinic sweep simulations/studies/{path.name} --out DIR" in head
     assert "Cost:" in head and "Result:" in head
+    assert "not measured" not in head
     assert len(read_grid(path).axes["seed"]) >= 3
 
 
