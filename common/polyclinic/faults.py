@@ -19,8 +19,9 @@ class SimulatedClock(Settings):
     """
 
     images_per_s: float = Field(default=0.0, ge=0, le=1e6)
-    """Images that a site trains on in a second. 0: time is this machine's, and nobody is slow or late."""
-    bytes_per_s: float = Field(default=1e6, gt=0, le=1e12)
+    """Images that a site trains on in a second, at least a thousandth. 0: time is this machine's, and nobody is slow or
+    late."""
+    bytes_per_s: float = Field(default=1e6, ge=1, le=1e12)
     """Of a site's connection, either way."""
     nights: tuple[Hour, Hour] = (0.0, 24.0)
     """Hours of the day from and to which sites train, such as [20, 6]; what they do not finish rests until then."""
@@ -33,6 +34,8 @@ class SimulatedClock(Settings):
             raise ValueError(
                 f"simulation.clock.nights is {list(self.nights)}: give two different hours, [0, 24] for the whole day"
             )
+        if 0 < self.images_per_s < 1e-3:
+            raise ValueError(f"simulation.clock.images_per_s is {self.images_per_s:g}: give 0.001 or more, or 0")
         fields = type(self).model_fields.items()
         if not self.images_per_s and any(getattr(self, name) != field.default for name, field in fields):
             raise ValueError("simulation.clock does not say how fast sites train: add images_per_s, such as 100")
@@ -42,8 +45,8 @@ class SimulatedClock(Settings):
 class Fault(Settings):
     """`[[simulation.fault]]`: what goes wrong at sites, in the order given; the other rows train without.
 
-    A site whose labels are flipped is no fault but a shift: `label_noise` of severity 1. It learns from them; a study's
-    rows are measured by the labels as they were.
+    A site whose labels are flipped is no fault but a shift: `label_noise` of severity 1. All rows that train on it
+    learn from them; all are measured by the labels as they were.
     """
 
     sites: list[Name] = Field(default_factory=list)

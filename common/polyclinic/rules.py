@@ -20,7 +20,7 @@ class Aggregation(Settings):
     """`tempered`: by the square root of the number of patients."""
     min_sites: int = Field(default=2, ge=1, le=100_000)
     """Accepted updates below which a round fails; with some rules it fails below more."""
-    round_deadline_s: float = Field(default=3600.0, gt=0)
+    round_deadline_s: float = Field(default=3600.0, gt=0, le=1e8)
     """Seconds after which a round closes without the sites that have not replied."""
     norm_limit: float = Field(default=10.0, gt=1)
     """An update whose norm is above this many times the median of those accepted so far in the stage is refused, or of

@@ -380,6 +380,7 @@ def _measure(mail: Mail, study: Study, run: RunDir, round: Round, seats: Mapping
             continue
         measured[site] = reply.evaluation
         run.metrics(round.stage, round.number, site, reply.evaluation)
+        run.event("site_measured", site=site, measured=len(measured), sites=len(seats))
     run.metrics(round.stage, round.number, "", _means(measured, seats))
 
 

@@ -23,7 +23,8 @@ import pandas as pd
 from machine import RESULTS, describe, keep
 
 from polyclinic_simulations.sweep.figures import FEDERATED, mean
-from polyclinic_simulations.sweep.grid import SEED
+from polyclinic_simulations.sweep.grid import SEED, read_grid
+from polyclinic_simulations.sweep.run import Place, failures
 
 STUDIES = Path(__file__).parents[1] / "studies"
 PHANTOM, RADIOGRAPHS = "phantom", "nih-chestxray8-subset"
@@ -94,31 +95,34 @@ def byzantine(rows: pd.DataFrame) -> Iterator[Finding]:
 
 
 def held_out(rows: pd.DataFrame) -> Iterator[Finding]:
-    """The gap between the sites that train and the one that does not, by a linear probe on the frozen encoder.
+    """The gap between the sites that train and the one that does not: mean AUC at those, less its AUC.
 
-    The probe learns from all labels of the sites that train. What a classifier fine-tuned on a part of them gains by
-    pretraining is measured at the sites that train alone.
+    Of the classifier, fine-tuned on a part of their labels, and of a linear probe on the frozen encoder, which learns
+    from all of them.
     """
-    away = "site-4"
+    absent = "site-4"
     kinds = others(rows["views"], "")
-    at_sites = rows[(rows["metric"] == "auc") & (rows["site"] != "") & (rows["label_fraction"] == 1)]
 
-    def at(row: str, views: str, outside: bool) -> BySeed:
-        own = at_sites[(at_sites["row"] == row) & (at_sites["views"] == views)]
-        return own[(own["site"] == away) == outside].groupby(SEED)["value"].mean()
+    def at(metric: str, row: str, views: str, away: bool) -> BySeed:
+        own = rows[(rows["metric"] == metric) & (rows["row"] == row) & (rows["views"] == views)]
+        own = own[(own["site"] != "") & (own["label_fraction"] == 1)]
+        return own[(own["site"] == absent) == away].groupby(SEED)["value"].mean()
 
-    for row, said in (("random", "the untrained encoder"), ("scratch", "supervised training alone")):
-        yield f"gap of {said}", at(row, kinds[0], False) - at(row, kinds[0], True)
-    for views in kinds:
-        inside, outside = at(FEDERATED, views, False), at(FEDERATED, views, True)
-        supervised_inside, supervised_outside = at("scratch", views, False), at("scratch", views, True)
-        gap, supervised_gap = inside - outside, supervised_inside - supervised_outside
-        yield f"{views}: gap with self-supervised pretraining", gap
-        yield f"{views}: by how much pretraining narrows it", supervised_gap - gap
-        yield f"{views}: with pretraining above without, at the sites that train", inside - supervised_inside
-        yield f"{views}: with pretraining above without, at the site held out", outside - supervised_outside
-        classifiers = auc(rows, views=views) - auc(rows, "scratch", views=views)
-        yield f"{views}: the classifier, with pretraining above without, at the sites that train", classifiers
+    yield (
+        "probe: gap of the untrained encoder",
+        at("auc", "random", kinds[0], False) - at("auc", "random", kinds[0], True),
+    )
+    for what, metric in (("classifier", "classifier_auc"), ("probe", "auc")):
+        for number, views in enumerate(kinds):
+            inside, outside = (at(metric, FEDERATED, views, away) for away in (False, True))
+            plain_inside, plain_outside = (at(metric, "scratch", views, away) for away in (False, True))
+            gap, plain_gap = inside - outside, plain_inside - plain_outside
+            if not number:  # the same whatever the views
+                yield f"{what}: gap of supervised training alone", plain_gap
+            yield f"{what}, {views}: gap with self-supervised pretraining", gap
+            yield f"{what}, {views}: by how much pretraining narrows it", plain_gap - gap
+            yield f"{what}, {views}: with pretraining above without, at the sites that train", inside - plain_inside
+            yield f"{what}, {views}: with pretraining above without, at the site held out", outside - plain_outside
 
 
 def others(values: "pd.Series[str]", but: str) -> list[str]:
@@ -153,8 +157,11 @@ def sweep(grid: Path, out: Path, state: Path, data: Path | None) -> pd.DataFrame
     """A sweep's results.csv; runs what is missing of it. A study that cannot be trained is a result as well."""
     command = [sys.executable, "-c", "from polyclinic.cli import main; main()", "sweep", str(grid)]
     command += ["--out", str(out), "--state", str(state), *(["--data", str(data)] if data else []), "--json"]
-    if (code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode) > 1:
-        raise SystemExit(code)
+    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    place, read = Place(out.absolute(), (data or grid.parent).absolute(), state.absolute()), read_grid(grid)
+    failed = failures(read, place)
+    if any(cell.name not in failed and not place.is_made(cell) for cell in read.cells):
+        raise SystemExit(f"{grid}: the sweep was not finished, exit {code}; the same command goes on")
     return pd.read_csv(out / "results.csv", dtype={"severity": str}, keep_default_na=False, na_values={"value": [""]})
 
 

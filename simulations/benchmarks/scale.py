@@ -13,6 +13,7 @@ of ViT-Ti (small_encoder/), whose 5.4 million are `vit_tiny`. Each row runs in a
     overhead_s        the rest of a site and round after the first, in which Flower's runtime starts its processes:
                       rounds_s over the sites, less training_s over those that train abreast
     processor_s       of all processes for a site and round after the first: neighbours disturb it less than the clock
+    leader_s          of that, what the one process takes through which every answer goes: it asks, checks and folds
     after_s           from the last round's end: the sites' last measurement and the report
     peak_mb           of the whole process tree, sampled: pages that processes share are counted once (empty_work.py)
     written_mb        to disk by all of them, by the kernel's account; a file that is removed in time is never written
@@ -122,7 +123,7 @@ def run_one(contender: str, encoder: str, sites: int, rounds: int, cores: int) -
     others, peak = family(), 0
     written: dict[int, int] = {}
     computed: dict[int, float] = {}
-    course: list[tuple[float, float]] = []
+    course: list[tuple[float, float, float]] = []
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder / "images", sites * PATIENTS)
@@ -142,7 +143,7 @@ def run_one(contender: str, encoder: str, sites: int, rounds: int, cores: int) -
                 peak = max(peak, sum(proportional(pid) for pid in here))
                 written |= {pid: count for pid in here if (count := bytes_written(pid)) is not None}
                 computed |= {pid: seconds for pid in here if (seconds := processor_seconds(pid)) is not None}
-                course.append((time.monotonic(), sum(computed.values())))
+                course.append((time.monotonic(), sum(computed.values()), computed.get(process.pid, 0.0)))
                 time.sleep(SAMPLE_S)
             code = process.wait()
         ended = time.monotonic()
@@ -167,26 +168,29 @@ def figures(
     times: Mapping[str, Any],
     started: float,
     ended: float,
-    course: list[tuple[float, float]],
+    course: list[tuple[float, float, float]],
     sites: int,
     abreast: int,
 ) -> dict[str, Any]:
     """What the marks of a row come to; `abreast` sites train at once.
 
-    `course` holds seconds of the clock, each with the seconds of the processor that had been used by then.
+    `course` holds seconds of the clock, each with the seconds of the processor that all processes and the leading one
+    had used by then.
     """
     marks = times["marks"]
     later = len(marks) - 2
     training_s = sum(times["trained_s"][1:]) / sites / later
-    clock, computed = np.array(course).T
-    first, last = np.interp([marks[1], marks[-1]], clock, computed)
+    clock, *computed = np.array(course).T
+    used = [np.interp([marks[1], marks[-1]], clock, seconds) for seconds in computed]
+    processor_s, leader_s = (round(float(last - first) / later / sites, 4) for first, last in used)
     return {
         "setup_s": round(marks[0] - started, 2),
         "imports_s": round(times["imported"] - started, 2),
         "rounds_s": [round(after - before, 2) for before, after in pairwise(marks)],
         "training_s": round(training_s, 4),
         "overhead_s": round((marks[-1] - marks[1]) / later / sites - training_s / abreast, 4),
-        "processor_s": round(float(last - first) / later / sites, 4),
+        "processor_s": processor_s,
+        "leader_s": leader_s,
         "after_s": round(ended - marks[-1], 2),
         "wall_s": round(ended - started, 2),
     }

@@ -285,12 +285,15 @@ def _run(
     if summary["classifier"]:
         console.print(classifier_table(summary["classifier"], summary["measured"]["classifier"]))
     for site in summary["held_out"]:
-        areas = {row: found["at_sites"].get(site) for row, found in summary["profiles"].items()}
-        known = ", ".join(f"{row} {area:.3f}" for row, area in areas.items() if area is not None)
-        console.print(f"AUC at {site}, which is held out: {known or 'not measurable'}", markup=False, highlight=False)
+        probes = {row: found["at_sites"] for row, found in summary["profiles"].items()}
+        for what, areas in (("probe", probes), ("classifier", summary["classifier_at_sites"])):
+            known = ", ".join(f"{row} {found[site]:.3f}" for row, found in areas.items() if site in found)
+            text = f"AUC of the {what} at {site}, which is held out: {known or 'not measurable'}"
+            if areas:
+                console.print(text, markup=False, highlight=False)
     for note in summary["notes"]:
         console.print(note, markup=False)
-    console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+    console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _preview(study: "Study", data: Path, state: Path, as_json: bool) -> None:

@@ -8,7 +8,8 @@ All are read by the labels as they were before a simulation changed any.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,7 @@ def row(
     held_out: Mapping[str, Site] = MappingProxyType({}),
 ) -> tuple[Scores | None, ClassifierScores | None, Profile | None]:
     """One row's probe, its classifier where the study ends in fine-tuning, and its profile; what an earlier attempt
-    finished is read back. Sites that are held out stand in the profile alone.
+    finished is read back. Sites that are held out stand in `at_sites` alone.
 
     Raises:
         NotMeasurable: the labels allow neither.
@@ -90,7 +91,7 @@ def row(
         return *kept, profiled and Profile(**profiled)
     tensors = federated if name == "federated" else trained_row(name, study, sites, folder, listen, progress)
     encode = pixel_features if name == "pixels" else encoder_features(study, tensors)
-    classified = None if tensors is None else classify(study, tensors, sites)
+    classified = None if tensors is None else classify(study, tensors, sites, held_out)
     encoded = encode_sites(encode, study, sites)
     probed = profiled = None
     try:
@@ -143,18 +144,30 @@ def without_pretraining(study: Study, keep_init: bool) -> Study:
     return resolve({**plain, "stages": stages, "encoder": encoder})
 
 
-def classify(study: Study, tensors: Tensors, sites: Mapping[str, Site]) -> ClassifierScores | None:
-    """Scores of the fine-tuned classifier on all sites' test patients together; None where the study makes none,
-    or where too few of them have labels."""
+def classify(
+    study: Study, tensors: Tensors, sites: Mapping[str, Site], held_out: Mapping[str, Site] = MappingProxyType({})
+) -> ClassifierScores | None:
+    """Scores of the fine-tuned classifier on all sites' test patients together, and its AUC at each site.
+
+    None where the study makes none, or where too few of those patients have labels.
+    """
     stage = study.stages[-1]
     if not isinstance(stage, Finetune):
         return None
     _, module = build_stage(study, len(study.stages) - 1)
     load_tensors(module, tensors)
-    try:
-        return score_classifier(module, [site.measured(site.split(study)[1]) for site in sites.values()], study, stage)
-    except NotMeasurable:
+
+    def scores(cohorts: Iterable[Cohort]) -> ClassifierScores | None:
+        with suppress(NotMeasurable):
+            return score_classifier(module, list(cohorts), study, stage)
         return None
+
+    tested = {name: site.measured(site.split(study)[1]) for name, site in sites.items()}
+    if (whole := scores(tested.values())) is None:
+        return None
+    away = {name: site.measured(site.cohort) for name, site in held_out.items()}
+    at_sites = {name: found.auc for name, cohort in (tested | away).items() if (found := scores([cohort]))}
+    return replace(whole, at_sites=at_sites)
 
 
 def encode_sites(encode: Features, study: Study, sites: Mapping[str, Site]) -> dict[str, tuple[Half, Half]]:

@@ -69,6 +69,8 @@ class Display:
             self._say(f"[yellow]round {event['round']}: {event['site']} left out: {escape(why)}[/yellow]")
         elif why := absence(event):
             self._why[event["round"], event["site"]] = why
+        elif name == "report_started":
+            self._show("rows", "writing the report", event["rows"], None)
         elif name == "stopped_early":
             patience = f"{event['patience']} round{'s' * (event['patience'] != 1)}"
             self._say(f"round {event['round']}: no better on validation patients for {patience}, stopped")
@@ -85,6 +87,8 @@ class Display:
             self._show("sites", "  sites found", found + 1, None)
         elif name in ("update_accepted", "update_refused") and "sites" in self._tasks:
             self._bars.advance(self._tasks["sites"])
+        elif name == "site_measured":
+            self._show("sites", "  sites that have measured the encoder", event["measured"], event["sites"])
 
     def _show(self, key: str, text: str, done: int, total: int | None) -> None:
         if key not in self._tasks:

@@ -81,17 +81,17 @@ def simulate(
         sites, held_out = hold_out(settle(gather(study, data, state, reading), study, run), study)
         before = _seconds_before(out)
         run.event("cohorts_read", seconds=round(time.monotonic() - started, 1))
-        _keep_cards(run, study, sites, warn=not resume)
+        _keep_cards(run, study, sites, reading, warn=not (out / "seats.json").exists())
         seats = {name: site.cohort.n_patients for name, site in sites.items()}
         write_atomic(out / "seats.json", json.dumps(seats))
-        if engine == "ray":
-            from polyclinic_simulations.engines.ray import run_ray
+        with _unless_spent(study, run):
+            if engine == "ray":
+                from polyclinic_simulations.engines.ray import run_ray
 
-            run_ray(run, [site.state for site in sites.values()], study.compute.threads)
-        else:
-            apps = {name: make_app(partial(_given, site), progress) for name, site in sites.items()}
-            grid, clock = open_grid(apps, study, run, sites)
-            with _unless_spent(study, run):
+                run_ray(run, [site.state for site in sites.values()], study.compute.threads)
+            else:
+                apps = {name: make_app(partial(_given, site), progress) for name, site in sites.items()}
+                grid, clock = open_grid(apps, study, run, sites)
                 lead(grid, run, clock=clock)
         summary = _conclude(study, run, sites, held_out, engine, listen, progress, started - before)
         run.event("report_written")
@@ -168,9 +168,12 @@ def _resumable(run: RunDir, study: Study, holding_out: bool) -> None:
         raise StudyError(f"{run.path} holds a run of another study", "resume with the study file it was started with")
 
 
-def _keep_cards(run: RunDir, study: Study, sites: Mapping[str, Site], warn: bool) -> None:
-    """The data-fitness card of every site's patients; what it warns of is an event of a new run."""
-    cards = {name: make_card(site.cohort.folder, site.cohort, site.split(study)[1]) for name, site in sites.items()}
+def _keep_cards(run: RunDir, study: Study, sites: Mapping[str, Site], reading: Reading, warn: bool) -> None:
+    """The data-fitness card of every site's patients; with `warn`, what it warns of is an event."""
+    cards = {}
+    for name, site in sites.items():
+        cards[name] = make_card(site.cohort.folder, site.cohort, site.split(study)[1])
+        reading("each site's patients", len(cards), len(sites))
     (run.path / "report").mkdir(exist_ok=True)
     write_atomic(run.path / "report" / "cards.json", json.dumps(cards))
     words = [word for site in sites.values() for word in site.cohort.labels]
@@ -217,6 +220,7 @@ def _conclude(
     assert newest is not None  # the rounds are made
     federated = newest[1]
     measured = _rows(study, run, sites, held_out, federated, listen, progress)
+    run.event("report_started", rows=len(row_names(study, sites)))
     _pictures(study, run.path, sites, federated)
     summary = {
         "study": study.name,
@@ -254,6 +258,7 @@ def _rows(
     classifier: dict[str, dict[str, float]] = {}
     measured: dict[str, dict[str, Any]] = {}
     profiles: dict[str, dict[str, Any]] = {}
+    at_sites: dict[str, dict[str, float]] = {}
     operating: list[dict[str, Any]] = []
     notes: list[str] = []
     for number, name in enumerate(names := row_names(study, sites)):
@@ -276,6 +281,7 @@ def _rows(
             profiles[name] = asdict(profiled)
         if classified is not None:
             classifier[name], measured["classifier"] = classified.row(), _tested(classified)
+            at_sites[name] = classified.at_sites
             operating = classified.operating if name == "federated" else operating
         notes += _constant(name, probed, classified)
         found = comparison.get(name) or classifier[name]
@@ -287,6 +293,7 @@ def _rows(
         "measured": measured,
         "comparison": comparison,
         "classifier": classifier,
+        "classifier_at_sites": at_sites,
         "profiles": profiles,
         "operating": operating,
         "notes": notes,

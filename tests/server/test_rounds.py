@@ -323,7 +323,7 @@ def test_stopped_at_any_event_and_resumed_is_as_undisturbed(tmp_path: Path) -> N
     whole = open_run(tmp_path / "whole", study)
     expected = run_study(LocalGrid(nodes()), study, whole, SEATS)
     count = len(events(whole))
-    assert count == 1 + 3 + 3 * 5
+    assert count == 1 + 3 + 3 * 5 + 3
     for number in range(1, count + 1):
         folder = tmp_path / str(number)
         with pytest.raises(Stop):

@@ -196,10 +196,16 @@ def test_fine_tuning_learns_the_classes_and_scratch_is_the_same_without_pretrain
     assert [stage.method for stage in scratch.stages] == ["supervised"]
     for name, wanted in (("whole", study), ("scratch", scratch)):
         tensors = train_row(wanted, sites, tmp_path / name, None, None)
-        scores = classify(wanted, tensors, sites)
+        swapped = np.where(sites["north"].cohort.labels == "spot", "clear", "spot")
+        away = Site("away", replace(sites["north"].cohort, labels=swapped), tmp_path / "away")
+        scores = classify(wanted, tensors, sites, {"away": away})
         assert scores is not None
         assert scores.auc > 0.9
         assert scores.accuracy > 0.7
+        assert set(scores.at_sites) == {*sites, "away"}
+        assert scores.at_sites["north"] > 0.8
+        assert scores.at_sites["away"] < 0.2  # where every label is wrong; it moves no other figure
+        assert replace(scores, at_sites={}) == replace(classify(wanted, tensors, sites), at_sites={})
 
 
 def test_pooled_learns_from_the_labels_that_the_sites_have(sites: dict[str, Site], tmp_path: Path) -> None:

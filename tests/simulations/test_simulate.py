@@ -273,6 +273,10 @@ def test_copies_in_training_and_test_are_warned_of(study: Study, tmp_path: Path)
     assert warning in (tmp_path / "run" / "report.html").read_text()
     train, test = open_site(tmp_path / "run" / "sites" / "north").split(study)
     assert warning.startswith(f"north: {len(train) * len(test)} pairs of nearly equal images stand")
+    for name in ("seats.json", "summary.json", "events.jsonl"):  # as if it had been killed while it read the images
+        (tmp_path / "run" / name).unlink()
+    assert warning in run(study, tmp_path, resume=True)["warnings"]
+    assert run(study, tmp_path, resume=True)["warnings"].count(warning) == 1
 
 
 def write_split(folder: Path, test: int) -> Path:
@@ -371,6 +375,8 @@ def test_a_site_that_is_held_out_trains_nothing_and_is_measured(study: Study, tm
     assert set(summary["profiles"]) == {"random", "federated", "alone:east", "alone:north"}
     for found in summary["profiles"].values():
         assert set(found["at_sites"]) == set(SITES)
+    assert set(summary["classifier_at_sites"]) == {"federated", "alone:east", "alone:north"}
+    assert all(set(areas) == set(SITES) for areas in summary["classifier_at_sites"].values())
     assert summary["profiles"]["federated"]["own"] == {}
     assert set(summary["profiles"]["alone:east"]["own"]) == set(SITES)
     without = study.model_copy(

@@ -40,6 +40,8 @@ class ClassifierScores:
         one_answer: whether every test image was given the same class (multi-label: the same answers at 0.5).
         test_images: those patients' labelled images.
         classes: that enough test patients have for the AUC.
+        at_sites: {site: the same AUC on that site's test patients}, where a simulation has measured it; at a site that
+            is held out, on all of its patients.
     """
 
     auc: float
@@ -55,10 +57,11 @@ class ClassifierScores:
     one_answer: bool = False
     test_images: int = 0
     classes: list[str] = field(default_factory=list)
+    at_sites: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, float]:
         """The figures of a row of `classifier` in summary.json."""
-        others = ("operating", "one_answer", "test_images", "classes")
+        others = ("operating", "one_answer", "test_images", "classes", "at_sites")
         return {name: value for name, value in vars(self).items() if name not in others}
 
 

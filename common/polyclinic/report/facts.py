@@ -156,17 +156,31 @@ def at_sites(run: Run) -> dict[str, Any]:
     Empty of a run across a network, and where there are too many sites to read.
     """
     profiles = {name: found for name, found in run.summary.get("profiles", {}).items() if name in run.comparison}
-    sites = sorted(
-        {site for found in profiles.values() for site in found["at_sites"]}, key=lambda s: (_away(run, s), s)
-    )
+    shown = _by_site(run, {name: found["at_sites"] for name, found in profiles.items()})
+    for row in shown.get("rows", []):
+        known = profiles[row["kind"]]["site_auc"]
+        row["site_auc"] = "–" if known is None else f"{known:.3f}"
+    return shown
+
+
+def classifier_at_sites(run: Run) -> dict[str, Any]:
+    """The fine-tuned classifiers in the same way."""
+    return _by_site(run, run.summary.get("classifier_at_sites", {}))
+
+
+def _by_site(run: Run, found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """`found` is {row: {site: AUC}}."""
+    sites = sorted({site for areas in found.values() for site in areas}, key=lambda s: (_away(run, s), s))
     if not 1 < len(sites) <= MOST_SITES:
         return {}
-    rows = []
-    for name in run.comparison:
-        if found := profiles.get(name):
-            areas = [f"{v:.3f}" if (v := found["at_sites"].get(site)) is not None else "–" for site in sites]
-            known = "–" if found["site_auc"] is None else f"{found['site_auc']:.3f}"
-            rows.append({"name": words.row_name(name), "kind": name, "areas": areas, "site_auc": known})
+    rows = [
+        {
+            "name": words.row_name(name),
+            "kind": name,
+            "areas": [f"{areas[site]:.3f}" if site in areas else "–" for site in sites],
+        }
+        for name, areas in found.items()
+    ]
     return {"sites": [f"{site} (held out)" if _away(run, site) else site for site in sites], "rows": rows}
 
 

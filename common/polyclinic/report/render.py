@@ -61,6 +61,7 @@ def context(run: Run) -> dict[str, Any]:
         "intervals": facts.intervals(run),
         "at_sites": facts.at_sites(run),
         "classifier": facts.classifier(run),
+        "classifier_at_sites": facts.classifier_at_sites(run),
         "operating": run.summary.get("operating", []),
         "forest": forest(run) if run.comparison else None,
         "rehearsed": run.summary.get("engine") in REHEARSALS,

@@ -392,7 +392,13 @@ def test_every_site_is_told_what_it_gets_and_who_is_held_out(make_run):
     found = {"at_sites": sites, "own": {}, "labels": {}, "site_auc": 0.934}
     (run / "summary.json").write_text(
         json.dumps(
-            {**summary, "held_out": ["away"], "profiles": {"federated": found, "random": {**found, "at_sites": {}}}}
+            {
+                **summary,
+                "held_out": ["away"],
+                "profiles": {"federated": found, "random": {**found, "at_sites": {}}},
+                "classifier": {"federated": ROW},
+                "classifier_at_sites": {"federated": {"away": 0.625, "north": 0.75}},
+            }
         )
     )
     page = Page(render_report(run))
@@ -400,3 +406,4 @@ def test_every_site_is_told_what_it_gets_and_who_is_held_out(make_run):
     assert "at north at south at away (held out) sites told apart" in page.text
     assert "federated 0.700 0.812 0.654 0.934" in page.text
     assert "untrained encoder – – – 0.934" in page.text
+    assert "classifier at north at away (held out) federated 0.750 0.625" in page.text

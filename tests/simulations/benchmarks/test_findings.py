@@ -30,9 +30,9 @@ def measured(name: str, values: Callable[[Cell, str, str], float]) -> pd.DataFra
     for cell, row in itertools.product(grid.cells, ("federated", "pooled", "scratch", "random")):
         axes = {axis: value if axis in grid.axes_of(row) else "" for axis, value in cell.values.items()}
         for site in ["", *(f"site-{n + 1}" for n in range(cell.study.simulation.sites))]:
-            metric = "auc" if site else "classifier_auc"
-            line = {**axes, "row": row, "label_fraction": 1.0, "site": site, "metric": metric}
-            lines.append({**line, "value": values(cell, row, site)})
+            for metric in ("auc", "classifier_auc") if site else ("classifier_auc",):
+                line = {**axes, "row": row, "label_fraction": 1.0, "site": site, "metric": metric}
+                lines.append({**line, "value": values(cell, row, site)})
     return pd.DataFrame(lines).drop_duplicates([*grid.axes, "row", "site", "metric"])
 
 
@@ -103,16 +103,20 @@ def test_the_gap_is_that_of_the_site_held_out(findings: dict[str, Any]) -> None:
         more = 0.02 if cell.values["views"] == "strong views" and row == "federated" else 0.0
         return by_seed(cell) + levels.get(row, 0.0) + more - (gaps.get(row, 0.0) if site == "site-4" else 0.0)
 
-    found = findings["found"](measured("held-out", value), findings["held_out"])
+    rows = measured("held-out", value)
+    classifiers = (rows["metric"] == "classifier_auc") & (rows["site"] == "site-4")
+    rows.loc[classifiers & (rows["row"] == "scratch"), "value"] -= 0.125
+    found = findings["found"](rows, findings["held_out"])
     means = {words: figures["mean"] for words, figures in found.items()}
-    assert means["gap of the untrained encoder"] == pytest.approx(0.4)
-    assert means["gap of supervised training alone"] == pytest.approx(0.3)
-    assert means["strong views: gap with self-supervised pretraining"] == pytest.approx(0.1)
-    assert means["strong views: by how much pretraining narrows it"] == pytest.approx(0.2)
-    assert means["gentle views: with pretraining above without, at the sites that train"] == pytest.approx(0.05)
-    assert means["strong views: with pretraining above without, at the site held out"] == pytest.approx(0.27)
-    classifier = "the classifier, with pretraining above without, at the sites that train"
-    assert means[f"strong views: {classifier}"] == pytest.approx(0.07)
+    assert means["probe: gap of the untrained encoder"] == pytest.approx(0.4)
+    assert means["probe: gap of supervised training alone"] == pytest.approx(0.3)
+    assert means["classifier: gap of supervised training alone"] == pytest.approx(0.425)
+    for what, more in (("probe", 0.0), ("classifier", 0.125)):
+        assert means[f"{what}, strong views: gap with self-supervised pretraining"] == pytest.approx(0.1)
+        assert means[f"{what}, strong views: by how much pretraining narrows it"] == pytest.approx(0.2 + more)
+        beside = f"{what}, gentle views: with pretraining above without"
+        assert means[f"{beside}, at the sites that train"] == pytest.approx(0.05)
+        assert means[f"{beside}, at the site held out"] == pytest.approx(0.25 + more)
 
 
 def test_what_was_not_trained_is_left_out(findings: dict[str, Any]) -> None:

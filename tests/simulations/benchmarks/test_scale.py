@@ -61,13 +61,13 @@ def test_a_study_of_the_small_encoder_leaves_its_marks(
 
 def test_figures_from_known_times(scale: Any) -> None:
     times = {"imported": 11.0, "marks": [14.0, 20.0, 22.0, 26.0], "trained_s": [9.0, 2.0, 4.0]}
-    course = [(10.0, 0.0), (20.0, 10.0), (30.0, 20.0)]
+    course = [(10.0, 0.0, 0.0), (20.0, 10.0, 4.0), (30.0, 20.0, 8.0)]
     found = scale["figures"](times, 10.0, 27.5, course, sites=10, abreast=2)
     assert found["setup_s"] == 4
     assert found["rounds_s"] == [6, 2, 4]
     assert found["training_s"] == 0.3
     assert found["overhead_s"] == 0.15  # 0.3 s a site and round by the clock, two sites at once
-    assert found["processor_s"] == 0.3
+    assert (found["processor_s"], found["leader_s"]) == (0.3, 0.12)
     assert (found["after_s"], found["wall_s"]) == (1.5, 17.5)
 
 
