@@ -44,6 +44,7 @@ ROWS = {
     "pixels": "16 × 16 pixels",
     "federated": "federated",
     "pooled": "all sites pooled",
+    "alone": "every site alone",
     "scratch": "no pretraining",
     "init": "initial weights",
 }

@@ -405,7 +405,7 @@ def _of(table: Table, condition: Values, choice: Values) -> dict[str, str]:
 
 
 def behind(table: Table, condition: Values) -> dict[str, Mean]:
-    """How far each choice is behind the best under a condition, and the best behind pooled, seed by seed.
+    """How far each choice is behind the best under a condition, and the rows `pooled` and `scratch`, seed by seed.
 
     Without those that share no seed with the best.
     """
@@ -415,6 +415,6 @@ def behind(table: Table, condition: Values) -> dict[str, Mean]:
     best = order[0][0]
     ours = table.by_seed(condition, best, FEDERATED, table.metric)
     others = {table.name(c): table.by_seed(condition, c, FEDERATED, table.metric) for c, _ in order[1:]}
-    others["pooled"] = table.by_seed(condition, best, "pooled", table.metric)
+    others |= {row: table.by_seed(condition, best, row, table.metric) for row in ("pooled", "scratch")}
     gaps = {name: mean((ours - other).dropna()) for name, other in others.items()}
     return {name: gap for name, gap in gaps.items() if gap.seeds}

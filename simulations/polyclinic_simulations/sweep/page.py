@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 from jinja2 import ChoiceLoader, Environment, PackageLoader
@@ -12,6 +12,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader
 from polyclinic.report import figures as of_a_run
 from polyclinic.report import words
 from polyclinic.report.run import read_run
+from polyclinic.study import Row
 from polyclinic_simulations.sweep import figures
 from polyclinic_simulations.sweep.figures import Mean, Table
 from polyclinic_simulations.sweep.grid import Grid
@@ -35,7 +36,9 @@ def render_sweep(name: str, grid: Grid, rows: pd.DataFrame, place: Place, failed
     shown["notes"] = list(told.items())[:MOST_NOTES]
     often = Counter(text for texts in told.values() for text in texts)
     shown["doubts"] = [(text, count) for text, count in often.most_common(MOST_DOUBTS) if 2 * count >= made > 1]
-    shown["study"] = grid.cells[0].study.to_toml()
+    first = grid.cells[0].study
+    shown["study"] = first.to_toml()
+    shown["unasked"] = [words.row_name(row) for row in get_args(Row) if row not in first.evaluation.rows]
     if len(rows):
         shown |= _measured(Table(rows, grid), place)
     return environment.get_template("page.html.j2").render(shown)
@@ -79,14 +82,18 @@ def verdicts(table: Table) -> list[str]:
         words, best, found = table.named(condition), table.name(order[0][0]), order[0][1]
         text = f"{words}: {best} reaches {found}" if words else f"{best} reaches {found}"
         if len(order) > 1 and (gap := gaps.get(second := table.name(order[1][0]))):
-            noise = "" if abs(gap.value) > gap.half else " (within the noise of the seeds)"
-            side = "above" if gap.value >= 0 else "below"  # in the seeds that both have
-            text += f", {abs(gap.value):.3f} {side} {second}{noise if gap.seeds > 1 else ' (one seed)'}"
-        if lost := gaps.get("pooled"):
-            noise = " (within the noise of the seeds)" if abs(lost.value) <= lost.half else ""
-            text += f"; {abs(lost.value):.3f} {'above' if lost.value > 0 else 'below'} pooling all images{noise}"
+            text += f", {_against(gap, second)}"
+        for row, what in (("scratch", "the same without pretraining"), ("pooled", "pooling all images")):
+            if gap := gaps.get(row):
+                text += f"; {_against(gap, what)}"
         texts.append(f"{text}.")
     return texts
+
+
+def _against(gap: Mean, what: str) -> str:
+    """A difference in the seeds that both have, and whether it is more than their noise."""
+    doubt = " (one seed)" if gap.seeds == 1 else "" if abs(gap.value) > gap.half else " (within the noise of the seeds)"
+    return f"{abs(gap.value):.3f} {'above' if gap.value >= 0 else 'below'} {what}{doubt}"
 
 
 def _maps(table: Table, place: Place) -> list[dict[str, Any]]:

@@ -63,6 +63,9 @@ def test_choices_are_ranked_under_each_condition_and_compared_seed_by_seed(table
     said = verdicts(table)
     assert "skew: b reaches 0.800" in said[1] and "0.100 above a" in said[1] and "noise" not in said[1]
     assert "0.050 below pooling" in said[1]
+    scratch = [line(partition="skew", seed=s, rule="b", row="scratch", value=v) for s, v in (("0", 0.5), ("1", 0.61))]
+    more = Table(pd.concat([table.rows, pd.DataFrame(scratch)]), GRID)
+    assert "0.195 above the same without pretraining;" in verdicts(more)[1]  # 0.7 - 0.5 and 0.8 - 0.61
     assert "within the noise" in said[0]
 
 

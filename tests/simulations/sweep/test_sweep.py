@@ -173,6 +173,7 @@ def test_rows_that_no_rule_changes_are_trained_once_and_all_goes_into_one_table(
     assert set(matrix["row"]) == {"alone:site-1", "alone:site-2", "alone:site-3"}
     page = (out / "sweep.html").read_text()
     assert "4 of 4 studies trained" in page
+    assert "does not ask for, in [evaluation]: 16 × 16 pixels, no pretraining." in page
     assert "From site to site" in page and "median" in page
     kept = {path.name for path in next((out / "cells").iterdir()).iterdir()}
     assert {"encoder.safetensors", "report.html", "summary.json"} <= kept
