@@ -248,7 +248,7 @@ def _targets(cohort: Cohort, study: Study, stage: Finetune) -> torch.Tensor:
 
 def _classifier(module: nn.Module, testing: Cohort, study: Study, stage: Finetune) -> dict[str, float]:
     """Scores of the whole module on the site's test patients."""
-    scores = score_classifier(module, [testing], study, stage)
+    scores = score_classifier(module, {"": testing}, study, stage)
     return {f"classifier_{name}": value for name, value in scores.row().items()}
 
 

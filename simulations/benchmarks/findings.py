@@ -160,7 +160,8 @@ def sweep(grid: Path, out: Path, state: Path, data: Path | None) -> pd.DataFrame
     code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     place, read = Place(out.absolute(), (data or grid.parent).absolute(), state.absolute()), read_grid(grid)
     failed = failures(read, place)
-    if any(cell.name not in failed and not place.is_made(cell) for cell in read.cells):
+    unfinished = any(cell.name not in failed and not place.is_made(cell) for cell in read.cells)
+    if unfinished or code not in (0, 1) or bool(code) != bool(failed):
         raise SystemExit(f"{grid}: the sweep was not finished, exit {code}; the same command goes on")
     return pd.read_csv(out / "results.csv", dtype={"severity": str}, keep_default_na=False, na_values={"value": [""]})
 

@@ -8,8 +8,7 @@ All are read by the labels as they were before a simulation changed any.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -157,17 +156,12 @@ def classify(
     _, module = build_stage(study, len(study.stages) - 1)
     load_tensors(module, tensors)
 
-    def scores(cohorts: Iterable[Cohort]) -> ClassifierScores | None:
-        with suppress(NotMeasurable):
-            return score_classifier(module, list(cohorts), study, stage)
-        return None
-
     tested = {name: site.measured(site.split(study)[1]) for name, site in sites.items()}
-    if (whole := scores(tested.values())) is None:
-        return None
     away = {name: site.measured(site.cohort) for name, site in held_out.items()}
-    at_sites = {name: found.auc for name, cohort in (tested | away).items() if (found := scores([cohort]))}
-    return replace(whole, at_sites=at_sites)
+    try:
+        return score_classifier(module, tested, study, stage, away)
+    except NotMeasurable:
+        return None
 
 
 def encode_sites(encode: Features, study: Study, sites: Mapping[str, Site]) -> dict[str, tuple[Half, Half]]:

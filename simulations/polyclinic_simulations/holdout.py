@@ -39,7 +39,7 @@ from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, settle
 from polyclinic_simulations.holdout_page import render_holdout
 from polyclinic_simulations.simulate import HOLDOUT, claimed, who_is_tested
-from polyclinic_simulations.tidy import tidy
+from polyclinic_simulations.tidy import keep_newest, tidy
 
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.33, 0.5, 1.0)
 STARTS = ("pretrained", "joined", "supervised")
@@ -111,8 +111,9 @@ def _hold_out(
                 rows.append({**row, "seconds": seconds})
             if wrong := _wrong(scores):
                 noted.setdefault(f"{start}, {scope}, {wrong}", []).append(f"{fraction:.0%}")
-        tidy(*(folder / start).rglob(SITES))  # what it has made is in its checkpoints
     notes = [f"{text} (with {', '.join(fractions)} of the site's labels)" for text, fractions in noted.items()]
+    if study.privacy.mode != "none":
+        notes.append("each training has the study's epsilon for itself: whoever pretrains and fine-tunes spends both")
     for text in notes:
         run.event("warning", text=f"{name} held out: {text}")
     return rows, notes
@@ -185,7 +186,10 @@ def _pretrain(study: Study, sites: Mapping[str, Site], folder: Path, progress: P
 def _train(study: Study, sites: Mapping[str, Site], folder: Path, progress: Progress | None) -> Tensors:
     """The tensors of one training. Several are of one study: each is another world, with its own state and ledger."""
     own = {name: replace(site, state=folder / SITES / name) for name, site in sites.items()}
-    return train_row(study, own, folder, None, progress)
+    tensors = train_row(study, own, folder, None, progress)
+    tidy(folder / SITES)
+    keep_newest(RunDir(folder).checkpoints)  # which hold the tensors
+    return tensors
 
 
 def _finetuning(study: Study, encoder: Path | None, folder: Path, fraction: float | None = None) -> Study:

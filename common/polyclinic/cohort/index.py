@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ def write_index(folder: Path, members: Sequence[Member], stored: int, meta: dict
     """Replace the index. Images are sorted by content, path and frame; patients by their first image.
 
     So the order is the same whatever the key of the HMACs, the order of decoding, and the cohort's history. `meta`
-    gains `digest`, a SHA-256 of what a study sees: patients, the contents of their files, labels, splits, and sexes and
-    ages where they are known, since a simulation may deal patients by them.
+    gains `digest`, a SHA-256 of what a study sees: patients, the contents of their files, labels, splits, and sexes,
+    ages and a table's scanners where they are known, since a simulation may deal patients by them.
     """
     members = sorted(members, key=lambda m: (m.sha, m.source.relative))
     numbers: dict[str, int] = {}
@@ -51,6 +52,7 @@ def write_index(folder: Path, members: Sequence[Member], stored: int, meta: dict
     seen = [
         [of_patient[i], members[i].sha, members[i].source.label, members[i].source.split]
         + ([sex, age] if sex or age is not None else [])
+        + ([members[i].source.scanner] if members[i].source.scanner else [])
         for i, sex, age in zip(order, sexes, ages, strict=True)
     ]
     meta = {**meta, "digest": hashlib.sha256(json.dumps(seen).encode()).hexdigest()}
@@ -87,12 +89,16 @@ def _scanners(members: Sequence[Member]) -> list[str]:
     A simulated site is named after its scanner and draws from its name: under a header's keyed word, the same files
     would train to other weights in another state directory.
     """
-    numbers: dict[str, int] = {}
-    heard = ((m.source.scanner, m.record.facts.scanner) for m in members)
-    return [
-        said or (f"scanner-{numbers.setdefault(machine, len(numbers) + 1)}" if machine else "")
-        for said, machine in heard
-    ]
+    said = {m.source.scanner for m in members}
+    free = (name for number in itertools.count(1) if (name := f"scanner-{number}") not in said)
+    names = {"": ""}
+    found = []
+    for member in members:
+        machine = member.record.facts.scanner
+        if not member.source.scanner and machine not in names:
+            names[machine] = next(free)
+        found.append(member.source.scanner or names[machine])
+    return found
 
 
 _WORD_OF: dict[str, Callable[[Member], str]] = {

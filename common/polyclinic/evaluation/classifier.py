@@ -1,7 +1,8 @@
 """How good a fine-tuned classifier is on test patients: ranking, decisions, calibration, operating points."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -81,14 +82,10 @@ def classifier_scores(
     Raises:
         NotMeasurable: no class can be measured, or the logits are not finite.
     """
-    known = ~np.isnan(targets).any(axis=1)
-    answers, truth, patients = logits[known].astype(np.float64), targets[known] > 0, patients[known]
-    if not np.isfinite(answers).all():
-        raise NotMeasurable("the classifier's answers are not finite")
+    answers, truth, patients = _known(logits, targets, patients)
     probabilities = 1 / (1 + np.exp(-answers)) if multi_label else _softmax(answers)
     measurable = _measurable(truth, patients)
-    asked = measurable[:1] if not multi_label and len(classes) == 2 else measurable  # two are one question
-    ranks = answers if multi_label else _margins(answers)
+    asked, ranks = _asked(measurable, classes, multi_label), answers if multi_label else _margins(answers)
     numbers, clusters = np.unique(patients, return_inverse=True)
     members = np.concatenate([truth[:, asked], ~truth[:, asked]], axis=1)
     right, confidence = _answers(probabilities, truth, multi_label)
@@ -127,17 +124,71 @@ def _macro(ranks: Floats, truth: NDArray[np.bool_], asked: list[int], weights: F
     return areas
 
 
-def score_classifier(module: nn.Module, cohorts: Sequence[Cohort], study: Study, stage: Finetune) -> ClassifierScores:
-    """`classifier_scores` of a module that turns images into logits, on the patients of some cohorts together."""
-    starts = np.cumsum([0] + [cohort.n_patients for cohort in cohorts])
-    return classifier_scores(
-        np.concatenate([features(module, cohort, study.compute, pick_device()) for cohort in cohorts]),
-        np.concatenate([targets_of(c.labels, study.evaluation.labels, stage.multi_label) for c in cohorts]),
-        np.concatenate([cohort.patients + start for cohort, start in zip(cohorts, starts, strict=False)]),
-        study.evaluation.classes,
-        multi_label=stage.multi_label,
+def score_classifier(
+    module: nn.Module,
+    cohorts: Mapping[str, Cohort],
+    study: Study,
+    stage: Finetune,
+    held_out: Mapping[str, Cohort] = MappingProxyType({}),
+) -> ClassifierScores:
+    """`classifier_scores` of a module that turns images into logits, on the patients of the sites' cohorts together.
+
+    With the AUC at each site, where it can be measured; those that are held out stand there alone.
+    """
+    classes, multi_label = study.evaluation.classes, stage.multi_label
+    told = {
+        name: (
+            features(module, cohort, study.compute, pick_device()),
+            targets_of(cohort.labels, study.evaluation.labels, multi_label),
+            cohort.patients,
+        )
+        for name, cohort in {**cohorts, **held_out}.items()
+    }
+    logits, targets, patients = zip(*(told[name] for name in cohorts), strict=True)
+    starts = np.cumsum([0] + [cohort.n_patients for cohort in cohorts.values()])
+    whole = classifier_scores(
+        np.concatenate(logits),
+        np.concatenate(targets),
+        np.concatenate([own + start for own, start in zip(patients, starts, strict=False)]),
+        classes,
+        multi_label=multi_label,
         seed=seed_for(study.seed, "probe"),
     )
+    at_sites = {name: classifier_auc(*own, classes, multi_label=multi_label) for name, own in told.items()}
+    return replace(whole, at_sites={name: area for name, area in at_sites.items() if area is not None})
+
+
+def classifier_auc(
+    logits: NDArray[np.float32],
+    targets: NDArray[np.float32],
+    patients: NDArray[np.integer],
+    classes: list[str],
+    *,
+    multi_label: bool,
+) -> float | None:
+    """The AUC of `classifier_scores` by itself; None where it cannot be measured."""
+    try:
+        answers, truth, patients = _known(logits, targets, patients)
+        asked = _asked(_measurable(truth, patients), classes, multi_label)
+    except NotMeasurable:
+        return None
+    return float(_macro(answers if multi_label else _margins(answers), truth, asked, np.ones((1, len(truth))))[0])
+
+
+def _known(
+    logits: NDArray[np.float32], targets: NDArray[np.float32], patients: NDArray[np.integer]
+) -> tuple[Floats, NDArray[np.bool_], NDArray[np.integer]]:
+    """The images whose classes are known."""
+    known = ~np.isnan(targets).any(axis=1)
+    answers = logits[known].astype(np.float64)
+    if not np.isfinite(answers).all():
+        raise NotMeasurable("the classifier's answers are not finite")
+    return answers, targets[known] > 0, patients[known]
+
+
+def _asked(measurable: list[int], classes: list[str], multi_label: bool) -> list[int]:
+    """The classes whose AUC is taken: two exclusive ones are one question."""
+    return measurable[:1] if not multi_label and len(classes) == 2 else measurable
 
 
 def expected_calibration_error(confidence: Floats, right: NDArray[np.bool_]) -> float:

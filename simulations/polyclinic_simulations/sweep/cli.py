@@ -181,7 +181,7 @@ def _show(table: "Ranking", failed: Mapping[str, str], out: Path) -> None:
         console.print(shown)
     for cell, why in failed.items():
         console.print(f"not trained: {cell}: {why}", markup=False, soft_wrap=True)
-    console.print(f"report: {out / 'sweep.html'}", soft_wrap=True, highlight=False)
+    console.print(f"report: {out / 'sweep.html'}", soft_wrap=True, highlight=False, markup=False)
 
 
 class _Bars:

@@ -27,14 +27,16 @@ Load = tuple[Study, int, int]
 """(a study, how many sites train, bytes of images that sites store for themselves since their pixels are shifted)."""
 
 
-def require_room(out: Path, loads: list[Load], at_once: int) -> None:
+def require_room(out: Path, loads: list[Load], at_once: int, held: int = 0) -> None:
     """Refuse a grid whose cells, `at_once` of them in hand, do not fit on the disk of `out`.
+
+    `held` are bytes that those which are begun have there already.
 
     Raises:
         Refused: it has too few bytes free.
     """
     working = heapq.nlargest(at_once, (in_hand(study, sites) + images for study, sites, images in loads))
-    needed = sum(working) + sum(finished(study) for study, _, _ in loads)
+    needed = sum(working) + sum(finished(study) for study, _, _ in loads) - held
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if needed > free:

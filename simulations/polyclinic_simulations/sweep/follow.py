@@ -15,8 +15,7 @@ class Follower:
 
     def __init__(self, run: Path) -> None:
         self._run, self._row = run, ""
-        path = run / EVENTS
-        self._read = {path: _whole(path.read_bytes())} if path.exists() else {}
+        self._read = {path: _whole(path.read_bytes()) for path in [*run.glob(EVENTS), *run.glob(f"rows/*/{EVENTS}")]}
 
     def new(self) -> Iterator[dict[str, Any]]:
         """Those since it was last asked, as they stand in events.jsonl; of the row that trains, with its name."""

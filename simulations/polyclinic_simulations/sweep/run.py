@@ -111,7 +111,8 @@ def prepare(grid: Grid, wanted: list[Task], place: Place, at_once: int, reading:
     before: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     found: dict[str, str] = {}
     dealt: dict[str, tuple[int, int]] = {}
-    require_room(place.out, [(study, _sites(study), 0) for _, study in wanted], at_once)
+    held = sum(path.stat().st_size for cell, _ in wanted for path in place.folder(cell).rglob("*") if path.is_file())
+    require_room(place.out, [(study, _sites(study), 0) for _, study in wanted], at_once, held)
     for cell in grid.cells:
         if (world := _world(cell.study)) in found:
             continue
@@ -128,7 +129,7 @@ def prepare(grid: Grid, wanted: list[Task], place: Place, at_once: int, reading:
         shifted = sum(len(m.own) for m in members if any(pixel_shifts(m.shifts)))
         pixels = cell.study.images.size**2 * cell.study.images.channels
         dealt[world] = len(members) - len(cell.study.simulation.held_out), shifted * pixels
-    require_room(place.out, [(study, *dealt[_world(cell.study)]) for cell, study in wanted], at_once)
+    require_room(place.out, [(study, *dealt[_world(cell.study)]) for cell, study in wanted], at_once, held)
     return before | found
 
 
@@ -171,7 +172,7 @@ def _sites(study: Study) -> int:
 
 
 def make_cell(task: Task, place: Place, listen: Listen = lambda cell, event: None) -> None:
-    """Simulate one cell, or go on with it. What a finished one no longer needs goes.
+    """Simulate one cell, or go on with it. What has come to its end keeps its report or its reason, and no rounds.
 
     A study that cannot be trained, as where too few sites are left, is a result: its reason is kept in its stead.
 
@@ -191,8 +192,8 @@ def make_cell(task: Task, place: Place, listen: Listen = lambda cell, event: Non
     except PolyclinicError as error:
         folder.mkdir(exist_ok=True)
         write_atomic(folder / FAILED, json.dumps({"problem": error.problem}))
-        return
-    (folder / FAILED).unlink(missing_ok=True)
+    else:
+        (folder / FAILED).unlink(missing_ok=True)
     for part in ("sites", "rows", "checkpoints"):
         shutil.rmtree(folder / part, ignore_errors=True)
 
@@ -301,7 +302,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
             ends = {"low": scores["auc_low"], "high": scores["auc_high"]}
             lines.append({**line, "metric": f"{prefix}auc", "value": scores["auc"], **ends})
             lines.append({**line, "metric": f"{prefix}balanced_accuracy", "value": scores["balanced_accuracy"]})
-    for row, found in summary["classifier_at_sites"].items():
+    for row, found in summary.get("classifier_at_sites", {}).items():  # earlier runs had none
         for site, value in found.items():
             lines.append({**blank, "row": row, "site": site, "metric": "classifier_auc", "value": value})
     for row, found in summary["profiles"].items():

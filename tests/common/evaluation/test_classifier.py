@@ -6,7 +6,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from polyclinic.errors import CohortError
 from polyclinic.evaluation import NotMeasurable, classifier_scores, labelled_patients, targets_of
-from polyclinic.evaluation.classifier import expected_calibration_error, operating_point
+from polyclinic.evaluation.classifier import classifier_auc, expected_calibration_error, operating_point
 from polyclinic.stages import Finetune
 from polyclinic.study import Evaluation
 
@@ -34,6 +34,8 @@ def test_scores_equal_scikit_learns(classes: int, multi_label: bool) -> None:
     patients = np.arange(n) // 2
     names = [f"class {k}" for k in range(classes)]
     scores = classifier_scores(logits, targets, patients, names, multi_label=multi_label, seed=0)
+    assert classifier_auc(logits, targets, patients, names, multi_label=multi_label) == scores.auc
+    assert classifier_auc(logits[:1], targets[:1], patients[:1], names, multi_label=multi_label) is None
     known = ~np.isnan(targets[:, 0])
     z, y = logits[known].astype(float), targets[known] > 0
     p = 1 / (1 + np.exp(-z)) if multi_label else np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)

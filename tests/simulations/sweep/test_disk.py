@@ -79,6 +79,7 @@ def test_every_term_counts_to_the_byte(tmp_path: Path, free: Callable[[int], Non
     free(needed - 1)
     with pytest.raises(Refused, match=r"needs some 0\.0 GB in .*there, and 0\.0 GB are free"):
         disk.require_room(tmp_path / "not" / "there", loads, 2)
+    disk.require_room(tmp_path / "not" / "there", loads, 2, held=1)  # what is there already is no more free
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ def test_events_come_once_from_where_it_began_and_rows_with_their_names(tmp_path
     run.event("run_started", rounds=2)
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"event": "torn by a ki')
+    folder = row_folder(tmp_path, "alone:site-1")
+    folder.mkdir(parents=True)
+    RunDir(folder).event("run_started", rounds=2)  # by an earlier attempt
     follower = Follower(tmp_path)
     assert list(follower.new()) == []
     again = RunDir(tmp_path)
     again.event("run_resumed", round=1, rounds=2)
     again.event("row_started", row="alone:site-1", made=0, rows=1)
-    folder = row_folder(tmp_path, "alone:site-1")
-    folder.mkdir(parents=True)
     RunDir(folder).event("round_closed", round=1)
     heard = [(event["event"], event.get("row")) for event in follower.new()]
     assert heard == [("run_resumed", None), ("row_started", "alone:site-1"), ("round_closed", "alone:site-1")]

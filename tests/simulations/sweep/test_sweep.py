@@ -277,6 +277,8 @@ def test_a_study_that_cannot_be_trained_is_a_result(
         assert "not trained: gone-3" in told.out and "only 1 of at least 2 sites" in told.out
         assert "1 studies could not be trained" in told.err
     assert "only 1 of at least 2 sites" in (out / "sweep.html").read_text()
+    (failed,) = (out / "cells").glob("gone-*")
+    assert not {"sites", "rows", "checkpoints"} & {path.name for path in failed.iterdir()}
     table = pd.read_csv(out / "results.csv")
     assert set(table.loc[table["row"] == "federated", "sites"]) == {"there"}
     assert {"random", "pooled"} <= set(table["row"])
