@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-MAX_LISTED = 12
+MAX_LISTED = 16
 """Known words that an error lists where none is near."""
 
 
@@ -32,6 +32,6 @@ Name = Annotated[str, AfterValidator(_is_name)]
 def nearest(word: object, known: Iterable[str]) -> str:
     """What to give in place of a word that is not known: the nearest, or some of them where it is like none."""
     words = list(known)
-    if near := difflib.get_close_matches(str(word), words, n=1, cutoff=0.5):
+    if near := difflib.get_close_matches(str(word), words, n=1, cutoff=0.6):
         return f"the nearest is {near[0]!r}"
     return "give one of " + ", ".join(map(repr, words[:MAX_LISTED])) + (", ..." if len(words) > MAX_LISTED else "")

@@ -249,7 +249,8 @@ class Study(Settings):
             if isinstance(stage, Finetune) and len(self.evaluation.classes) < (1 if stage.multi_label else 2):
                 raise ValueError(
                     f"stages.{number} fine-tunes and evaluation.labels names {len(self.evaluation.classes)} classes: "
-                    'name them all there, such as labels = { positive = ["Pneumonia"], negative = ["NORMAL"] }'
+                    'name them all there, such as labels = { positive = ["Pneumonia"], negative = ["NORMAL"] }; '
+                    "invented patients are normal, or have an effusion, a consolidation or a nodule"
                 )
         if not vit and self.images.size <= ONE_PIXEL and self.compute.precision == "bf16":
             raise ValueError(

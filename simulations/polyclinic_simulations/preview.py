@@ -129,9 +129,9 @@ def _classes_table(found: Mapping[str, Any]) -> Table:
     table = Table(title=f"{escape(_dealt(found))}: patients of each class", title_justify="left")
     table.add_column("site", no_wrap=True)
     for name in ("patients", "images", *(() if wide else (name or "no class" for name in shown))):
-        table.add_column(escape(name), justify="right")
+        table.add_column(escape(name), justify="right", overflow="fold")
     for name in (*(("classes",) if wide else ()), "shift", *(("fault",) if unreliable else ())):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name, site in found["sites"].items():
         counts = [site["patients"], site["images"], *(() if wide else (site["classes"].get(c, 0) for c in shown))]
         told = [_counts(site["classes"], "no class")] if wide else []
