@@ -4,7 +4,8 @@
     v <- beta2 v + (1 - beta2) d^2
     w <- w + learning_rate m / (sqrt(v) + tau);    m = 0 and v = tau^2 where a stage begins.
 
-As in the paper, and unlike Adam's, the moments are not corrected for their start.
+As in the paper, and unlike Adam's, the moments are not corrected for their start. Flower's strategy of this name
+corrects them, and has v begin at 0: another rule.
 """
 
 import numpy as np

@@ -1,6 +1,9 @@
 """Federated averaging with server momentum [Hsu et al., 1909.06335], d the weighted mean of a round's updates:
 
 v <- momentum v + d,    w <- w + learning_rate v;    v = 0 where a stage begins.
+
+Flower's strategy of this name takes the same step, with all replies and v in memory; here the replies are folded as
+they come, and v stands in the checkpoint, so that a killed run goes on with it.
 """
 
 import numpy as np
