@@ -155,7 +155,8 @@ def at_sites(run: Run) -> dict[str, Any]:
 
     Empty of a run across a network, and where there are too many sites to read.
     """
-    profiles = {name: found for name, found in run.summary.get("profiles", {}).items() if name in run.comparison}
+    told = run.summary.get("profiles", {})
+    profiles = {name: told[name] for name in run.comparison if name in told}
     shown = _by_site(run, {name: found["at_sites"] for name, found in profiles.items()})
     for row in shown.get("rows", []):
         known = profiles[row["kind"]]["site_auc"]
