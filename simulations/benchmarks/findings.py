@@ -15,7 +15,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,15 +168,15 @@ def sweep(grid: Path, out: Path, state: Path, data: Path | None) -> pd.DataFrame
 
 def found(rows: pd.DataFrame, compare: Callable[[pd.DataFrame], Iterator[Finding]]) -> dict[str, Any]:
     """{what is compared: mean, 95 % half-width (None of one seed) and the seeds' own}, of all that was measured."""
-    figures = {}
-    for words, differences in compare(rows):
-        if (m := mean(differences)).seeds:
-            figures[words] = {
-                "mean": round(m.value, 3),
-                "half": None if math.isnan(m.half) else round(m.half, 3),
-                "seeds": [round(v, 3) for v in differences.dropna()],
-            }
-    return figures
+    found = {words: differences.dropna() for words, differences in compare(rows)}
+    return {words: over_seeds(differences) for words, differences in found.items() if len(differences)}
+
+
+def over_seeds(values: Iterable[float]) -> dict[str, Any]:
+    """One figure a seed as its mean, 95 % half-width (None of one seed) and the seeds' own."""
+    m = mean(values := list(values))
+    half = None if math.isnan(m.half) else round(m.half, 3)
+    return {"mean": round(m.value, 3), "half": half, "seeds": [round(v, 3) for v in values]}
 
 
 def tables(findings: dict[str, dict[str, Any]]) -> str:
@@ -187,14 +187,15 @@ def tables(findings: dict[str, dict[str, Any]]) -> str:
         if found:
             lines += ["", f"| {name} | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
         for words in dict.fromkeys(words for grid in found.values() for words in grid):
-            lines.append(f"| {words} | {' | '.join(_in_words(grid.get(words)) for grid in found.values())} |")
+            lines.append(f"| {words} | {' | '.join(in_words(grid.get(words)) for grid in found.values())} |")
     return "\n".join(lines)
 
 
-def _in_words(finding: dict[str, Any] | None) -> str:
+def in_words(finding: dict[str, Any] | None, sign: str = "+") -> str:
+    """Mean and half-width; with `sign` "-", a plus is not written."""
     if finding is None:
         return "–"
-    return f"{finding['mean']:+.3f}" + ("" if finding["half"] is None else f" ± {finding['half']:.3f}")
+    return f"{finding['mean']:{sign}.3f}" + ("" if finding["half"] is None else f" ± {finding['half']:.3f}")
 
 
 def main() -> None:

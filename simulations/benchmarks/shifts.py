@@ -16,12 +16,12 @@ and what --out holds of the other stays. A few minutes on two cores.
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
+from findings import in_words, over_seeds
 from machine import RESULTS, describe, keep
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
@@ -36,7 +36,6 @@ from polyclinic.simulation import LabelShift, MixShift, PixelShift, Shift
 from polyclinic.study import Images
 from polyclinic_simulations.phantom import keep_site
 from polyclinic_simulations.shift import MIXES, shift_patients, shift_pixels
-from polyclinic_simulations.sweep.figures import mean
 
 PHANTOM, RADIOGRAPHS = "phantom", "nih-chestxray8-subset"
 SITE = "shifted"
@@ -119,13 +118,7 @@ def share(cohort: Cohort, shift: Shift, seed: int) -> float:
 
 def curve(measure: Callable[[float, int], float], seeds: int) -> Curve:
     """What `measure`, of a severity and a seed, says at each severity."""
-    found = {}
-    for severity in SEVERITIES:
-        values = [measure(severity, seed) for seed in range(seeds)]
-        m = mean(values)
-        half = None if math.isnan(m.half) else round(m.half, 3)
-        found[f"{severity:g}"] = {"mean": round(m.value, 3), "half": half, "seeds": [round(v, 3) for v in values]}
-    return found
+    return {f"{s:g}": over_seeds(measure(s, seed) for seed in range(seeds)) for s in SEVERITIES}
 
 
 def measured(name: str, cohort: Cohort, seeds: int) -> dict[str, Any]:
@@ -155,12 +148,8 @@ def tables(shifts: dict[str, dict[str, Any]]) -> str:
             lines += ["", f"| {cohort}, {what} | {' | '.join(f'{s:g}' for s in SEVERITIES)} |"]
             lines.append("|---|" + "---|" * len(SEVERITIES))
             for kind, points in found[what].items():
-                lines.append(f"| {kind} | {' | '.join(map(_in_words, points.values()))} |")
+                lines.append(f"| {kind} | {' | '.join(in_words(point, '-') for point in points.values())} |")
     return "\n".join(lines)
-
-
-def _in_words(point: dict[str, Any]) -> str:
-    return f"{point['mean']:.3f}" + ("" if point["half"] is None else f" ± {point['half']:.3f}")
 
 
 def main() -> None:
