@@ -57,12 +57,8 @@ class Decoder(nn.Module):
         self.apply(initialise)
         nn.init.normal_(self.mask_token.weight, std=0.02)
 
-    def forward(self, visible: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """visible (n, k, dim) of patches order[:, :k] -> what it has to say of all patches.
-
-        Returns:
-            (n, patches - k, pixels) of patches order[:, k:], and (n, k, width), its last tokens of order[:, :k].
-        """
+    def tokens(self, visible: Tensor, order: Tensor) -> Tensor:
+        """visible (n, k, dim) of patches order[:, :k] -> (n, patches, width), its last tokens of all, in rows."""
         k = visible.shape[1]
         hidden = self.mask_token(torch.zeros_like(order[:, k:]))  # (n, patches - k, width)
         embedded = self.embed(visible)
@@ -70,7 +66,12 @@ class Decoder(nn.Module):
         x = pick(shuffled, order.argsort(dim=1)) + self.positions  # back in rows
         for block in self.blocks:
             x = block(x)
-        return self.pixels(self.norm(pick(x, order[:, k:]))), pick(x, order[:, :k])
+        return x
+
+    def forward(self, visible: Tensor, order: Tensor) -> Tensor:
+        """visible (n, k, dim) of patches order[:, :k] -> (n, patches - k, pixels) of patches order[:, k:]."""
+        guessed: Tensor = self.pixels(self.norm(pick(self.tokens(visible, order), order[:, visible.shape[1] :])))
+        return guessed
 
 
 class MaskedAutoencoder(nn.Module):
@@ -82,15 +83,14 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = Decoder(encoder, stage.decoder_width, stage.decoder_depth)
         self.kept = kept
 
-    def forward(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """images (n, channels, s, s), order (n, patches), of which the first `kept` are seen.
 
         Returns:
-            (n, masked, pixels) guesses; (n, kept, dim) tokens of the encoder, and (n, kept, width) of the decoder.
+            (n, masked, pixels) guesses, and (n, kept, dim) tokens of the encoder.
         """
         visible = self.encoder.tokens(images, order[:, : self.kept])
-        predicted, known = self.decoder(visible, order)
-        return predicted, visible, known
+        return self.decoder(visible, order), visible
 
 
 def reconstruction(predicted: Tensor, views: ViewBatch, patch: int) -> Tensor:

@@ -1,6 +1,7 @@
 """SSSD: MAE where its weight is 0, and beside it the distance from the decoder's tokens."""
 
 import copy
+from typing import cast
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 from polyclinic.encoders.vit import VisionTransformer
+from polyclinic.methods import sssd
 from polyclinic.methods.base import Batch, ViewBatch
-from polyclinic.methods.mae import MAE
-from polyclinic.methods.sssd import SSSD
+from polyclinic.methods.mae import MAE, Decoder
+from polyclinic.methods.sssd import SSSD, second_look
 from polyclinic.seeding import forked
 from polyclinic.stages import MAE_VIEWS, MAEStage, SSSDStage
 
@@ -22,8 +24,8 @@ def encoder() -> VisionTransformer:
     return VisionTransformer(32, 1, patch=8, dim=48, heads=3, depth=2)
 
 
-def distilled(weight: float = 1.0) -> tuple[SSSD, nn.Module]:
-    method = SSSD(SSSDStage.model_validate({"method": "sssd", "weight": weight, **SETTINGS}))
+def distilled(weight: float = 1.0, mask: float = 0.75) -> tuple[SSSD, nn.Module]:
+    method = SSSD(SSSDStage.model_validate({"method": "sssd", "weight": weight, "mask": mask, **SETTINGS}))
     with forked(0):
         return method, method.build(encoder())
 
@@ -54,7 +56,7 @@ def test_without_weight_every_step_is_maes_bit_for_bit() -> None:
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
-def loop(visible: Tensor, known: Tensor, predictor: nn.Linear) -> list[float]:
+def loop(visible: Tensor, taught: Tensor, predictor: nn.Linear) -> list[float]:
     """The distillation, one token and one number at a time."""
 
     def standard(token: list[float]) -> list[float]:
@@ -66,7 +68,7 @@ def loop(visible: Tensor, known: Tensor, predictor: nn.Linear) -> list[float]:
     losses = []
     for n in range(len(visible)):
         errors = []
-        for said, wanted in zip(visible[n].tolist(), known[n].tolist(), strict=True):
+        for said, wanted in zip(visible[n].tolist(), taught[n].tolist(), strict=True):
             x = standard(said)
             mapped = [sum(a * b for a, b in zip(row, x, strict=True)) + c for row, c in zip(weight, bias, strict=True)]
             errors += [(a - b) ** 2 for a, b in zip(mapped, standard(wanted), strict=True)]
@@ -74,14 +76,45 @@ def loop(visible: Tensor, known: Tensor, predictor: nn.Linear) -> list[float]:
     return losses
 
 
-def test_the_distillation_equals_a_loop() -> None:
-    method, module = distilled(weight=0.7)
+def second_looks(module: nn.Module, images: Tensor, order: Tensor, k: int) -> Tensor:
+    """(n, k, width) of patches order[:, :k], one image and one block at a time."""
+    encoder, decoder = cast(VisionTransformer, module.get_submodule("encoder")), module.get_submodule("decoder")
+    found = []
+    for image, patches in zip(images, order, strict=True):
+        first, second = patches[:k], patches[k : 2 * k]
+        tokens = cast(nn.Embedding, decoder.get_submodule("mask_token")).weight.repeat(len(patches), 1)
+        tokens[second] = decoder.get_submodule("embed")(encoder.tokens(image[None], second[None])[0])
+        tokens = (tokens + cast(Tensor, decoder.positions))[None]
+        for block in decoder.get_submodule("blocks").children():
+            tokens = block(tokens)
+        found.append(tokens[0, first])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("mask", [0.25, 0.5, 0.75])
+def test_the_distillation_equals_a_loop(mask: float) -> None:
+    method, module = distilled(weight=0.7, mask=mask)
     views = drawn(method)
+    images, order = views.views[0], views.extra["order"]
     with torch.no_grad():
-        _, visible, known = module(views.views[0], views.extra["order"])
-        found = (method.loss(module, views) - distilled(0.0)[0].loss(module, views)) / 0.7
-    expected = loop(visible, known, module.get_submodule("predictor"))  # type: ignore[arg-type]
+        _, visible = module(images, order)
+        found = (method.loss(module, views) - distilled(0.0, mask)[0].loss(module, views)) / 0.7
+        taught = second_looks(module, images, order, visible.shape[1])
+    assert visible.shape[1] == 16 * (1 - mask)
+    expected = loop(visible, taught, module.get_submodule("predictor"))  # type: ignore[arg-type]
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_patch_is_taught_does_not_depend_on_its_pixels() -> None:
+    _, module = distilled()
+    images, order = torch.rand(2, 1, 32, 32), torch.arange(16).expand(2, 16)
+    encoder, decoder = cast(VisionTransformer, module.get_submodule("encoder")), module.get_submodule("decoder")
+    taught = second_look(encoder, cast(Decoder, decoder), images, order, 4)
+    other = images.clone()
+    other[:, :, :8] = 0.0  # the first row of patches
+    assert torch.equal(second_look(encoder, cast(Decoder, decoder), other, order, 4), taught)
+    other[:, :, 8:16] = 0.0  # the second, which is seen
+    assert not torch.equal(second_look(encoder, cast(Decoder, decoder), other, order, 4), taught)
 
 
 def test_the_decoder_is_not_taught_by_the_encoder() -> None:
@@ -121,10 +154,9 @@ def test_its_gradient_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     method, module = distilled()
     module.double()
     views = drawn(method, n=2)
-    decoder = module.get_submodule("decoder")
-    frozen = decoder(module(views.views[0].double(), views.extra["order"])[1], views.extra["order"])
-    still = tuple(part.detach() for part in frozen)
-    decoder.forward = lambda visible, order: still  # type: ignore[method-assign]
+    encoder, decoder = cast(VisionTransformer, module.get_submodule("encoder")), module.get_submodule("decoder")
+    still = second_look(encoder, cast(Decoder, decoder), views.views[0].double(), views.extra["order"], 4)
+    monkeypatch.setattr(sssd, "second_look", lambda *_: still)
 
     def losses(images: Tensor) -> Tensor:
         return method.loss(module, ViewBatch((images,), views.patients, views.extra))
