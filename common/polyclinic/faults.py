@@ -102,6 +102,7 @@ class Scaling(Fault):
 
     kind: Literal["scaling"]
     factor: float = Field(gt=0, le=1e6)
+    """How many times its update."""
 
 
 class UpdateNoise(Fault):

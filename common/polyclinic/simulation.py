@@ -20,6 +20,7 @@ class Dirichlet(Settings):
 
     kind: Literal["dirichlet"]
     alpha: float = Field(gt=0, le=1e6)
+    """The smaller, the more sites differ: at 100 hardly, at 0.1 most of a class lies at one site."""
 
 
 class Quantity(Settings):
@@ -27,6 +28,7 @@ class Quantity(Settings):
 
     kind: Literal["quantity"]
     alpha: float = Field(gt=0, le=1e6)
+    """The smaller, the more sizes differ."""
 
 
 class Classes(Settings):
@@ -126,7 +128,9 @@ class SimulatedSite(Settings):
     """`[[simulation.site]]`: a named site with a cohort of its own."""
 
     name: Name
+    """What reports and folders call the site."""
     cohort: str = ""
+    """The folder of its images, within that of --data."""
     phantom: int = Field(default=0, ge=0, le=100_000)
     """In place of a cohort: patients that are invented for the site, seeded by the study."""
     allow_burned_in: bool = False
@@ -138,7 +142,9 @@ class Simulation(Settings):
     """`[simulation]`: which cohorts play the sites. Not part of the study's hash."""
 
     sites: int = Field(default=0, ge=0, le=100_000)
+    """Into how many `cohort` or `phantom` is split; 0 where sites are named, or a column's values are the sites."""
     cohort: str = ""
+    """The folder of images that is split, within that of --data."""
     phantom: int = Field(default=0, ge=0, le=100_000)
     """In place of a cohort: patients that are invented, all as of one hospital, seeded by the study."""
     allow_burned_in: bool = False
@@ -147,8 +153,10 @@ class Simulation(Settings):
         Annotated[Iid | Dirichlet | Quantity | Classes | Column, Field(discriminator="kind")],
         BeforeValidator(_is_a_table),
     ] = Iid()
+    """How patients are dealt to the sites: a table."""
     shift: list[SharedShift] = Field(default_factory=list, max_length=100)
     clock: SimulatedClock = SimulatedClock()
+    """The time that rounds would take in deployment: a table."""
     fault: list[AnyFault] = Field(default_factory=list, max_length=100)
     site: list[SimulatedSite] = Field(default_factory=list)
     held_out: list[Name] = Field(default_factory=list)

@@ -51,12 +51,17 @@ class Stage(Settings):
     """What every stage has. Learning rates are those of the optimizer, not per 256 images."""
 
     rounds: int = Field(ge=1, le=10_000)
+    """How often sites train and their updates are aggregated."""
     local_epochs: int = Field(default=1, ge=1, le=1_000)
+    """Passes over its own images that a site makes in a round."""
     batch_size: int = Field(default=64, ge=2, le=65_536)
     """Images in a batch; a site with fewer takes them all."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """At the sites, which keep its state from round to round."""
     learning_rate: float = Field(default=1e-3, gt=0, le=100)
+    """At its height."""
     weight_decay: float = Field(default=1e-4, ge=0, le=10)
+    """Of matrices and convolutions; biases and normalisation have none."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Of the learning rate, over all rounds of the stage."""
     warmup_rounds: float = Field(default=1.0, ge=0)
@@ -85,6 +90,7 @@ class Contrastive(Pretrain):
     learning_rate: float = Field(default=3e-4, gt=0, le=100)
     """At 1e-3 a group-normalised ResNet starts by collapsing and recovers slowly (tried on radiographs)."""
     temperature: float = Field(default=0.1, gt=0, le=10)
+    """By which similarities are divided: the lower, the more the nearest negatives count."""
     projection: int = Field(default=128, ge=1, le=65_536)
     """Width of the projection that the loss compares."""
 
@@ -122,7 +128,9 @@ class Masked(Pretrain):
     mask: float = Field(default=0.75, gt=0, lt=1)
     """Fraction of the patches that the encoder does not see."""
     decoder_depth: int = Field(default=2, ge=1, le=64)
+    """Blocks of the decoder, which is not exported."""
     decoder_width: int = Field(default=128, ge=32, le=8_192, multiple_of=32)
+    """Length of the decoder's tokens, a multiple of 32."""
     views: Views | None = None
     """Defaults to crop and flip only: the masking is the augmentation."""
 

@@ -67,7 +67,9 @@ class Head(Settings):
     """`[study]`."""
 
     name: Name
+    """What reports and folders call the study."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of all that is drawn, but for the noise and the samples of differential privacy."""
 
 
 class Images(Settings):
@@ -76,6 +78,7 @@ class Images(Settings):
     size: int = Field(default=96, ge=16, le=1024)
     """Side of the square that every image is resized to, pixels."""
     channels: Literal[1, 3] = 1
+    """1 for grey images such as radiographs, 3 for colour."""
     window: Annotated[Literal["percentile", "voi"] | tuple[float, float], WrapValidator(_window)] = "percentile"
     """How stored values become grey: 1st to 99th percentile, the file's own VOI window, or [centre, width] in HU."""
 
@@ -102,7 +105,9 @@ class Encoder(Settings):
     """`[encoder]`."""
 
     name: EncoderName = "resnet18"
+    """The Vision Transformers are for every method, ResNets for all but mae and sssd."""
     init: Annotated[Literal["random"] | Weights, WrapValidator(_init)] = "random"
+    """What training starts from: random weights, drawn with the study's seed, or those of a file: a table."""
     patch: int = Field(default=8, ge=2, le=64)
     """Side of a Vision Transformer's patches, pixels; not used by a ResNet."""
     context: bool = False
@@ -163,6 +168,7 @@ class Compute(Settings):
     precision: Precision = "bf16"
     """`bf16` is used where the processor or GPU has bf16 units; where it has not, a site computes in fp32."""
     layout: Literal["contiguous", "channels_last"] = "contiguous"
+    """Of images in memory; which one is faster depends on encoder and device."""
 
 
 class NoPrivacy(Settings):

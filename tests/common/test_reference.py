@@ -82,8 +82,17 @@ def test_every_field_of_every_model_is_shown() -> None:
             assert " ".join((field.description or "").split()) in text
     assert table("[[simulation.site]]") == {"cohort": "", "phantom": 0, "allow_burned_in": False}
     assert "\nname =    # must be given" in reference()
-    assert 'kind = "dirichlet"\n# (above 0, at most 1000000.0)\nalpha =    # must be given' in reference()
+    assert "(above 0, at most 1000000.0)\nalpha =    # must be given" in reference()
     assert "[encoder.init]   # weights of an encoder of the same shape" in reference()
+
+
+def test_every_setting_has_a_meaning() -> None:
+    """Of its own, or that of the class it is inherited from; what tells the ways to fill a table apart needs none."""
+    for model in models(Study):
+        kin = [parent.model_fields for parent in model.__mro__ if issubclass(parent, BaseModel)]
+        for name, field in model.model_fields.items():
+            if name not in ("kind", "method", "mode", "rule") and not _models(field.annotation):
+                assert any(name in fields and fields[name].description for fields in kin), f"{model.__name__}.{name}"
 
 
 def test_views_and_meanings_are_there() -> None:
