@@ -5,7 +5,7 @@ seeds.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +40,14 @@ class Profile:
         labels: {part of all training patients whose labels the probe has learnt from: AUC on all test patients}.
         site_auc: of a probe that tells the sites' patients apart, macro one-vs-rest: 0.5 where features give no site
             away. None of a single site.
+        patients: {site: those with a label that `at_sites` is measured on}; runs of earlier versions have none.
     """
 
     at_sites: dict[str, float]
     own: dict[str, float]
     labels: dict[str, float]
     site_auc: float | None
+    patients: dict[str, int] = field(default_factory=dict)
 
 
 def together(halves: Sequence[Half]) -> Half:
@@ -79,7 +81,10 @@ def profile(
             curve[f"{fraction:g}"] = learn_probe(*some, classes, seed=seed).auc(test.features, test.classes)
     found = {name: whole.auc(half.features, half.classes) for name, half in tested.items()}
     alone = _own(encoded[own][0], tested, classes, seed) if own in encoded else {}
-    return Profile(_known(found), _known(alone), _known(curve), _site_auc(encoded, seed))
+    patients = {
+        name: len(np.unique(tested[name].patients[np.isin(tested[name].classes, classes)])) for name in _known(found)
+    }
+    return Profile(_known(found), _known(alone), _known(curve), _site_auc(encoded, seed), patients)
 
 
 def _own(train: Half, tested: Mapping[str, Half], classes: list[str], seed: int) -> dict[str, float | None]:

@@ -33,6 +33,10 @@ def test_it_tells_good_sites_from_bad_ones_and_whether_sites_are_known() -> None
     assert abs(found.at_sites["west"] - 0.5) < 0.15
     assert found.site_auc == pytest.approx(1.0, abs=0.01)
     assert found.own == {}
+    assert found.patients == {"east": 60, "west": 60, "away": 60}
+    unknown = Half(*half(60, 4.0))
+    unknown.classes[10:] = ""
+    assert of({"east": (half(60, 4.0), unknown)}, {}).patients == {"east": 5}
     alike = of({name: (half(80, 1.0), half(80, 1.0)) for name in ("east", "west")}, {})
     assert alike.site_auc is not None and abs(alike.site_auc - 0.5) < 0.15
     assert of({"east": (half(20, 4.0), half(20, 4.0))}, {}).site_auc is None

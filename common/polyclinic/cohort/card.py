@@ -132,7 +132,7 @@ def card_html(card: Mapping[str, Any]) -> str:
     tables = [
         _table("cohort", numbers),
         _table("labels (images)", {word: count["images"] for word, count in card["labels"].items()}),
-        *(_table(name, card[name]) for name in ("modalities", "views", "scanners", "sites", "photometric")),
+        *(_table(name, card.get(name, {})) for name in ("modalities", "views", "scanners", "sites", "photometric")),
         _table(f"quarantine ({files})", card["quarantine"]),
     ]
     warnings = "".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in card["warnings"])

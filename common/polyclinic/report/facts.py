@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from polyclinic.evaluation import collapsed
@@ -77,7 +78,7 @@ def result(run: Run) -> list[tuple[str, str]]:
     against |= {name: rows[row]["auc"] for row, name in words.AGAINST.items() if row in rows}
     low_high = interval(rows["federated"], " to ")
     meaning = f"95 % interval {low_high}" if low_high else "mean of the sites' own probes"
-    gains = [(f"{ours - auc:+.3f}".replace("-", "−"), f"against {name}") for name, auc in against.items()]
+    gains = [(words.gain(ours - auc), f"against {name}") for name, auc in against.items()]
     return [(f"{ours:.3f}", f"federated AUC, {meaning}"), *gains]
 
 
@@ -157,7 +158,8 @@ def at_sites(run: Run) -> dict[str, Any]:
     """
     told = run.summary.get("profiles", {})
     profiles = {name: told[name] for name in run.comparison if name in told}
-    shown = _by_site(run, {name: found["at_sites"] for name, found in profiles.items()})
+    tested: dict[str, int] = next((found.get("patients", {}) for found in profiles.values()), {})
+    shown = _by_site(run, {name: found["at_sites"] for name, found in profiles.items()}, tested)
     for row in shown.get("rows", []):
         known = profiles[row["kind"]]["site_auc"]
         row["site_auc"] = "–" if known is None else f"{known:.3f}"
@@ -169,8 +171,10 @@ def classifier_at_sites(run: Run) -> dict[str, Any]:
     return _by_site(run, run.summary.get("classifier_at_sites", {}))
 
 
-def _by_site(run: Run, found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """`found` is {row: {site: AUC}}."""
+def _by_site(
+    run: Run, found: Mapping[str, Mapping[str, float]], tested: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Any]:
+    """`found` is {row: {site: AUC}}, `tested` {site: patients that they are measured on}, where that is known."""
     sites = sorted({site for areas in found.values() for site in areas}, key=lambda s: (_away(run, s), s))
     if not 1 < len(sites) <= MOST_SITES:
         return {}
@@ -182,7 +186,12 @@ def _by_site(run: Run, found: Mapping[str, Mapping[str, float]]) -> dict[str, An
         }
         for name, areas in found.items()
     ]
-    return {"sites": [f"{site} (held out)" if _away(run, site) else site for site in sites], "rows": rows}
+    titles = [
+        f"{site}{' (held out)' * _away(run, site)}"
+        + (f", {words.plural(tested[site], 'patient')}" if site in tested else "")
+        for site in sites
+    ]
+    return {"sites": titles, "rows": rows}
 
 
 def _away(run: Run, site: str) -> bool:

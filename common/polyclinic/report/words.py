@@ -70,6 +70,14 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def gain(difference: float) -> str:
+    """
+    >>> gain(0.0213), gain(-0.0213), gain(-0.0002)
+    ('+0.021', '−0.021', '0.000')
+    """
+    return f"{difference:+.3f}".replace("-", "−") if round(difference, 3) else "0.000"
+
+
 def of_shift(shift: Mapping[str, Any]) -> str:
     """
     >>> of_shift({"kind": "prevalence", "severity": 0.5, "value": "nodule", "becomes": ""})

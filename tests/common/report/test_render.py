@@ -389,7 +389,8 @@ def test_every_site_is_told_what_it_gets_and_who_is_held_out(make_run):
     assert "Site by site" not in Page(render_report(run)).text  # as of a run across a network
     summary = json.loads((run / "summary.json").read_text())
     sites = {"north": 0.7, "south": 0.812, "away": 0.654}
-    found = {"at_sites": sites, "own": {}, "labels": {}, "site_auc": 0.934}
+    tested = {"north": 1, "south": 12, "away": 1_200}
+    found = {"at_sites": sites, "own": {}, "labels": {}, "site_auc": 0.934, "patients": tested}
     (run / "summary.json").write_text(
         json.dumps(
             {
@@ -403,7 +404,7 @@ def test_every_site_is_told_what_it_gets_and_who_is_held_out(make_run):
     )
     page = Page(render_report(run))
     assert_finite(page)
-    assert "at north at south at away (held out) sites told apart" in page.text
+    assert "at north, 1 patient at south, 12 patients at away (held out), 1,200 patients sites told apart" in page.text
     assert "federated 0.700 0.812 0.654 0.934" in page.text
     assert "untrained encoder – – – 0.934" in page.text
     assert "classifier at north at away (held out) federated 0.750 0.625" in page.text
