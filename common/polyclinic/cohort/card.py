@@ -49,7 +49,6 @@ def make_card(folder: Path, cohort: Cohort | None = None, test: Cohort | None = 
         "sites": _count(cohort.sites),
         "modalities": _count(facts["modalities"]),
         "views": _count(cohort.views),
-        "scanners": _count(cohort.scanners),
         "splits": _count(cohort.splits),
         "photometric": _count(facts["photometric"]),
         "sizes": _sizes(facts["height"], facts["width"]),
@@ -132,7 +131,7 @@ def card_html(card: Mapping[str, Any]) -> str:
     tables = [
         _table("cohort", numbers),
         _table("labels (images)", {word: count["images"] for word, count in card["labels"].items()}),
-        *(_table(name, card.get(name, {})) for name in ("modalities", "views", "scanners", "sites", "photometric")),
+        *(_table(name, card[name]) for name in ("modalities", "views", "sites", "photometric")),
         _table(f"quarantine ({files})", card["quarantine"]),
     ]
     warnings = "".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in card["warnings"])

@@ -33,7 +33,7 @@ def show_card(card: Mapping[str, Any], folder: Path, program: str = "polyclinic"
         summary.add_row(f"[bold]{name}[/bold]", value)
     console.print(summary)
     labels = {word: f"{n['images']} ({n['patients']})" for word, n in card["labels"].items()}
-    counted = {name: card[name] for name in ("modalities", "views", "scanners", "sites", "splits", "photometric")}
+    counted = {name: card[name] for name in ("modalities", "views", "sites", "splits", "photometric")}
     tables = [
         _words(name, rows) for name, rows in {"labels: images (patients)": labels, **counted}.items() if any(rows)
     ]
