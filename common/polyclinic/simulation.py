@@ -20,7 +20,7 @@ class Dirichlet(Settings):
 
     kind: Literal["dirichlet"]
     alpha: float = Field(gt=0, le=1e6)
-    """The smaller, the more sites differ: at 100 hardly, at 0.1 most of a class lies at one site."""
+    """The smaller, the more sites differ: of five sites with 0.1, one has four fifths of a class."""
 
 
 class Quantity(Settings):
@@ -130,7 +130,7 @@ class SimulatedSite(Settings):
     name: Name
     """What reports and folders call the site."""
     cohort: str = ""
-    """The folder of its images, within that of --data."""
+    """The folder of its images, relative to that of --data, or without that to the study's."""
     phantom: int = Field(default=0, ge=0, le=100_000)
     """In place of a cohort: patients that are invented for the site, seeded by the study."""
     allow_burned_in: bool = False
@@ -144,7 +144,7 @@ class Simulation(Settings):
     sites: int = Field(default=0, ge=0, le=100_000)
     """Into how many `cohort` or `phantom` is split; 0 where sites are named, or a column's values are the sites."""
     cohort: str = ""
-    """The folder of images that is split, within that of --data."""
+    """The folder of images that is split; relative as a site's is."""
     phantom: int = Field(default=0, ge=0, le=100_000)
     """In place of a cohort: patients that are invented, all as of one hospital, seeded by the study."""
     allow_burned_in: bool = False

@@ -53,11 +53,11 @@ class Stage(Settings):
     rounds: int = Field(ge=1, le=10_000)
     """How often sites train and their updates are aggregated."""
     local_epochs: int = Field(default=1, ge=1, le=1_000)
-    """Passes over its own images that a site makes in a round."""
+    """Passes of a site over its images in a round; over its patients with micle or under their privacy."""
     batch_size: int = Field(default=64, ge=2, le=65_536)
     """Images in a batch; a site with fewer takes them all."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """At the sites, which keep its state from round to round."""
+    """At the sites, which keep its state from round to round of the stage."""
     learning_rate: float = Field(default=1e-3, gt=0, le=100)
     """At its height."""
     weight_decay: float = Field(default=1e-4, ge=0, le=10)

@@ -69,7 +69,7 @@ class Head(Settings):
     name: Name
     """What reports and folders call the study."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of all that is drawn, but for the noise and the samples of differential privacy."""
+    """Of all that is drawn, but for what differential privacy draws in secret."""
 
 
 class Images(Settings):
@@ -168,7 +168,7 @@ class Compute(Settings):
     precision: Precision = "bf16"
     """`bf16` is used where the processor or GPU has bf16 units; where it has not, a site computes in fp32."""
     layout: Literal["contiguous", "channels_last"] = "contiguous"
-    """Of images in memory; which one is faster depends on encoder and device."""
+    """Of images and weights in memory; which one is faster depends on encoder and device."""
 
 
 class NoPrivacy(Settings):

@@ -61,10 +61,7 @@ class SSSD(MAE):
 
 @torch.no_grad()
 def second_look(encoder: VisionTransformer, decoder: Decoder, images: Tensor, order: Tensor, k: int) -> Tensor:
-    """(n, k, width) the decoder's tokens of patches order[:, :k], which are hidden; the next k are seen.
-
-    Comes after the look that is trained: autocast keeps the weights it has cast, and those cast here have no gradient.
-    """
+    """(n, k, width) the decoder's tokens of patches order[:, :k], which are hidden; the next k are seen."""
     turned = order.roll(-k, dims=1)  # what was seen comes last
     seen = encoder.tokens(images, turned[:, : min(k, order.shape[1] - k)])
     return pick(decoder.tokens(seen, turned), order[:, :k])

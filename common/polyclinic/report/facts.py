@@ -158,7 +158,7 @@ def at_sites(run: Run) -> dict[str, Any]:
     """
     told = run.summary.get("profiles", {})
     profiles = {name: told[name] for name in run.comparison if name in told}
-    tested: dict[str, int] = next((found.get("patients", {}) for found in profiles.values()), {})
+    tested: dict[str, int] = next(filter(None, (found.get("patients") for found in profiles.values())), {})
     shown = _by_site(run, {name: found["at_sites"] for name, found in profiles.items()}, tested)
     for row in shown.get("rows", []):
         known = profiles[row["kind"]]["site_auc"]
