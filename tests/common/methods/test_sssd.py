@@ -117,6 +117,15 @@ def test_what_a_patch_is_taught_does_not_depend_on_its_pixels() -> None:
     assert not torch.equal(second_look(encoder, cast(Decoder, decoder), other, order, 4), taught)
 
 
+def test_under_bf16_every_weight_has_a_gradient() -> None:
+    """Autocast keeps the weights that it has cast: those of the look without gradients must not serve the other."""
+    method, module = distilled()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = method.loss(module, drawn(method))
+    losses.sum().backward()
+    assert [name for name, parameter in module.named_parameters() if parameter.grad is None] == []
+
+
 def test_the_decoder_is_not_taught_by_the_encoder() -> None:
     """Without the reconstruction, only encoder and predictor have a gradient: the decoder's side is stopped."""
     method, module = distilled(weight=1.0)
