@@ -56,21 +56,23 @@ def papers(
     from polyclinic_simulations.papers.run import Workshop, as_table, finished, run_plan, take_back
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    settings = TIERS[tier.value]
     every = list(plans())
     wanted = [plan for plan in every if not table or plan.table in table]
     make_folder(out)
     end = time.monotonic() + minutes * 60
     with Display() as display:
-        at = Workshop(
-            settings,
-            data,
-            work / f"{tier.value}-{settings.digest}",
-            f"{tier.value} tier {settings.digest}, {where}",
-            display.reading,
-            lambda e: display.event({**e, "row": "this row"}),
-            display.steps,
-        )
+        workshops = {
+            number: Workshop(
+                settings,
+                data,
+                work / f"{tier.value}-{settings.digest}",
+                f"{tier.value} tier {settings.digest}, {where}",
+                display.reading,
+                lambda e: display.event({**e, "row": "this row"}),
+                display.steps,
+            )
+            for number, settings in TIERS[tier.value].items()
+        }
 
         def publish(before: set[Plan]) -> set[Plan]:
             """Which rows are finished; they are written if they are not those of `before`.
@@ -78,12 +80,13 @@ def papers(
             What other processes have written meanwhile is taken back, so that nothing of theirs is lost.
             """
             if (out / "papers.csv").exists():
-                take_back(out / "papers.csv", at)
-            results = {plan: result for plan in every if (result := finished(plan, at)) is not None}
+                take_back(out / "papers.csv", workshops)
+            results = {plan: done for plan in every if (done := finished(plan, workshops[plan.table])) is not None}
             if set(results) != before:
                 found = as_table(results)
                 write_atomic(out / "papers.csv", found.to_csv(index=False))
-                write_atomic(out / "papers.html", render_page(found, [plan for plan in every if plan not in results]))
+                missing = [plan for plan in every if not results.get(plan, {}).get("metrics")]
+                write_atomic(out / "papers.html", render_page(found, missing))
             return set(results)
 
         made: set[Plan] = set()
@@ -92,9 +95,11 @@ def papers(
             left = [plan for plan in wanted if plan not in made]
             if not left or time.monotonic() >= end:
                 break
-            if done := next(((plan, result) for plan in left if (result := run_plan(plan, at)) is not None), None):
-                value, *_ = done[1]["metrics"].get("auc", [float("nan")])
-                display.event({"event": "row_finished", "row": done[0].name, "auc": value})
+            for plan in left:
+                if (done := run_plan(plan, workshops[plan.table])) is not None:
+                    value, *_ = done["metrics"].get("auc", [float("nan")])
+                    display.event({"event": "row_finished", "row": plan.name, "auc": value})
+                    break
             else:
                 time.sleep(PATIENCE_S)  # other processes make all that is left
     seen = f": {out / 'papers.html'}" if made else ""

@@ -1,4 +1,4 @@
-"""papers.html: every table with its mean over seeds, its published figures, and what has not been run."""
+"""papers.html: every table with its mean over seeds, its published figures, and what has no figures yet."""
 
 from collections.abc import Iterable
 
@@ -9,8 +9,10 @@ from markupsafe import Markup
 
 from polyclinic.report.plots import RIGHT
 from polyclinic.report.svg import Axis, dots, drawing, element, line, text, tick_text
+from polyclinic_simulations.holdout_page import LINES, MEANING
+from polyclinic_simulations.holdout_page import plot as by_fraction
 from polyclinic_simulations.papers.goals import verdicts
-from polyclinic_simulations.papers.plans import REFERENCES, Plan
+from polyclinic_simulations.papers.plans import REFERENCES, STARTS, Plan
 
 ROW = 24
 GROUP = ["dataset", "split", "regime", "method", "init", "label_fraction"]
@@ -25,7 +27,7 @@ TITLES = {
 
 
 def render_page(results: pd.DataFrame, missing: Iterable[Plan]) -> str:
-    """The page of `results` (papers.csv) and of the rows that have not been run."""
+    """The page of `results` (papers.csv) and of the rows that are not in it: not run, or with too few test patients."""
     goals = verdicts(results)
     waiting: dict[int, list[str]] = {}
     for plan in missing:
@@ -37,7 +39,8 @@ def render_page(results: pd.DataFrame, missing: Iterable[Plan]) -> str:
             "reference": REFERENCES[number],
             "goals": goals[number],
             "rows": summary(results[results["table"] == number]) if len(results) else [],
-            "plot": plot(results[(results["table"] == number)]) if len(results) else "",
+            "plot": plot(results[(results["table"] == number) & (results["split"] != "site")]) if len(results) else "",
+            "curves": curves(results[results["table"] == number]) if len(results) else [],
             "missing": waiting.get(number, []),
         }
         for number, title in TITLES.items()
@@ -46,7 +49,8 @@ def render_page(results: pd.DataFrame, missing: Iterable[Plan]) -> str:
         loader=PackageLoader("polyclinic_simulations.papers", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     machines = sorted(set(results["machine"])) if len(results) else []
-    return environment.get_template("page.html.j2").render(tables=tables, machines=machines)
+    legend = [(meaning, LINES[start]) for start, meaning in MEANING.items()]
+    return environment.get_template("page.html.j2").render(tables=tables, machines=machines, legend=legend)
 
 
 def summary(rows: pd.DataFrame) -> list[dict[str, str]]:
@@ -69,6 +73,15 @@ def label(key: dict[str, object]) -> str:
     return ", ".join(words) + ("" if key["label_fraction"] == 1 else f", {key['label_fraction']:.0%} of labels")
 
 
+def curves(rows: pd.DataFrame) -> list[tuple[str, Markup]]:
+    """Of table 4, each hospital and its AUC against the fraction of its labels: mean, lowest and highest seed."""
+    own = rows[(rows["split"] == "site") & (rows["metric"] == "auc")]
+    seeds = own.groupby(["dataset", "method", "label_fraction"])["value"]
+    means = seeds.agg(auc="mean", auc_low="min", auc_high="max").reset_index()
+    means = means.assign(held_out=means["dataset"], start=means["method"].map(STARTS), scope="held-out")
+    return [(hospital, by_fraction(means, hospital)) for hospital in means["held_out"].unique()]
+
+
 def plot(rows: pd.DataFrame, metric: str = "auc") -> Markup:
     """Each seed's value with its 95 % interval over patients, where it has one, row under row."""
     shown = rows[rows["metric"] == metric].astype({"low": float, "high": float})  # None, a mean's, becomes NaN
@@ -77,6 +90,7 @@ def plot(rows: pd.DataFrame, metric: str = "auc") -> Markup:
     ends = shown[["low", "value", "high"]].to_numpy(float)
     axis = Axis(max(0.0, np.nanmin(ends) - 0.02), min(1.0, np.nanmax(ends) + 0.02), 210, RIGHT)
     groups = list(shown.groupby(GROUP, sort=False))
+    several = shown["dataset"].nunique() > 1
     bottom = 8 + ROW * len(groups)
     marks = [line(axis.at(v), 8, axis.at(v), bottom, "grid") for v in axis.ticks()]
     marks += [text(axis.at(v), bottom + 15, tick_text(v), "middle") for v in axis.ticks()]
@@ -85,7 +99,10 @@ def plot(rows: pd.DataFrame, metric: str = "auc") -> Markup:
         named = dict(zip(GROUP, key, strict=True))
         y = 8 + ROW * (place + 0.5)
         short = f"{named['method']}{' + outside' if named['init'] == 'outside' else ''}, "
-        short += str(named["dataset"]) if named["regime"] == "central" else f"{named['regime']}"
+        if named["regime"] == "central":
+            short += str(named["dataset"])
+        else:
+            short += str(named["dataset"]).partition("-")[0] if several else str(named["regime"])
         short += "" if named["label_fraction"] == 1 else f", {named['label_fraction']:.0%}"
         marks.append(text(axis.start - 10, y + 4, short if len(short) <= 32 else short[:31] + "…", "end"))
         for k, (_, seed) in enumerate(group.sort_values("seed").iterrows()):

@@ -1,8 +1,9 @@
 """Which rows the tables have, and with what settings each tier trains them.
 
-Settings of the cpu tier are what two cores train in minutes; every row of a table shares its encoder, its fine-tuning
-and the time (not the number) of its pretraining steps as far as whole epochs allow, but for SSSD: it has MAE's number,
-whose steps take it 1.3 times as long. Nothing here was chosen on a test patient.
+Settings of the cpu tier are what two cores train in minutes, smaller still in the tables that train over sites, which
+have hundreds of rows. Every row of a table shares its encoder, its fine-tuning with as many labels and about the time
+(not the number) of its pretraining steps, but for SSSD: it has MAE's number, whose steps take it 1.3 times as long.
+Nothing here was chosen on a test patient.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Tier:
-    """Settings by which a tier trains.
+    """Settings by which a tier trains the rows of a table.
 
     Attributes:
         images, encoder: of the study; `channels` is the dataset's.
@@ -62,24 +63,35 @@ class Tier:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
 
 
+CENTRAL = Tier(
+    images={"size": 96},
+    encoder={"name": "vit_tiny", "patch": 12},
+    epochs={"mae": 300, "sssd": 300, "simclr": 54, "mlvicx": 48, "vicreg": 48},
+    batch_size=64,
+    finetune={"rounds": 40, "batch_size": 32, "learning_rate": 5e-4, "probe_rounds": 2, "warmup_rounds": 2.0},
+    threads=1,
+)
+SITES = Tier(
+    images={"size": 64},
+    encoder={"name": "vit_tiny", "patch": 16},
+    epochs={"mae": 72, "sssd": 72, "simclr": 30, "mlvicx": 24, "vicreg": 24},
+    batch_size=64,
+    finetune={"rounds": 12, "batch_size": 32, "learning_rate": 5e-4, "probe_rounds": 1, "warmup_rounds": 1.0},
+    threads=1,
+)
+FULL = Tier(
+    images={"size": 224},
+    encoder={"name": "vit_small", "patch": 16},
+    epochs={"mae": 800, "sssd": 800, "simclr": 300, "mlvicx": 300, "vicreg": 300},
+    batch_size=256,
+    finetune={"rounds": 60, "batch_size": 64, "learning_rate": 5e-4, "probe_rounds": 5, "warmup_rounds": 5.0},
+    threads=8,
+)
 TIERS = {
-    "cpu": Tier(
-        images={"size": 96},
-        encoder={"name": "vit_tiny", "patch": 12},
-        epochs={"mae": 300, "sssd": 300, "simclr": 54, "mlvicx": 48, "vicreg": 48},
-        batch_size=64,
-        finetune={"rounds": 40, "batch_size": 32, "learning_rate": 5e-4, "probe_rounds": 2, "warmup_rounds": 2.0},
-        threads=1,
-    ),
-    "gpu": Tier(
-        images={"size": 224},
-        encoder={"name": "vit_small", "patch": 16},
-        epochs={"mae": 800, "sssd": 800, "simclr": 300, "mlvicx": 300, "vicreg": 300},
-        batch_size=256,
-        finetune={"rounds": 60, "batch_size": 64, "learning_rate": 5e-4, "probe_rounds": 5, "warmup_rounds": 5.0},
-        threads=8,
-    ),
+    "cpu": {1: CENTRAL, 2: SITES, 3: CENTRAL, 4: SITES, 5: SITES},
+    "gpu": dict.fromkeys(range(1, 6), FULL),
 }
+"""By table."""
 
 LABELS: dict[str, dict[str, list[str]]] = {
     "covid-ct": {"noncovid": ["NonCOVID"], "covid": ["COVID"]},
@@ -99,8 +111,8 @@ CHEST = {"pneumonia": [*PNEUMONIA, *COVID], "clear": CLEAR, "ignore": ["todo", "
 HOSPITALS = ("covid-chestxray", "nih-chestxray8-subset", "figure1-chestxray")
 CHANNELS = {"ham10000-subset": 3}
 """Of the datasets that are not grey."""
-SITES, ALPHA = 5, 0.5
-"""Into which a dataset is dealt where it is not trained on centrally: Dirichlet(ALPHA) over its classes."""
+PARTS, ALPHA = 5, 0.5
+"""Sites to which a dataset is dealt where it is not trained on centrally: Dirichlet(ALPHA) over its classes."""
 OUTSIDE = {"covid-ct": "luna16-slices"}
 """Unlabelled images of the same kind, for init = "outside"."""
 
@@ -123,8 +135,17 @@ def plans() -> Iterator[Plan]:
     for seed in SEEDS:
         yield Plan(1, "covid-ct-border", "published", "central", "scratch", "random", 1.0, seed)
     for seed in SEEDS:
+        yield from _leaving_one_out(seed)
+    for seed in SEEDS:
+        for method in ("scratch", "simclr", "simclr+micle"):
+            for fraction in (0.1, 0.3, 1.0):
+                yield Plan(2, "ham10000-subset", "patient", "federated", method, "random", fraction, seed)
+            yield Plan(2, "covid-chestxray", "patient", "central", method, "random", 1.0, seed)
+    for seed in SEEDS:
         for method in ("scratch", "simclr", "vicreg", "mlvicx"):
             yield Plan(3, "nih-chestxray8-subset", "patient", "central", method, "random", 1.0, seed)
+    for seed in SEEDS:
+        yield from _beside_pooled(seed)
     for seed in SEEDS:
         for method in ("mae", "sssd", "simclr", "mlvicx"):
             yield Plan(1, "covid-ct", "published", "central", method, "outside", 1.0, seed)
@@ -133,15 +154,6 @@ def plans() -> Iterator[Plan]:
             yield Plan(1, "covid-ct", "document", "central", method, "random", 1.0, seed)
         for method in ("mae", "sssd", "simclr", "mlvicx"):
             yield Plan(1, "covid-ct", "document", "central", method, "outside", 1.0, seed)
-    for seed in SEEDS:
-        for method in ("scratch", "simclr", "simclr+micle"):
-            for fraction in (0.1, 0.3, 1.0):
-                yield Plan(2, "ham10000-subset", "patient", "federated", method, "random", fraction, seed)
-            yield Plan(2, "covid-chestxray", "patient", "central", method, "random", 1.0, seed)
-    for seed in SEEDS:
-        yield from _beside_pooled(seed)
-    for seed in SEEDS:
-        yield from _leaving_one_out(seed)
 
 
 def _beside_pooled(seed: int) -> Iterator[Plan]:
@@ -165,7 +177,7 @@ def _leaving_one_out(seed: int) -> Iterator[Plan]:
 
 
 def pretraining(plan: Plan, tier: Tier) -> list[dict[str, Any]]:
-    """The pretrain stages of a row. Those of a method that follows another share the epochs, two to one.
+    """The pretrain stages of a row. A method and the one that follows it share the epochs, about two to one.
 
     Central training has six rounds, for the checkpoints; sites meet after every LOCAL_EPOCHS.
     """

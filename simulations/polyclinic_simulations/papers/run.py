@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
@@ -14,7 +15,7 @@ import pandas as pd
 
 from polyclinic.artifacts import save_encoder
 from polyclinic.cohort import Cohort, build_cohort, union
-from polyclinic.errors import CohortError, Refused
+from polyclinic.errors import CheckpointError, CohortError, Refused, StudyError
 from polyclinic.files import atomic, locked, write_atomic
 from polyclinic.model import encoder_of
 from polyclinic.seeding import seed_for
@@ -33,7 +34,7 @@ from polyclinic_simulations.papers.plans import (
     HOSPITALS,
     LABELS,
     OUTSIDE,
-    SITES,
+    PARTS,
     STARTS,
     Plan,
     Tier,
@@ -45,6 +46,8 @@ from polyclinic_simulations.tidy import tidy
 
 BORDER = 0.15
 """Width of the rim that the border-only control sees, fraction of the side: no lung reaches it."""
+PASSES = 4
+"""Local epochs of fine-tuning at most: of fewer labels as many more, or a few images would make a few steps."""
 METRICS = ("auc", "accuracy", "balanced_accuracy", "ece")
 PLAN_COLUMNS = [field.name for field in fields(Plan)]
 _FIGURES = {f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")}
@@ -93,23 +96,33 @@ def run_plan(plan: Plan, at: Workshop) -> dict[str, Any] | None:
     lock.mkdir(parents=True, exist_ok=True)
     with locked(lock) as free:
         if free and not kept.exists():
-            result = _held_out(plan, at) if plan.table == 4 else _measured(plan, at, kept.parent)
+            try:
+                result = _made(plan, at)
+            except (CheckpointError, StudyError) as error:
+                _forget(plan, at, error.problem)
+                result = _made(plan, at)
             _keep(kept, {**result, "machine": at.machine})
             tidy(kept.parent)
     return finished(plan, at)
 
 
-def take_back(path: Path, at: Workshop) -> None:
+def take_back(path: Path, workshops: Mapping[int, Workshop]) -> None:
     """Take the rows of a papers.csv for finished: they were made on another machine, or in a folder that is gone.
+
+    Args:
+        path: the table.
+        workshops: by table.
 
     Raises:
         Refused: they were made with other settings, or are no whole rows of these tables.
     """
-    tier, fix = at.machine.partition(",")[0], "give another folder as --out"
+    fix = "give another folder as --out"
     known = {astuple(plan): plan for plan in plans()}
     try:
         table = pd.read_csv(path, dtype={"value": float, "low": float, "high": float, "seconds": float})
         for values, row in table.groupby(PLAN_COLUMNS, sort=False, dropna=False):
+            at = workshops[known[values].table]
+            tier = at.machine.partition(",")[0]
             [machine], [seconds] = row["machine"].unique(), row["seconds"].unique()
             if str(machine).partition(",")[0] != tier:
                 raise Refused(f"{path} holds rows that are not of the {tier}: {machine}", fix)
@@ -132,6 +145,21 @@ def _kept(plan: Plan, at: Workshop) -> Path:
     return at.folder / "rows" / plan.name / "result.json"
 
 
+def _made(plan: Plan, at: Workshop) -> dict[str, Any]:
+    return _held_out(plan, at) if plan.table == 4 else _measured(plan, at, _kept(plan, at).parent)
+
+
+def _forget(plan: Plan, at: Workshop, problem: str) -> None:
+    """Remove what an earlier attempt left half made, by another version of the settings or with a damaged disk."""
+    if at.listen is not None:
+        at.listen({"event": "warning", "text": f"{plan.name} is made anew: {problem}"})
+    halves = [_kept(plan, at).parent, *(at.folder / "pretrained" / _shared(plan)).glob("*")]
+    halves += [_protocol(plan, at)] if plan.table == 4 else []
+    for half in halves:
+        if not (half / "encoder.safetensors").exists():
+            shutil.rmtree(half, ignore_errors=True)
+
+
 def _shared(plan: Plan) -> str:
     """Names what is trained for a row and others: the pretraining, or one run of the protocol of table 4."""
     return f"holdout-{plan.seed}" if plan.table == 4 else replace(plan, table=0, label_fraction=1.0).name
@@ -140,7 +168,9 @@ def _shared(plan: Plan) -> str:
 def _measured(plan: Plan, at: Workshop, folder: Path) -> dict[str, Any]:
     """The mean over those who train by themselves, each scored on all test patients; of one alone, its interval too."""
     started = time.monotonic()
-    stages = [{"kind": "finetune", **at.tier.finetune, "label_fraction": plan.label_fraction}]
+    passes = min(round(1 / plan.label_fraction), PASSES)
+    finetune = {**at.tier.finetune, "label_fraction": plan.label_fraction, "local_epochs": passes}
+    stages = [{"kind": "finetune", **finetune}]
     scratch = without_pretraining(_study(plan, at.tier, "finetune", stages, "random"), keep_init=False)
     cohort = dataset(plan.dataset, plan.split, scratch, at)
     more = dataset(OUTSIDE[plan.dataset], "none", scratch, at) if plan.init == "outside" else None
@@ -166,7 +196,7 @@ def _sites(plan: Plan, cohort: Cohort, folder: Path) -> dict[str, Site]:
     """Who holds the dataset: one site that has all of it, or several that it is dealt to."""
     if plan.regime == "central":
         return {"central": Site("central", cohort, folder / "sites" / "central")}
-    parts = partition(cohort, SITES, Dirichlet(kind="dirichlet", alpha=ALPHA), seed_for(plan.seed, "partition"))
+    parts = partition(cohort, PARTS, Dirichlet(kind="dirichlet", alpha=ALPHA), seed_for(plan.seed, "partition"))
     dealt = {f"site-{number}": cohort.select(part) for number, part in enumerate(parts, start=1)}
     return {name: Site(name, part, folder / "sites" / name) for name, part in dealt.items()}
 
@@ -194,9 +224,14 @@ def _pretrained(plan: Plan, name: str, team: Mapping[str, Site], more: Cohort | 
     return str(file)
 
 
+def _protocol(plan: Plan, at: Workshop) -> Path:
+    """The run of table 4 that a row is read from."""
+    return at.folder / "holdout" / f"seed-{plan.seed}"
+
+
 def _held_out(plan: Plan, at: Workshop) -> dict[str, Any]:
     """A row of the protocol that leaves each hospital out in turn; the first row that is asked for runs it all."""
-    out = at.folder / "holdout" / f"seed-{plan.seed}"
+    out = _protocol(plan, at)
     wanted = replace(plan, method="simclr", label_fraction=1.0)
     stages = [*pretraining(wanted, at.tier), {"kind": "finetune", **at.tier.finetune}]
     plain = _study(wanted, at.tier, "holdout", stages, "random").model_dump(mode="json")

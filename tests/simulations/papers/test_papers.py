@@ -14,15 +14,15 @@ import pytest
 from PIL import Image
 
 from polyclinic import cli
-from polyclinic.errors import CohortError
-from polyclinic.study import Study
+from polyclinic.errors import CohortError, StudyError
+from polyclinic.study import Study, resolve
 from polyclinic.wire import Tensors
 from polyclinic_client.site import Site
 from polyclinic_simulations.holdout import FRACTIONS
 from polyclinic_simulations.papers import run as module
 from polyclinic_simulations.papers.goals import verdicts
-from polyclinic_simulations.papers.page import plot, render_page
-from polyclinic_simulations.papers.plans import HOSPITALS, SEEDS, TIERS, Plan, Tier, plans, pretraining
+from polyclinic_simulations.papers.page import curves, plot, render_page
+from polyclinic_simulations.papers.plans import HOSPITALS, SEEDS, STARTS, TIERS, Plan, Tier, plans, pretraining
 from polyclinic_simulations.papers.run import Workshop, as_table, dataset, document, finished, run_plan, take_back
 
 from ...tiny import draw, tiny_study
@@ -105,6 +105,48 @@ def test_a_row_is_trained_scored_and_not_made_twice(
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
+@pytest.mark.parametrize("half", ["rows/{row}", "pretrained/0-{shared}"])
+def test_what_another_version_left_half_made_is_made_anew(
+    half: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"row": PLAN.name, "shared": PLAN.name.partition("-")[2]}
+    expected = run(PLAN, data, tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / "rows")
+    if half.startswith("pretrained"):
+        shutil.rmtree(tmp_path / "work" / "pretrained")
+    train = module.train_row
+
+    def other(study: Study, *rest: Any) -> Tensors:
+        train(resolve({**study.model_dump(mode="json"), "study": {"name": "other", "seed": 0}}), *rest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "train_row", other)
+        run(PLAN, data, tmp_path / "work")
+    assert (tmp_path / "work" / half.format(**names) / "central" / "checkpoints").exists()
+    said: list[Mapping[str, Any]] = []
+    found = run_plan(PLAN, Workshop(TINY, data, tmp_path / "work", row_of([])["machine"], listen=said.append))
+    assert found is not None
+    assert found["metrics"] == expected["metrics"]
+    assert any("made anew" in str(event.get("text")) for event in said)
+
+
+def test_a_protocol_of_another_version_is_run_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(4, HOSPITALS[0], "site", "federated", "scratch", "random", 1.0, 0)
+    old = tmp_path / "holdout" / "seed-0" / "study.toml"
+    old.parent.mkdir(parents=True)
+    old.write_text("")
+    made = row_of([0.5, None, None])
+
+    def protocol(plan: Plan, at: Workshop) -> dict[str, Any]:
+        if old.exists():
+            raise StudyError("it holds another study", "resume that one")
+        return made
+
+    monkeypatch.setattr(module, "_held_out", protocol)
+    assert run(plan, tmp_path, tmp_path) == made
+
+
 def test_every_seed_is_pretrained_for_itself(data: Path, tmp_path: Path) -> None:
     results = [run(replace(PLAN, seed=seed), data, tmp_path / "work") for seed in (0, 1)]
     studies = sorted((tmp_path / "work" / "pretrained").glob("*/central/study.toml"))
@@ -134,7 +176,8 @@ def test_the_command_makes_what_is_left_and_shows_all(
     every = [replace(PLAN, method="scratch", seed=seed) for seed in SEEDS]
     for user in ("plans", "run"):
         monkeypatch.setattr(f"polyclinic_simulations.papers.{user}.plans", lambda: iter(every))
-    monkeypatch.setitem(TIERS, "cpu", TINY)
+    other = replace(TINY, batch_size=12)
+    monkeypatch.setitem(TIERS, "cpu", {1: TINY, 3: TINY, 5: other})
     work, out = tmp_path / "work", tmp_path / "out"
     run(every[1], data, work / f"cpu-{TINY.digest}")  # by another process
 
@@ -149,7 +192,9 @@ def test_the_command_makes_what_is_left_and_shows_all(
     shutil.rmtree(work)
     every.append(replace(every[0], table=5))
     assert papers("--minutes", "0", "--table", "3").equals(made)  # nothing is made, nothing is lost
-    assert papers("--table", "5")["table"].unique().tolist() == [1, 5]
+    both = papers("--table", "5")
+    assert both["table"].unique().tolist() == [1, 5]
+    assert all(both.query("table == @k")["machine"].str.contains(t.digest).all() for k, t in ((1, TINY), (5, other)))
     shutil.rmtree(work)
     every.append(replace(every[0], table=3))
     (out / "papers.csv").unlink()
@@ -167,14 +212,14 @@ WHOLE = [f"1,covid-ct,published,central,mae,random,1.0,0,{metric},1,,,1,cpu tier
         ["a,b", "1,2"],
         ["seed", "1"],
         [",".join(COLUMNS), *WHOLE],  # of other settings
-        [",".join(COLUMNS), *(line.replace("tier", f"tier {TIERS['cpu'].digest}") for line in WHOLE[:1])],
+        [",".join(COLUMNS), *(line.replace("tier", f"tier {TIERS['cpu'][1].digest}") for line in WHOLE[:1])],
         [
             ",".join(COLUMNS),
-            *(line.replace("tier", f"tier {TIERS['cpu'].digest}").replace("mae", "") for line in WHOLE),
+            *(line.replace("tier", f"tier {TIERS['cpu'][1].digest}").replace("mae", "") for line in WHOLE),
         ],
         [
             ",".join(COLUMNS),
-            *(line.replace("tier", f"tier {TIERS['cpu'].digest}").replace(",,1", ",,x") for line in WHOLE),
+            *(line.replace("tier", f"tier {TIERS['cpu'][1].digest}").replace(",,1", ",,x") for line in WHOLE),
         ],
         [",".join(COLUMNS), *(line.replace(",cpu tier", ",") for line in WHOLE)],
     ],
@@ -195,7 +240,7 @@ def test_rows_come_back_from_their_table_as_they_were(tmp_path: Path) -> None:
     figures = ([0.1 + 0.2, 0.1, 1 / 3], [0.5, None, None])
     made = {replace(PLAN, seed=k): {**row_of([]), "metrics": dict.fromkeys(module.METRICS, figures[k])} for k in (0, 1)}
     as_table(made).to_csv(tmp_path / "papers.csv", index=False)
-    take_back(tmp_path / "papers.csv", at)
+    take_back(tmp_path / "papers.csv", {1: at})
     assert {plan: finished(plan, at) for plan in made} == made
 
 
@@ -246,16 +291,19 @@ def test_who_trains_in_each_regime(
     regime: str, method: str, trained: list[list[str]], colour: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[list[str]] = []
+    passes: list[int] = []
     train = module.train_row
 
     def noting(study: Study, sites: Mapping[str, Site], *rest: Any) -> Tensors:
         made.append(sorted(sites))
+        passes.append(study.stages[-1].local_epochs)
         return train(study, sites, *rest)
 
     monkeypatch.setattr(module, "train_row", noting)
     plan = Plan(5, "ham10000-subset", "patient", regime, method, "random", 0.5, 0)
     result = run(plan, colour, tmp_path / "work")
     assert made == trained
+    assert passes[-1] == 2  # of half of the labels
     value, low, high = result["metrics"]["auc"]
     assert 0 <= value <= 1
     assert (low is None) == (high is None) == (regime == "alone")  # a mean of five classifiers has no bootstrap
@@ -302,7 +350,7 @@ def test_labels_spared_are_those_beyond_the_first_that_do_as_well() -> None:
 
 
 def test_stages_of_a_row_share_its_epochs() -> None:
-    tier = TIERS["cpu"]
+    tier = TIERS["cpu"][2]
     plan = Plan(2, "ham10000-subset", "patient", "federated", "simclr+micle", "random", 1.0, 0)
     first, second = pretraining(plan, tier)
     assert [first["method"], second["method"]] == ["simclr", "micle"]
@@ -350,7 +398,7 @@ def test_the_page_shows_what_was_run_and_lists_what_was_not() -> None:
     page = render_page(as_table(done), every[2:])
     assert "0.812 (0.812 – 0.812)" in page
     assert "0.8176" in page  # the paper's
-    assert f"Not run ({len([p for p in every[2:] if p.table == 1])})" in page
+    assert f"Not run, or not measurable ({len([p for p in every[2:] if p.table == 1])})" in page
     assert "<b>machine</b>" not in page
     assert render_page(pd.DataFrame(), every)
 
@@ -368,7 +416,25 @@ def test_the_plot_draws_rows_without_an_interval(known: list[int]) -> None:
     assert "<svg" in render_page(as_table(done), [])
 
 
+def test_a_left_out_hospital_has_a_curve_of_every_start() -> None:
+    done = {
+        Plan(4, hospital, "site", "federated", method, "random", fraction, seed): row_of([0.6 + seed / 10, 0.1, 0.9])
+        for hospital in HOSPITALS[:2]
+        for method in STARTS
+        for fraction in (0.0, 1.0)
+        for seed in (0, 1)
+    }
+    drawn = curves(as_table(done))
+    assert [hospital for hospital, _ in drawn] == list(HOSPITALS[:2])
+    for _, picture in drawn:
+        marks = [mark.get("class") for mark in ElementTree.fromstring(picture).iter()]
+        assert (marks.count("whisker"), marks.count("line")) == (6, 3)
+    page = render_page(as_table(done), [])
+    assert all(f"<h3>{hospital}</h3>" in page for hospital in HOSPITALS[:2])
+    assert curves(as_table({PLAN: row_of([0.5, None, None])})) == []
+
+
 def test_tiers_know_every_method_and_dataset_of_their_rows() -> None:
     for plan in plans():
         if plan.method != "scratch" and plan.table != 4:
-            assert all(pretraining(plan, tier) for tier in TIERS.values())
+            assert all(pretraining(plan, tiers[plan.table]) for tiers in TIERS.values())
