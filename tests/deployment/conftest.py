@@ -1,6 +1,7 @@
 """A consortium of real processes on loopback: SuperLink, nginx, three SuperNodes, TLS and node authentication on."""
 
 import csv
+import ctypes
 import http.client
 import json
 import os
@@ -11,13 +12,14 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from polyclinic.processes import PR_SET_PDEATHSIG
 from polyclinic_simulations.phantom import write_site
 
 from .relay import Relay
@@ -27,6 +29,11 @@ ELSEWHERE = "127.1.1.1"
 """An address of the coordinator's that is no site's own loopback address, which is reached without a proxy."""
 RELAYED = "beta"
 """The site whose network can be cut."""
+MARK, MINE = "POLYCLINIC_TESTED_BY", str(os.getpid())
+"""In the environment of all that the tests start, so that they find and kill no process of somebody else's."""
+os.environ[MARK] = MINE
+SHOWN_LINES = 15
+"""Of each of the members' logs, where a test fails."""
 STUDY = """
 [study]
 name = "{name}"
@@ -123,6 +130,7 @@ class Consortium:
                     stdout=log,
                     stderr=log,
                     env={**os.environ, **(environment or {})},
+                    preexec_fn=_end_with_the_tests,
                 )
 
     def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> int:
@@ -169,6 +177,11 @@ class Consortium:
         self.relay.close()
 
 
+def _end_with_the_tests() -> None:
+    """In a child: be told to end when the tests' process is gone, however it went."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def events(run: Path, name: str = "") -> list[dict[str, Any]]:
     """Those of a run, or those of one name; none before the first is whole."""
     path = run / "events.jsonl"
@@ -194,14 +207,15 @@ def finished(run: Path, patience_s: float = 280.0) -> list[dict[str, Any]]:
 
 
 def processes(*words: str) -> list[int]:
-    """Those whose command line holds all of `words`."""
+    """Those of the consortium whose command line holds all of `words`."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            mine = f"{MARK}={MINE}".encode() in path.with_name("environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if all(word in line for word in words) and int(path.parent.name) != os.getpid():
+        if mine and all(word in line for word in words):
             found.append(int(path.parent.name))
     return found
 
@@ -279,6 +293,20 @@ def honest(consortium: Consortium) -> tuple[Path, Path]:
     run = consortium.launch(study)
     finished(run)
     return run, consortium.simulate(study)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows which members' processes have ended, and what each has told last."""
+    report = yield
+    made = getattr(item, "funcargs", {}).get("consortium")
+    if report.failed and made is not None:
+        for name, process in made.processes.items():
+            ended = "" if process.poll() is None else f": ENDED with {process.returncode}"
+            for path in (made.folder / f"{name}.log", *sorted((made.folder / name / "logs").glob("*.log"))):
+                last = path.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
+                report.sections.append((f"{name}{ended}, {path.name}", "\n".join(last)))
+    return report
 
 
 RECOVERIES: list[tuple[str, str, float, int, bool]] = []

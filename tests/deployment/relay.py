@@ -44,8 +44,8 @@ class Relay:
         self._listening.close()
 
     def _accept(self) -> None:
-        with suppress(OSError):
-            while self._open:
+        while self._open:
+            with suppress(OSError):  # of one connection, which must not be the last; or closed
                 near, _ = self._listening.accept()
                 threading.Thread(target=self._forward, args=(near,), daemon=True).start()
 
