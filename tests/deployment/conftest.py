@@ -212,18 +212,29 @@ def processes(*words: str) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            mine = f"{MARK}={MINE}".encode() in path.with_name("environ").read_bytes().split(b"\0")
+            if all(word in line for word in words) and _ours(int(path.parent.name)):
+                found.append(int(path.parent.name))
         except OSError:
             continue
-        if mine and all(word in line for word in words):
-            found.append(int(path.parent.name))
     return found
+
+
+def _ours(pid: int) -> bool:
+    """Whether the tests started it, or one from which it descends: nginx writes its title over its environment."""
+    if f"{MARK}={MINE}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        return True
+    parent = _parent(pid)
+    return parent > 1 and _ours(parent)
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def workers(site: str) -> list[int]:
     """Those that the site's warm process has forked, each for a message."""
     found = processes("polyclinic_client.warm", f"/{site}/")
-    parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in found}
+    parents = {pid: _parent(pid) for pid in found}
     return [pid for pid, parent in parents.items() if parent in parents]
 
 
