@@ -14,11 +14,10 @@ the mask token is an embedding. Encoder and decoder are federated while training
 from typing import cast
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from polyclinic.augment import make_views
-from polyclinic.encoders.vit import VisionTransformer, initialise, pick, sincos_positions
+from polyclinic.encoders.vit import VisionTransformer, initialise, pick, sincos_positions, transformer_block
 from polyclinic.errors import StudyError
 from polyclinic.methods.base import Batch, ViewBatch
 from polyclinic.stages import MAE_VIEWS, Masked
@@ -50,7 +49,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(encoder.dim, width)
         self.mask_token = nn.Embedding(1, width)
-        self.blocks = nn.ModuleList([Block(width, width // HEAD_WIDTH, qkv_bias=True) for _ in range(depth)])
+        self.blocks = nn.ModuleList([transformer_block(width, width // HEAD_WIDTH) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pixels = nn.Linear(width, encoder.channels * encoder.patch**2)
         self.register_buffer("positions", sincos_positions(encoder.grid, width), persistent=False)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from polyclinic.encoders.vit import VisionTransformer, pick, sincos_positions, vit_tiny
+from polyclinic.encoders.vit import VisionTransformer, pick, sincos_positions, transformer_block, vit_tiny
 from polyclinic.seeding import forked
 
 
@@ -73,3 +73,23 @@ def test_pick_takes_each_samples_own_tokens() -> None:
 def test_the_patch_size_is_the_studys() -> None:
     assert vit_tiny(32, 1, 16).tokens(torch.rand(1, 1, 32, 32)).shape == (1, 4, 192)
     assert vit_tiny(32, 3, 4).tokens(torch.rand(1, 3, 32, 32)).shape == (1, 64, 192)
+
+
+def test_attention_in_bf16_on_a_cpu_is_that_of_the_fused_kernel() -> None:
+    """Which is the slower one there."""
+    torch.manual_seed(0)
+    layer, x = transformer_block(24, 2).attn, torch.randn(3, 5, 24, requires_grad=True)
+
+    def answers(bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y = layer(x).float()
+        [gradient] = torch.autograd.grad(y.square().sum(), x)
+        return y, gradient
+
+    assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(answers(True), answers(False), strict=True))
+    with torch.profiler.profile() as seen:
+        answers(True)
+    assert not any("flash" in event.key for event in seen.key_averages())
+    with torch.profiler.profile() as seen:
+        answers(False)
+    assert any("flash" in event.key for event in seen.key_averages())
