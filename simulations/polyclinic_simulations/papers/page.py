@@ -12,7 +12,7 @@ from polyclinic.report.svg import Axis, dots, drawing, element, line, text, tick
 from polyclinic_simulations.holdout_page import LINES, MEANING
 from polyclinic_simulations.holdout_page import plot as by_fraction
 from polyclinic_simulations.papers.goals import verdicts
-from polyclinic_simulations.papers.plans import REFERENCES, STARTS, Plan
+from polyclinic_simulations.papers.plans import REFERENCES, STARTS, TIERS, Plan
 
 ROW = 24
 GROUP = ["dataset", "split", "regime", "method", "init", "label_fraction"]
@@ -38,19 +38,29 @@ def render_page(results: pd.DataFrame, missing: Iterable[Plan]) -> str:
             "title": title,
             "reference": REFERENCES[number],
             "goals": goals[number],
-            "rows": summary(results[results["table"] == number]) if len(results) else [],
-            "plot": plot(results[(results["table"] == number) & (results["split"] != "site")]) if len(results) else "",
-            "curves": curves(results[results["table"] == number]) if len(results) else [],
+            "rows": summary(rows),
+            "plot": plot(rows[rows["split"] != "site"]),
+            "curves": curves(rows),
             "missing": waiting.get(number, []),
+            "made": [made_with(machine) for machine in sorted(rows["machine"].unique())],
         }
         for number, title in TITLES.items()
+        for rows in [results[results["table"] == number]]
     ]
     environment = Environment(
         loader=PackageLoader("polyclinic_simulations.papers", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    machines = sorted(set(results["machine"])) if len(results) else []
     legend = [(meaning, LINES[start]) for start, meaning in MEANING.items()]
-    return environment.get_template("page.html.j2").render(tables=tables, machines=machines, legend=legend)
+    return environment.get_template("page.html.j2").render(tables=tables, legend=legend)
+
+
+def made_with(machine: str) -> str:
+    """The encoder and the size of the images of rows that say so of their machine."""
+    for settings in (settings for tier in TIERS.values() for settings in tier.values()):
+        if settings.digest in machine:
+            patch = f" with patches of {settings.encoder['patch']} px" if "patch" in settings.encoder else ""
+            return f"{settings.encoder['name']}{patch}, images of {settings.images['size']} px; {machine}"
+    return machine
 
 
 def summary(rows: pd.DataFrame) -> list[dict[str, str]]:

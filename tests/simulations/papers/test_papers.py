@@ -400,7 +400,7 @@ def test_the_page_shows_what_was_run_and_lists_what_was_not() -> None:
     assert "0.8176" in page  # the paper's
     assert f"Not run, or not measurable ({len([p for p in every[2:] if p.table == 1])})" in page
     assert "<b>machine</b>" not in page
-    assert render_page(pd.DataFrame(), every)
+    assert render_page(as_table({}), every)
 
 
 @pytest.mark.parametrize("known", [[], [0], [0, 1, 2]])
@@ -438,3 +438,13 @@ def test_tiers_know_every_method_and_dataset_of_their_rows() -> None:
     for plan in plans():
         if plan.method != "scratch" and plan.table != 4:
             assert all(pretraining(plan, tiers[plan.table]) for tiers in TIERS.values())
+
+
+def test_the_page_says_of_each_table_with_what_encoder_it_was_made() -> None:
+    table = replace(PLAN, table=3)
+    machine = f"cpu tier {TIERS['cpu'][3].digest}, x86_64"
+    page = render_page(as_table({table: {**row_of([0.8, 0.7, 0.9]), "machine": machine}}), [])
+    assert f"resnet18, images of 64 px; {machine}" in page
+    machine = f"cpu tier {TIERS['cpu'][1].digest}, x86_64"
+    page = render_page(as_table({PLAN: {**row_of([0.8, 0.7, 0.9]), "machine": machine}}), [])
+    assert f"vit_tiny with patches of 12 px, images of 96 px; {machine}" in page
