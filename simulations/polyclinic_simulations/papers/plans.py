@@ -87,11 +87,12 @@ FULL = Tier(
     finetune={"rounds": 60, "batch_size": 64, "learning_rate": 5e-4, "probe_rounds": 5, "warmup_rounds": 5.0},
     threads=8,
 )
+RESIDUAL, FULL_RESIDUAL = replace(SITES, encoder={"name": "resnet18"}), replace(FULL, encoder={"name": "resnet50"})
 TIERS = {
-    "cpu": {1: CENTRAL, 2: SITES, 3: replace(SITES, encoder={"name": "resnet18"}), 4: SITES, 5: SITES},
-    "gpu": {**dict.fromkeys(range(1, 6), FULL), 3: replace(FULL, encoder={"name": "resnet50"})},
+    "cpu": {1: CENTRAL, 2: RESIDUAL, 3: RESIDUAL, 4: RESIDUAL, 5: SITES},
+    "gpu": {1: FULL, 2: FULL_RESIDUAL, 3: FULL_RESIDUAL, 4: FULL_RESIDUAL, 5: FULL},
 }
-"""By table. The third has ResNets, as MLVICX's paper."""
+"""By table. Those of MICLe, MLVICX and REMEDIS have ResNets, as in their papers; masked methods need transformers."""
 
 LABELS: dict[str, dict[str, list[str]]] = {
     "covid-ct": {"noncovid": ["NonCOVID"], "covid": ["COVID"]},
