@@ -20,6 +20,16 @@ class TierName(StrEnum):
     GPU = "gpu"
 
 
+class Size(StrEnum):
+    """Encoders of the size axis."""
+
+    VIT_TINY = "vit_tiny"
+    VIT_SMALL = "vit_small"
+    VIT_BASE = "vit_base"
+    RESNET18 = "resnet18"
+    RESNET50 = "resnet50"
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command()(papers)
@@ -29,6 +39,9 @@ def papers(
     data: Annotated[Path, typer.Option(help="The folder that holds the datasets, each with its labels.csv.")],
     tier: Annotated[TierName, typer.Option(help="cpu: small, for two cores; gpu: full size.")] = TierName.CPU,
     table: Annotated[list[int] | None, typer.Option(help="Make rows of these tables only.")] = None,
+    encoder: Annotated[
+        Size | None, typer.Option(help="In place of each table's own; rows of methods that it is not for are left out.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where papers.csv and papers.html go.")] = Path("papers"),
     work: Annotated[Path, typer.Option(help="Cohorts, encoders and finished rows.")] = Path(".polyclinic/papers"),
     minutes: Annotated[float, typer.Option(help="Begin no row after so many minutes.", min=0.0)] = 1e6,
@@ -44,6 +57,8 @@ def papers(
       polyclinic papers --data ../images
 
       polyclinic papers --data ../images --table 1 --minutes 60
+
+      polyclinic papers --data ../images --tier gpu --encoder vit_base --out papers-vit-base
     """
     import time
 
@@ -52,11 +67,13 @@ def papers(
     from polyclinic.files import make_folder, write_atomic
     from polyclinic_simulations.display import Display
     from polyclinic_simulations.papers.page import render_page
-    from polyclinic_simulations.papers.plans import TIERS, Plan, plans
+    from polyclinic_simulations.papers.plans import Plan, plans, settings_of, trainable
     from polyclinic_simulations.papers.run import Workshop, as_table, finished, run_plan, take_back
 
+    size = f" with {encoder.value}" if encoder else ""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    every = list(plans())
+    tiers = settings_of(tier.value, encoder and encoder.value)
+    every = [plan for plan in plans() if trainable(plan, tiers[plan.table])]
     wanted = [plan for plan in every if not table or plan.table in table]
     make_folder(out)
     end = time.monotonic() + minutes * 60
@@ -66,12 +83,12 @@ def papers(
                 settings,
                 data,
                 work / f"{tier.value}-{settings.digest}",
-                f"{tier.value} tier {settings.digest}, {where}",
+                f"{tier.value} tier {settings.digest}{size}, {where}",
                 display.reading,
                 lambda e: display.event({**e, "row": "this row"}),
                 display.steps,
             )
-            for number, settings in TIERS[tier.value].items()
+            for number, settings in tiers.items()
         }
 
         def publish(before: set[Plan]) -> set[Plan]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from polyclinic.stages import TOKEN_METHODS
 from polyclinic_simulations.holdout import FRACTIONS
 
 SEEDS = (0, 1, 2)
@@ -93,6 +94,23 @@ TIERS = {
     "gpu": {1: FULL, 2: FULL_RESIDUAL, 3: FULL_RESIDUAL, 4: FULL_RESIDUAL, 5: FULL},
 }
 """By table. Those of MICLe, MLVICX and REMEDIS have ResNets, as in their papers; masked methods need transformers."""
+
+
+def settings_of(tier: str, encoder: str | None = None) -> dict[int, Tier]:
+    """By table; with `encoder` in place of each table's own."""
+    own = TIERS[tier]
+    if encoder is None:
+        return own
+    if encoder.startswith("resnet"):
+        return {table: replace(at, encoder={"name": encoder}) for table, at in own.items()}
+    patch = own[5].encoder  # for tables that have no transformer of their own
+    return {table: replace(at, encoder={**patch, **at.encoder, "name": encoder}) for table, at in own.items()}
+
+
+def trainable(plan: Plan, tier: Tier) -> bool:
+    """Whether the tier's encoder is one that the row's method can use: masked methods skip tokens."""
+    return plan.method not in TOKEN_METHODS or tier.encoder["name"].startswith("vit")
+
 
 LABELS: dict[str, dict[str, list[str]]] = {
     "covid-ct": {"noncovid": ["NonCOVID"], "covid": ["COVID"]},

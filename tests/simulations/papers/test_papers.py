@@ -22,7 +22,18 @@ from polyclinic_simulations.holdout import FRACTIONS
 from polyclinic_simulations.papers import run as module
 from polyclinic_simulations.papers.goals import verdicts
 from polyclinic_simulations.papers.page import curves, plot, render_page
-from polyclinic_simulations.papers.plans import HOSPITALS, SEEDS, STARTS, TIERS, Plan, Tier, plans, pretraining
+from polyclinic_simulations.papers.plans import (
+    HOSPITALS,
+    SEEDS,
+    STARTS,
+    TIERS,
+    Plan,
+    Tier,
+    plans,
+    pretraining,
+    settings_of,
+    trainable,
+)
 from polyclinic_simulations.papers.run import Workshop, as_table, dataset, document, finished, run_plan, take_back
 
 from ...tiny import draw, tiny_study
@@ -438,6 +449,31 @@ def test_tiers_know_every_method_and_dataset_of_their_rows() -> None:
     for plan in plans():
         if plan.method != "scratch" and plan.table != 4:
             assert all(pretraining(plan, tiers[plan.table]) for tiers in TIERS.values())
+
+
+def test_tables_of_another_size_have_the_rows_that_its_encoder_can_train() -> None:
+    small, residual = settings_of("cpu", "vit_small"), settings_of("cpu", "resnet50")
+    assert [small[table].encoder for table in (1, 3)] == [{"name": "vit_small", "patch": patch} for patch in (12, 16)]
+    assert all(at.encoder == {"name": "resnet50"} for at in residual.values())
+    assert replace(small[1], encoder=TIERS["cpu"][1].encoder) == TIERS["cpu"][1]  # all else is the tier's
+    assert settings_of("cpu") == TIERS["cpu"]
+    assert all(trainable(plan, small[plan.table]) for plan in plans())
+    left_out = {plan.method for plan in plans() if not trainable(plan, residual[plan.table])}
+    assert left_out == {"mae", "sssd"}
+
+
+def test_the_command_makes_rows_of_another_size(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = [PLAN, replace(PLAN, method="scratch")]
+    for user in ("plans", "run"):
+        monkeypatch.setattr(f"polyclinic_simulations.papers.{user}.plans", lambda: iter(every))
+    settings = replace(TINY, images={"size": 24})
+    monkeypatch.setitem(TIERS, "cpu", {1: settings, 5: settings})
+    arguments = ["papers", "--data", data, "--work", tmp_path / "work", "--out", tmp_path / "out"]
+    assert cli.run([*map(str, arguments), "--encoder", "resnet18"]) == 0
+    made = pd.read_csv(tmp_path / "out" / "papers.csv")
+    assert set(made["method"]) == {"scratch"}  # a masked method is not for it
+    assert made["machine"].str.contains(" with resnet18, ").all()
+    assert cli.run([*map(str, arguments)]) == 2  # rows of two encoders are no comparison
 
 
 def test_the_page_says_of_each_table_with_what_encoder_it_was_made() -> None:
