@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from polyclinic.cohort import Cohort
 from polyclinic.evaluation.labels import NotMeasurable
 from polyclinic.study import Compute
+from polyclinic.training import use_threads
 
 BATCH = 64
 """Images at once: enough to fill two cores, and below 1 GB with a ResNet-50 at 224 pixels."""
@@ -26,11 +27,15 @@ def features(encoder: nn.Module, cohort: Cohort, compute: Compute, device: torch
 
 
 def encoded(encoder: nn.Module, batches: Iterable[Tensor], compute: Compute, device: torch.device) -> Tensor:
-    """(images, dim) features, on the CPU, of batches of (n, channels, size, size) images in [0, 1]."""
+    """(images, dim) features, on the CPU, of batches of (n, channels, size, size) images in [0, 1].
+
+    With the study's number of threads: others round otherwise, and on cores that are taken they wait spinning for each
+    other, nine times as long as one thread alone.
+    """
     layout = torch.channels_last if compute.layout == "channels_last" else torch.contiguous_format
     training = encoder.training
     encoder.to(device).eval()
-    with torch.inference_mode():
+    with use_threads(compute), torch.inference_mode():
         found = [encoder(images.to(device).contiguous(memory_format=layout)).float().cpu() for images in batches]
     encoder.train(training)
     return torch.cat(found)

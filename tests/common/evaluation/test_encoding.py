@@ -61,6 +61,24 @@ def test_the_encoder_sees_0_to_1_without_gradients_and_keeps_its_mode():
     assert spy.training
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_features_take_the_studys_threads_and_leave_those_of_before(threads):
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen.append(torch.get_num_threads())
+            return x.flatten(1)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        features(Spy(), FakeCohort(2), Compute(threads=threads), CPU)
+        assert (seen, torch.get_num_threads()) == ([threads], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_images_is_said():
     with pytest.raises(NotMeasurable, match="no images"):
         pixel_features(FakeCohort(0))
