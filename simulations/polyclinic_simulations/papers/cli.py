@@ -70,7 +70,6 @@ def papers(
     from polyclinic_simulations.papers.plans import Plan, plans, settings_of, trainable
     from polyclinic_simulations.papers.run import Workshop, as_table, finished, run_plan, take_back
 
-    size = f" with {encoder.value}" if encoder else ""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     tiers = settings_of(tier.value, encoder and encoder.value)
     every = [plan for plan in plans() if trainable(plan, tiers[plan.table])]
@@ -83,7 +82,7 @@ def papers(
                 settings,
                 data,
                 work / f"{tier.value}-{settings.digest}",
-                f"{tier.value} tier {settings.digest}{size}, {where}",
+                f"{tier.value} tier {settings.digest}, {where}",
                 display.reading,
                 lambda e: display.event({**e, "row": "this row"}),
                 display.steps,
