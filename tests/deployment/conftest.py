@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +233,10 @@ def _parent(pid: int) -> int:
 
 def workers(site: str) -> list[int]:
     """Those that the site's warm process has forked, each for a message."""
-    found = processes("polyclinic_client.warm", f"/{site}/")
-    parents = {pid: _parent(pid) for pid in found}
+    parents = dict[int, int]()
+    for pid in processes("polyclinic_client.warm", f"/{site}/"):
+        with suppress(OSError):  # it may have ended since
+            parents[pid] = _parent(pid)
     return [pid for pid, parent in parents.items() if parent in parents]
 
 
@@ -270,11 +272,16 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+MADE: list[Consortium] = []
+"""What the fixture has made, whether or not it started."""
+
+
 @pytest.fixture(scope="session")
 def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]:
     """Enrolled, joined and started. Without nginx it fails: nothing here is shown by leaving the gateway out."""
     assert shutil.which("nginx"), "nginx is not installed"
     made = Consortium(tmp_path_factory.mktemp("consortium"))
+    MADE.append(made)
     made.start("coordinator", *SITES)
     try:
         until(lambda: healthy(made), 60, "the gateway")
@@ -308,12 +315,12 @@ def honest(consortium: Consortium) -> tuple[Path, Path]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failed test shows which members' processes have ended, and what each has told last."""
+    """A failed test shows which members have been stopped, or ended with what code, and what each has told last."""
     report = yield
-    made = getattr(item, "funcargs", {}).get("consortium")
-    if report.failed and made is not None:
-        for name, process in made.processes.items():
-            ended = "" if process.poll() is None else f": ENDED with {process.returncode}"
+    for made in MADE if report.failed else []:
+        for name in ("coordinator", *SITES):
+            process = made.processes.get(name)
+            ended = ": stopped" if process is None else "" if process.poll() is None else f": {process.returncode}"
             for path in (made.folder / f"{name}.log", *sorted((made.folder / name / "logs").glob("*.log"))):
                 last = path.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
                 report.sections.append((f"{name}{ended}, {path.name}", "\n".join(last)))

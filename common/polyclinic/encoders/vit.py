@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from timm.layers import attention
+from timm.layers.config import use_fused_attn
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Attention(attention.Attention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(n, tokens, dim) -> the same."""
-        self.fused_attn = not torch.is_autocast_enabled("cpu")  # type: ignore[misc]  # final for TorchScript only
+        self.fused_attn = use_fused_attn() and not torch.is_autocast_enabled("cpu")  # type: ignore[misc]  # final for TorchScript only
         attended: Tensor = super().forward(x, attn_mask, is_causal)
         return attended
 

@@ -14,7 +14,7 @@ from polyclinic.study import Compute
 from polyclinic.training import use_threads
 
 BATCH = 64
-"""Images at once: enough to fill two cores, and below 1 GB with a ResNet-50 at 224 pixels."""
+"""Images at once: below 1 GB with a ResNet-50 at 224 pixels."""
 
 
 def features(encoder: nn.Module, cohort: Cohort, compute: Compute, device: torch.device) -> NDArray[np.float32]:
@@ -30,7 +30,7 @@ def encoded(encoder: nn.Module, batches: Iterable[Tensor], compute: Compute, dev
     """(images, dim) features, on the CPU, of batches of (n, channels, size, size) images in [0, 1].
 
     With the study's number of threads: others round otherwise, and on cores that are taken they wait spinning for each
-    other, nine times as long as one thread alone.
+    other.
     """
     layout = torch.channels_last if compute.layout == "channels_last" else torch.contiguous_format
     training = encoder.training

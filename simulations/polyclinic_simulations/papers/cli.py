@@ -68,7 +68,8 @@ def papers(
     from polyclinic_simulations.display import Display
     from polyclinic_simulations.papers.page import render_page
     from polyclinic_simulations.papers.plans import Plan, plans, settings_of, trainable
-    from polyclinic_simulations.papers.run import Workshop, as_table, finished, run_plan, take_back
+    from polyclinic_simulations.papers.run import run_plan
+    from polyclinic_simulations.papers.workshop import Workshop, as_table, finished, take_back
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     tiers = settings_of(tier.value, encoder and encoder.value)
@@ -102,7 +103,7 @@ def papers(
                 found = as_table(results)
                 write_atomic(out / "papers.csv", found.to_csv(index=False))
                 missing = [plan for plan in every if not results.get(plan, {}).get("metrics")]
-                write_atomic(out / "papers.html", render_page(found, missing))
+                write_atomic(out / "papers.html", render_page(found, missing, tiers))
             return set(results)
 
         made: set[Plan] = set()

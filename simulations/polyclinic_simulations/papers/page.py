@@ -1,6 +1,6 @@
 """papers.html: every table with its mean over seeds, its published figures, and what has no figures yet."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from polyclinic.report.svg import Axis, dots, drawing, element, line, text, tick
 from polyclinic_simulations.holdout_page import LINES, MEANING
 from polyclinic_simulations.holdout_page import plot as by_fraction
 from polyclinic_simulations.papers.goals import verdicts
-from polyclinic_simulations.papers.plans import REFERENCES, STARTS, TIERS, Plan
+from polyclinic_simulations.papers.plans import REFERENCES, STARTS, Plan, Tier
 
 ROW = 24
 GROUP = ["dataset", "split", "regime", "method", "init", "label_fraction"]
@@ -26,8 +26,11 @@ TITLES = {
 }
 
 
-def render_page(results: pd.DataFrame, missing: Iterable[Plan]) -> str:
-    """The page of `results` (papers.csv) and of the rows that are not in it: not run, or with too few test patients."""
+def render_page(results: pd.DataFrame, missing: Iterable[Plan], tiers: Mapping[int, Tier]) -> str:
+    """The page of `results` (papers.csv) and of the rows that are not in it: not run, or with too few test patients.
+
+    `tiers` are the settings of both, by table.
+    """
     goals = verdicts(results)
     waiting: dict[int, list[str]] = {}
     for plan in missing:
@@ -42,7 +45,8 @@ def render_page(results: pd.DataFrame, missing: Iterable[Plan]) -> str:
             "plot": plot(rows[rows["split"] != "site"]),
             "curves": curves(rows),
             "missing": waiting.get(number, []),
-            "made": [made_with(machine) for machine in sorted(rows["machine"].unique())],
+            "settings": in_words(tiers[number]),
+            "machines": sorted(rows["machine"].unique()),
         }
         for number, title in TITLES.items()
         for rows in [results[results["table"] == number]]
@@ -54,13 +58,10 @@ def render_page(results: pd.DataFrame, missing: Iterable[Plan]) -> str:
     return environment.get_template("page.html.j2").render(tables=tables, legend=legend)
 
 
-def made_with(machine: str) -> str:
-    """The encoder and the size of the images of rows that say so of their machine."""
-    for settings in (settings for tier in TIERS.values() for settings in tier.values()):
-        if settings.digest in machine:
-            patch = f" with patches of {settings.encoder['patch']} px" if "patch" in settings.encoder else ""
-            return f"{settings.encoder['name']}{patch}, images of {settings.images['size']} px; {machine}"
-    return machine
+def in_words(tier: Tier) -> str:
+    """The encoder and the size of the images."""
+    patch = f" with patches of {tier.encoder['patch']} px" if "patch" in tier.encoder else ""
+    return f"{tier.encoder['name']}{patch}, images of {tier.images['size']} px"
 
 
 def summary(rows: pd.DataFrame) -> list[dict[str, str]]:

@@ -60,7 +60,10 @@ class Tier:
 
     @property
     def digest(self) -> str:
-        """Of all of them: rows that were made with others are other rows."""
+        """Of all of them: rows that were made with others are other rows.
+
+        LOCAL_EPOCHS, PARTS, ALPHA and run.PASSES are not in it: who changes one begins a new papers.csv.
+        """
         return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
 
 
@@ -103,8 +106,8 @@ def settings_of(tier: str, encoder: str | None = None) -> dict[int, Tier]:
         return own
     if encoder.startswith("resnet"):
         return {table: replace(at, encoder={"name": encoder}) for table, at in own.items()}
-    patch = own[5].encoder  # for tables that have no transformer of their own
-    return {table: replace(at, encoder={**patch, **at.encoder, "name": encoder}) for table, at in own.items()}
+    patched = own[5].encoder  # for tables that have no transformer of their own
+    return {table: replace(at, encoder={**patched, **at.encoder, "name": encoder}) for table, at in own.items()}
 
 
 def trainable(plan: Plan, tier: Tier) -> bool:

@@ -1,42 +1,27 @@
-"""The papers' tables on a dataset of a few images: rows, resumption, documents, the page."""
+"""The papers' tables on datasets of a few images: rows, resumption, documents, the command."""
 
-import csv
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
-from PIL import Image
 
 from polyclinic import cli
-from polyclinic.errors import CohortError, StudyError
+from polyclinic.errors import CheckpointError, CohortError
 from polyclinic.study import Study, resolve
 from polyclinic.wire import Tensors
 from polyclinic_client.site import Site
-from polyclinic_simulations.holdout import FRACTIONS
 from polyclinic_simulations.papers import run as module
-from polyclinic_simulations.papers.goals import verdicts
-from polyclinic_simulations.papers.page import curves, plot, render_page
-from polyclinic_simulations.papers.plans import (
-    HOSPITALS,
-    SEEDS,
-    STARTS,
-    TIERS,
-    Plan,
-    Tier,
-    plans,
-    pretraining,
-    settings_of,
-    trainable,
-)
-from polyclinic_simulations.papers.run import Workshop, as_table, dataset, document, finished, run_plan, take_back
+from polyclinic_simulations.papers.datasets import dataset, document
+from polyclinic_simulations.papers.plans import HOSPITALS, SEEDS, TIERS, Plan
+from polyclinic_simulations.papers.run import run_plan
+from polyclinic_simulations.papers.workshop import METRICS, Workshop, as_table, finished, take_back
 
-from ...tiny import draw, tiny_study
+from ...tiny import tiny_study
+from .conftest import PLAN, TINY, row_of, run
 
 COLUMNS = [
     "table",
@@ -54,42 +39,6 @@ COLUMNS = [
     "seconds",
     "machine",
 ]
-TINY = Tier(
-    images={"size": 16},
-    encoder={"name": "vit_tiny", "patch": 8},
-    epochs=dict.fromkeys(("mae", "sssd", "simclr", "mlvicx", "vicreg"), 6),
-    batch_size=16,
-    finetune={"rounds": 2, "batch_size": 16},
-    threads=1,
-)
-PLAN = Plan(1, "covid-ct", "published", "central", "mae", "random", 1.0, 0)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """covid-ct and luna16-slices in miniature."""
-    for name, images, label in (("covid-ct", 36, True), ("luna16-slices", 8, False)):
-        folder = tmp_path / "data" / name
-        (folder / "images").mkdir(parents=True)
-        with (folder / "labels.csv").open("w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["image", "label", "patient", "split", "source_file"])
-            for k in range(images):
-                word = ("COVID", "NonCOVID")[k % 2] if label else ""
-                Image.fromarray(draw(k, "spot" if word == "COVID" else "clear")).save(folder / "images" / f"{k}.png")
-                split = ("train", "train", "test")[k // 2 % 3] if label else ""
-                table.writerow([f"images/{k}.png", word, f"patient {max(k, 4)}", split, f"document {k // 4}-p{k}.png"])
-    return tmp_path / "data"
-
-
-def row_of(value: list[float | None], metric: str = "auc") -> dict[str, Any]:
-    return {"metrics": {metric: value}, "seconds": 1.0, "machine": f"cpu tier {TINY.digest}, paper"}
-
-
-def run(plan: Plan, data: Path, work: Path) -> dict[str, Any]:
-    result = run_plan(plan, Workshop(TINY, data, work, row_of([])["machine"]))
-    assert result is not None
-    return result
 
 
 @pytest.mark.parametrize(
@@ -142,20 +91,14 @@ def test_what_another_version_left_half_made_is_made_anew(
     assert any("made anew" in str(event.get("text")) for event in said)
 
 
-def test_a_protocol_of_another_version_is_run_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan(4, HOSPITALS[0], "site", "federated", "scratch", "random", 1.0, 0)
-    old = tmp_path / "holdout" / "seed-0" / "study.toml"
-    old.parent.mkdir(parents=True)
-    old.write_text("")
-    made = row_of([0.5, None, None])
-
-    def protocol(plan: Plan, at: Workshop) -> dict[str, Any]:
-        if old.exists():
-            raise StudyError("it holds another study", "resume that one")
-        return made
-
-    monkeypatch.setattr(module, "_held_out", protocol)
-    assert run(plan, tmp_path, tmp_path) == made
+def test_a_damaged_encoder_is_trained_again(data: Path, tmp_path: Path) -> None:
+    expected = run(PLAN, data, tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / "rows")
+    [encoder] = (tmp_path / "work" / "pretrained").rglob("encoder.safetensors")
+    whole = encoder.read_bytes()
+    encoder.write_bytes(whole[:-4] + bytes(4))
+    assert run(PLAN, data, tmp_path / "work")["metrics"] == expected["metrics"]
+    assert encoder.read_bytes() == whole
 
 
 def test_every_seed_is_pretrained_for_itself(data: Path, tmp_path: Path) -> None:
@@ -170,7 +113,7 @@ def test_processes_on_one_folder_make_different_rows(tmp_path: Path, monkeypatch
     kin = replace(PLAN, label_fraction=0.5)
     other, made = replace(PLAN, method="scratch"), row_of([0.5, None, None])
 
-    def measured(plan: Plan, at: Workshop, folder: Path) -> dict[str, Any]:
+    def measured(plan: Plan, at: Workshop) -> dict[str, Any]:
         if plan == PLAN:  # meanwhile, as other processes would:
             assert run_plan(PLAN, at) is run_plan(kin, at) is None  # they share a pretraining
             assert run_plan(other, at) == made
@@ -185,10 +128,10 @@ def test_the_command_makes_what_is_left_and_shows_all(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = [replace(PLAN, method="scratch", seed=seed) for seed in SEEDS]
-    for user in ("plans", "run"):
+    for user in ("plans", "workshop"):
         monkeypatch.setattr(f"polyclinic_simulations.papers.{user}.plans", lambda: iter(every))
     other = replace(TINY, batch_size=12)
-    monkeypatch.setitem(TIERS, "cpu", {1: TINY, 3: TINY, 5: other})
+    monkeypatch.setitem(TIERS, "cpu", {**dict.fromkeys(range(1, 6), TINY), 5: other})
     work, out = tmp_path / "work", tmp_path / "out"
     run(every[1], data, work / f"cpu-{TINY.digest}")  # by another process
 
@@ -213,7 +156,7 @@ def test_the_command_makes_what_is_left_and_shows_all(
     assert papers("--table", "3")[["table", "seed"]].drop_duplicates().to_numpy().tolist() == [[1, 2], [3, 0]]
 
 
-WHOLE = [f"1,covid-ct,published,central,mae,random,1.0,0,{metric},1,,,1,cpu tier" for metric in module.METRICS]
+WHOLE = [f"1,covid-ct,published,central,mae,random,1.0,0,{metric},1,,,1,cpu tier" for metric in METRICS]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +192,7 @@ def test_a_table_of_other_rows_is_not_written_over(
 def test_rows_come_back_from_their_table_as_they_were(tmp_path: Path) -> None:
     at = Workshop(TINY, tmp_path, tmp_path / "work", f"cpu tier {TINY.digest}, another machine")
     figures = ([0.1 + 0.2, 0.1, 1 / 3], [0.5, None, None])
-    made = {replace(PLAN, seed=k): {**row_of([]), "metrics": dict.fromkeys(module.METRICS, figures[k])} for k in (0, 1)}
+    made = {replace(PLAN, seed=k): {**row_of([]), "metrics": dict.fromkeys(METRICS, figures[k])} for k in (0, 1)}
     as_table(made).to_csv(tmp_path / "papers.csv", index=False)
     take_back(tmp_path / "papers.csv", {1: at})
     assert {plan: finished(plan, at) for plan in made} == made
@@ -272,22 +215,6 @@ def test_the_border_control_sees_nothing_but_the_rim(data: Path, tmp_path: Path)
     )
     assert (rim[:, :, 2:-2, 2:-2] == 0).all()
     assert (rim[:, :, :2] == whole[:, :, :2]).all()
-
-
-@pytest.fixture
-def colour(tmp_path: Path) -> Path:
-    """ham10000-subset in miniature: seven classes, pairs of photographs."""
-    folder = tmp_path / "data" / "ham10000-subset"
-    folder.mkdir(parents=True)
-    words = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
-    with (folder / "labels.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "label", "patient"])
-        for k in range(7 * 24):
-            grey = Image.fromarray(draw(k, "spot" if k // 2 % 7 % 2 else "clear"))
-            grey.convert("RGB").save(folder / f"{k}.png")
-            table.writerow([f"{k}.png", words[k // 2 % 7], f"lesion {k // 2}"])
-    return tmp_path / "data"
 
 
 @pytest.mark.parametrize(
@@ -322,68 +249,20 @@ def test_who_trains_in_each_regime(
     assert weights == ["encoder.safetensors"] * (method != "scratch")
 
 
-def test_goals_are_met_missed_or_not_measured() -> None:
-    def row(method: str, metric: str, *values: float) -> list[dict[str, Any]]:
-        plan = Plan(1, "covid-ct", "published", "central", method, "random", 1.0, 0)
-        rows = [as_table({replace(plan, seed=k): done(metric, value)}) for k, value in enumerate(values)]
-        return pd.concat(rows).to_dict("records")
-
-    def done(metric: str, value: float) -> dict[str, Any]:
-        return row_of([value, None, None], metric)
-
-    rows = [*row("sssd", "accuracy", 0.80, 0.82, 0.84), *row("sssd", "auc", 0.7, 0.8, 0.9)]
-    assert verdicts(pd.DataFrame([*rows, *row("mae", "auc", 0.85)]))[1][1].endswith("not measured")  # one seed of three
-    rows += row("mae", "auc", 0.85, 0.85, 0.85)
-    said = verdicts(pd.DataFrame(rows))
-    assert said[1] == [
-        "accuracy of SSSD from these images alone, at least 0.8176: met: 0.820",
-        "AUC of SSSD over that of the masked autoencoder, at least 0: missed: -0.050",
-    ]
-    assert all(text.endswith("not measured") for number in (2, 3, 4, 5) for text in said[number])
-    assert set(verdicts(pd.DataFrame())) == {1, 2, 3, 4, 5}
-
-
-def test_labels_spared_are_those_beyond_the_first_that_do_as_well() -> None:
-    def at(hospital: str, method: str, fraction: float, value: float) -> pd.DataFrame:
-        plan = Plan(4, hospital, "site", "federated", method, "random", fraction, 0)
-        result = row_of([value, None, None])
-        return as_table({replace(plan, seed=seed): result for seed in SEEDS})
-
-    for reached, expected in (
-        (0.2, "met: 0.800"),
-        (0.33, "met: 0.670"),
-        (0.5, "missed: 0.500"),
-        (2.0, "missed: -1.000"),
-    ):
-        rows = [at(HOSPITALS[0], "scratch", 1.0, 0.9)]
-        rows += [at(HOSPITALS[0], "simclr", f, 0.9 if f >= reached else 0.8) for f in FRACTIONS]
-        assert verdicts(pd.concat(rows))[4][0].endswith(expected)
-
-
-def test_stages_of_a_row_share_its_epochs() -> None:
-    tier = TIERS["cpu"][2]
-    plan = Plan(2, "ham10000-subset", "patient", "federated", "simclr+micle", "random", 1.0, 0)
-    first, second = pretraining(plan, tier)
-    assert [first["method"], second["method"]] == ["simclr", "micle"]
-    assert sum(stage["rounds"] * stage["local_epochs"] for stage in (first, second)) == tier.epochs["simclr"]
-    [central] = pretraining(replace(plan, regime="central", method="mae"), tier)
-    assert central["rounds"] * central["local_epochs"] == tier.epochs["mae"]
-
-
 def test_rows_of_a_left_out_hospital_come_from_one_run_of_the_protocol(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures = {f"{name}{end}": 0.7 for name in module.METRICS for end in ("", "_low", "_high")}
+    figures = {f"{name}{end}": 0.7 for name in METRICS for end in ("", "_low", "_high")}
     rows = [
         {"held_out": HOSPITALS[0], "start": "joined", "scope": scope, "label_fraction": fraction, **figures, "auc": auc}
         for scope, fraction, auc in (("in-distribution", 0.0, 0.6), ("held-out", 0.0, 0.8), ("held-out", 0.1, 0.9))
     ]
     resumed = []
 
-    def protocol(study: object, out: Path, *_: object, resume: bool, **__: object) -> None:
+    def protocol(study: Study, out: Path, *_: object, resume: bool, **__: object) -> None:
         resumed.append(resume)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "study.toml").write_text("")
+        (out / "study.toml").write_text(study.to_toml())
         pd.DataFrame([{**row, "seconds": 3.0} for row in rows]).to_csv(out / "holdout.csv")
 
     monkeypatch.setattr(module, "leave_one_site_out", protocol)
@@ -395,79 +274,41 @@ def test_rows_of_a_left_out_hospital_come_from_one_run_of_the_protocol(
     assert resumed == [False, True, True]
 
 
+@pytest.mark.parametrize("found", ["", "images.size = 24\n"])
+def test_a_protocol_of_other_settings_is_run_anew_and_a_damaged_one_is_kept(
+    found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "holdout" / "seed-0"
+    (out / "holdout").mkdir(parents=True)
+    (out / "study.toml").write_text(found)
+    begun = []
+
+    def protocol(study: Study, out: Path, *_: object, resume: bool, **__: object) -> None:
+        begun.append((resume, out.exists()))
+        out.mkdir(exist_ok=True)
+        (out / "study.toml").write_text(study.to_toml())
+        raise CheckpointError("a checkpoint is damaged", "copy it again")
+
+    monkeypatch.setattr(module, "leave_one_site_out", protocol)
+    plan = Plan(4, HOSPITALS[0], "site", "federated", "scratch", "random", 1.0, 0)
+    for _ in range(2):
+        with pytest.raises(CheckpointError) as caught:
+            run(plan, tmp_path, tmp_path)
+        assert str(out) in caught.value.fix
+    assert begun == [(False, False), (True, True)]
+
+
 def test_a_missing_dataset_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(CohortError, match="nih-chestxray8-subset"):
         run(replace(PLAN, dataset="nih-chestxray8-subset", split="patient"), data, tmp_path / "work")
 
 
-def test_the_page_shows_what_was_run_and_lists_what_was_not() -> None:
-    every = list(plans())
-    assert len({plan.name for plan in every}) == len(every)
-    assert {plan.table for plan in every} == {1, 2, 3, 4, 5}
-    metrics = {"auc": [0.812, 0.7, 0.9], "accuracy": [0.75, 0.6, 0.8], "balanced_accuracy": [0.74, None, None]}
-    done = {plan: {"metrics": metrics, "seconds": 60.0, "machine": "<b>machine</b>"} for plan in every[:2]}
-    page = render_page(as_table(done), every[2:])
-    assert "0.812 (0.812 – 0.812)" in page
-    assert "0.8176" in page  # the paper's
-    assert f"Not run, or not measurable ({len([p for p in every[2:] if p.table == 1])})" in page
-    assert "<b>machine</b>" not in page
-    assert render_page(as_table({}), every)
-
-
-@pytest.mark.parametrize("known", [[], [0], [0, 1, 2]])
-def test_the_plot_draws_rows_without_an_interval(known: list[int]) -> None:
-    ends = {seed: [0.6 + seed / 10, 0.9] if seed in known else [None, None] for seed in SEEDS}
-    done = {
-        replace(PLAN, seed=seed): row_of([0.8, *ends[seed]]) for seed in SEEDS
-    }  # as of a mean over sites that train alone
-    picture = plot(as_table(done))
-    assert not re.search(r"nan|inf", picture, re.IGNORECASE)
-    marks = [mark.get("class") for mark in ElementTree.fromstring(picture).iter()]
-    assert (marks.count("strip"), marks.count("whisker")) == (3, len(known))
-    assert "<svg" in render_page(as_table(done), [])
-
-
-def test_a_left_out_hospital_has_a_curve_of_every_start() -> None:
-    done = {
-        Plan(4, hospital, "site", "federated", method, "random", fraction, seed): row_of([0.6 + seed / 10, 0.1, 0.9])
-        for hospital in HOSPITALS[:2]
-        for method in STARTS
-        for fraction in (0.0, 1.0)
-        for seed in (0, 1)
-    }
-    drawn = curves(as_table(done))
-    assert [hospital for hospital, _ in drawn] == list(HOSPITALS[:2])
-    for _, picture in drawn:
-        marks = [mark.get("class") for mark in ElementTree.fromstring(picture).iter()]
-        assert (marks.count("whisker"), marks.count("line")) == (6, 3)
-    page = render_page(as_table(done), [])
-    assert all(f"<h3>{hospital}</h3>" in page for hospital in HOSPITALS[:2])
-    assert curves(as_table({PLAN: row_of([0.5, None, None])})) == []
-
-
-def test_tiers_know_every_method_and_dataset_of_their_rows() -> None:
-    for plan in plans():
-        if plan.method != "scratch" and plan.table != 4:
-            assert all(pretraining(plan, tiers[plan.table]) for tiers in TIERS.values())
-
-
-def test_tables_of_another_size_have_the_rows_that_its_encoder_can_train() -> None:
-    small, residual = settings_of("cpu", "vit_small"), settings_of("cpu", "resnet50")
-    assert [small[table].encoder for table in (1, 3)] == [{"name": "vit_small", "patch": patch} for patch in (12, 16)]
-    assert all(at.encoder == {"name": "resnet50"} for at in residual.values())
-    assert replace(small[1], encoder=TIERS["cpu"][1].encoder) == TIERS["cpu"][1]  # all else is the tier's
-    assert settings_of("cpu") == TIERS["cpu"]
-    assert all(trainable(plan, small[plan.table]) for plan in plans())
-    left_out = {plan.method for plan in plans() if not trainable(plan, residual[plan.table])}
-    assert left_out == {"mae", "sssd"}
-
-
 def test_the_command_makes_rows_of_another_size(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = [PLAN, replace(PLAN, method="scratch")]
-    for user in ("plans", "run"):
+    for user in ("plans", "workshop"):
         monkeypatch.setattr(f"polyclinic_simulations.papers.{user}.plans", lambda: iter(every))
     settings = replace(TINY, images={"size": 24})
-    monkeypatch.setitem(TIERS, "cpu", {1: settings, 5: settings})
+    monkeypatch.setitem(TIERS, "cpu", dict.fromkeys(range(1, 6), settings))
     arguments = ["papers", "--data", data, "--work", tmp_path / "work", "--out", tmp_path / "out"]
     assert cli.run([*map(str, arguments), "--encoder", "resnet18"]) == 0
     made = pd.read_csv(tmp_path / "out" / "papers.csv")
@@ -475,13 +316,3 @@ def test_the_command_makes_rows_of_another_size(data: Path, tmp_path: Path, monk
     own = replace(settings, encoder={"name": "resnet18"})
     assert made["machine"].str.contains(own.digest).all()
     assert cli.run([*map(str, arguments)]) == 2  # rows of two encoders are no comparison
-
-
-def test_the_page_says_of_each_table_with_what_encoder_it_was_made() -> None:
-    table = replace(PLAN, table=3)
-    machine = f"cpu tier {TIERS['cpu'][3].digest}, x86_64"
-    page = render_page(as_table({table: {**row_of([0.8, 0.7, 0.9]), "machine": machine}}), [])
-    assert f"resnet18, images of 64 px; {machine}" in page
-    machine = f"cpu tier {TIERS['cpu'][1].digest}, x86_64"
-    page = render_page(as_table({PLAN: {**row_of([0.8, 0.7, 0.9]), "machine": machine}}), [])
-    assert f"vit_tiny with patches of 12 px, images of 96 px; {machine}" in page

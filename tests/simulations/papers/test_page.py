@@ -1,0 +1,111 @@
+"""What the tables show: goals, plots, curves, what was not run."""
+
+import re
+from dataclasses import replace
+from typing import Any
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+
+from polyclinic_simulations.holdout import FRACTIONS
+from polyclinic_simulations.papers.goals import verdicts
+from polyclinic_simulations.papers.page import curves, plot, render_page
+from polyclinic_simulations.papers.plans import HOSPITALS, SEEDS, STARTS, TIERS, Plan, plans, settings_of
+from polyclinic_simulations.papers.workshop import as_table
+
+from .conftest import PLAN, row_of
+
+
+def test_goals_are_met_missed_or_not_measured() -> None:
+    def row(method: str, metric: str, *values: float) -> list[dict[str, Any]]:
+        plan = Plan(1, "covid-ct", "published", "central", method, "random", 1.0, 0)
+        rows = [as_table({replace(plan, seed=k): done(metric, value)}) for k, value in enumerate(values)]
+        return pd.concat(rows).to_dict("records")
+
+    def done(metric: str, value: float) -> dict[str, Any]:
+        return row_of([value, None, None], metric)
+
+    rows = [*row("sssd", "accuracy", 0.80, 0.82, 0.84), *row("sssd", "auc", 0.7, 0.8, 0.9)]
+    assert verdicts(pd.DataFrame([*rows, *row("mae", "auc", 0.85)]))[1][1].endswith("not measured")  # one seed of three
+    rows += row("mae", "auc", 0.85, 0.85, 0.85)
+    said = verdicts(pd.DataFrame(rows))
+    assert said[1] == [
+        "accuracy of SSSD from these images alone, at least 0.8176: met: 0.820",
+        "AUC of SSSD over that of the masked autoencoder, at least 0: missed: -0.050",
+    ]
+    assert all(text.endswith("not measured") for number in (2, 3, 4, 5) for text in said[number])
+    assert set(verdicts(pd.DataFrame())) == {1, 2, 3, 4, 5}
+
+
+def test_labels_spared_are_those_beyond_the_first_that_do_as_well() -> None:
+    def at(hospital: str, method: str, fraction: float, value: float) -> pd.DataFrame:
+        plan = Plan(4, hospital, "site", "federated", method, "random", fraction, 0)
+        result = row_of([value, None, None])
+        return as_table({replace(plan, seed=seed): result for seed in SEEDS})
+
+    for reached, expected in (
+        (0.2, "met: 0.800"),
+        (0.33, "met: 0.670"),
+        (0.5, "missed: 0.500"),
+        (2.0, "missed: -1.000"),
+    ):
+        rows = [at(HOSPITALS[0], "scratch", 1.0, 0.9)]
+        rows += [at(HOSPITALS[0], "simclr", f, 0.9 if f >= reached else 0.8) for f in FRACTIONS]
+        assert verdicts(pd.concat(rows))[4][0].endswith(expected)
+
+
+def test_the_page_shows_what_was_run_and_lists_what_was_not() -> None:
+    every = list(plans())
+    assert len({plan.name for plan in every}) == len(every)
+    assert {plan.table for plan in every} == {1, 2, 3, 4, 5}
+    metrics = {"auc": [0.812, 0.7, 0.9], "accuracy": [0.75, 0.6, 0.8], "balanced_accuracy": [0.74, None, None]}
+    done = {plan: {"metrics": metrics, "seconds": 60.0, "machine": "<b>machine</b>"} for plan in every[:2]}
+    page = render_page(as_table(done), every[2:], TIERS["cpu"])
+    assert "0.812 (0.812 – 0.812)" in page
+    assert "0.8176" in page  # the paper's
+    assert f"Not run, or not measurable ({len([p for p in every[2:] if p.table == 1])})" in page
+    assert "<b>machine</b>" not in page
+    assert render_page(as_table({}), every, TIERS["cpu"])
+
+
+@pytest.mark.parametrize("known", [[], [0], [0, 1, 2]])
+def test_the_plot_draws_rows_without_an_interval(known: list[int]) -> None:
+    ends = {seed: [0.6 + seed / 10, 0.9] if seed in known else [None, None] for seed in SEEDS}
+    done = {
+        replace(PLAN, seed=seed): row_of([0.8, *ends[seed]]) for seed in SEEDS
+    }  # as of a mean over sites that train alone
+    picture = plot(as_table(done))
+    assert not re.search(r"nan|inf", picture, re.IGNORECASE)
+    marks = [mark.get("class") for mark in ElementTree.fromstring(picture).iter()]
+    assert (marks.count("strip"), marks.count("whisker")) == (3, len(known))
+    assert "<svg" in render_page(as_table(done), [], TIERS["cpu"])
+
+
+def test_a_left_out_hospital_has_a_curve_of_every_start() -> None:
+    done = {
+        Plan(4, hospital, "site", "federated", method, "random", fraction, seed): row_of([0.6 + seed / 10, 0.1, 0.9])
+        for hospital in HOSPITALS[:2]
+        for method in STARTS
+        for fraction in (0.0, 1.0)
+        for seed in (0, 1)
+    }
+    drawn = curves(as_table(done))
+    assert [hospital for hospital, _ in drawn] == list(HOSPITALS[:2])
+    for _, picture in drawn:
+        marks = [mark.get("class") for mark in ElementTree.fromstring(picture).iter()]
+        assert (marks.count("whisker"), marks.count("line")) == (6, 3)
+    page = render_page(as_table(done), [], TIERS["cpu"])
+    assert all(f"<h3>{hospital}</h3>" in page for hospital in HOSPITALS[:2])
+    assert curves(as_table({PLAN: row_of([0.5, None, None])})) == []
+
+
+def test_the_page_says_of_each_table_with_what_encoder_it_was_made() -> None:
+    made = as_table({replace(PLAN, table=table): row_of([0.8, 0.7, 0.9]) for table in (1, 3)})
+    page = render_page(made, [], TIERS["cpu"])
+    assert "resnet18, images of 64 px. " in page
+    assert "vit_tiny with patches of 12 px, images of 96 px. " in page
+    page = render_page(made, [], settings_of("cpu", "vit_small"))
+    assert "vit_small with patches of 16 px, images of 64 px. " in page
+    assert "vit_small with patches of 12 px, images of 96 px. " in page
+    assert "vit_tiny" not in page
