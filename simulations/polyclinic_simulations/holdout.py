@@ -146,7 +146,7 @@ def _start(
     save_encoder(folder / "encoder.safetensors", encoder_of(tuned, tensors), tuned)
     for fraction in FRACTIONS[1:]:
         here = folder / f"labels-{fraction}"
-        own = _finetuning(tuned, folder / "encoder.safetensors", here, fraction)
+        own = _finetuning(study, folder / "encoder.safetensors", here, fraction)
         if reason := _unlabelled(own, home):
             yield "held-out", fraction, reason
         else:
@@ -195,13 +195,14 @@ def _train(study: Study, sites: Mapping[str, Site], folder: Path, progress: Prog
 def _finetuning(study: Study, encoder: Path | None, folder: Path, fraction: float | None = None) -> Study:
     """The study's fine-tuning alone, from an encoder's file (None: from the study's initial weights).
 
-    With `fraction`, its last stage alone, with that part of the labels.
+    With `fraction`, its last stage alone, with that part of the labels. An encoder that knows something, also the
+    supervised start's at the new hospital, is spared as the stages say; random weights are not.
     """
-    plain = without_pretraining(study, keep_init=True).model_dump(mode="json")
-    if fraction is not None:
-        plain["stages"] = [{**plain["stages"][-1], "label_fraction": fraction}]
     if encoder is None:
-        return resolve(plain)
+        return without_pretraining(study, keep_init=True)
+    plain = study.model_dump(mode="json")
+    stages = [stage for stage in plain["stages"] if stage["kind"] == "finetune"]
+    plain["stages"] = stages if fraction is None else [{**stages[-1], "label_fraction": fraction}]
     plain["encoder"]["init"] = {"family": "polyclinic", "file": str(encoder.resolve())}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "finetuning.toml"

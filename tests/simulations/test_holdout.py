@@ -27,8 +27,8 @@ from ..tiny import SIMCLR, SITES, TinyEncoder, in_memory, tiny_study, write_coho
 TUNE = {"kind": "finetune", "rounds": 2, "batch_size": 8, "learning_rate": 0.02, "views": {"flip": False}}
 LABELS = {"labels": {"spot": ["spot"], "clear": ["clear"]}}
 FEW = (0.0, 0.5, 1.0)
-Training = tuple[list[str], list[str], float | None]
-"""(methods, sites, label fraction) of something that is trained."""
+Training = tuple[list[str], list[str], float | None, float | None]
+"""(methods, sites, label fraction, decay of the rate by layer) of something that is trained."""
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +64,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     folder, made, train = tmp_path_factory.mktemp("whole"), list[Training](), holdout.train_row
 
     def noting(study: Study, sites: Any, *rest: Any) -> Tensors:
-        fraction = getattr(study.stages[-1], "label_fraction", None)
-        made.append(([stage.method for stage in study.stages], sorted(sites), fraction))
+        fraction, decay = (getattr(study.stages[-1], name, None) for name in ("label_fraction", "layer_decay"))
+        made.append(([stage.method for stage in study.stages], sorted(sites), fraction, decay))
         return train(study, sites, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -83,11 +83,12 @@ def test_the_held_out_site_trains_only_where_it_may(
     assert list(summary["leave_one_site_out"]) == list(SITES)
     for number, held in enumerate(SITES):
         others = [name for name in SITES if name != held]
-        tuning = [(["supervised"], others, 1.0), (["supervised"], [held], 0.5), (["supervised"], [held], 1.0)]
+        here = [(["supervised"], [held], 0.5, 0.75), (["supervised"], [held], 1.0, 0.75)]
+        spared, random = ((["supervised"], others, 1.0, decay) for decay in (0.75, 1.0))
         expected = [
-            (["simclr"], others, None), *tuning,
-            (["simclr"], list(SITES), None), *tuning,
-            *tuning,
+            (["simclr"], others, None, None), spared, *here,
+            (["simclr"], list(SITES), None, None), spared, *here,
+            random, *here,
         ]  # fmt: skip
         assert trainings[number * 11 : (number + 1) * 11] == expected
     rows = pd.read_csv(folder / "run" / "holdout.csv")
