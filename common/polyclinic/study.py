@@ -135,7 +135,7 @@ class Evaluation(Settings):
     test_fraction: float = Field(default=0.3, gt=0, lt=1)
     """Of each site's patients, with split = "patient"."""
     every: int = Field(default=1, ge=0)
-    """Rounds between probes at the sites; 0: only after the last round."""
+    """Rounds between probes at the sites, which also see a collapse; 0: only after the last round."""
     neighbours: int = Field(default=10, ge=1, le=1_000)
     """k of the kNN probe."""
     rows: list[Row] = Field(default_factory=lambda: list(get_args(Row)))

@@ -9,7 +9,7 @@ Under differential privacy no figure that a site measures on patients is asked f
 dropped unseen: neither metrics nor events hold any, and nothing is stopped by one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -68,6 +68,7 @@ def run_study(
         StudyError: the sites' weights cannot be added up exactly, the sites are too few for the rule, or no round keeps
             to the study's epsilon.
         EpsilonSpent: the next round would pass it, or too many sites may spend no more.
+        Collapsed: a pretrain stage gives every image nearly the same features.
     """
     _summable(study, seats)
     quorum = _quorum(study, len(seats))
@@ -196,21 +197,26 @@ def _stop_early(study: Study, run: RunDir, round: Round, best: Best, tensors: Te
     return checkpoints.load_best(run.checkpoints, best), last
 
 
-def _stop_collapsed(study: Study, round: Round, accepted: Mapping[str, Reply]) -> None:
+def _stop_collapsed(study: Study, made: int, measured: Collection[Mapping[str, float]]) -> None:
     """End a pretrain stage whose encoder most sites find collapsed, once a quarter of its rounds lies behind.
+
+    Args:
+        made: rounds of the study after which the encoder was measured.
+        measured: what each site found.
 
     Raises:
         Collapsed: it has.
     """
-    stage, made = study.stage_of(round.number - 1)
-    found = [reply.evaluation for reply in accepted.values() if reply.evaluation.keys() >= FIGURES]
-    alike = sum(collapsed(values) for values in found)
+    if not made:
+        return
+    stage, last = study.stage_of(made - 1)
     settings = study.stages[stage]
-    if isinstance(settings, Finetune) or made < max(1, settings.rounds / 4) or 2 * alike <= len(accepted):
+    alike = sum(collapsed(found) for found in measured if found.keys() >= FIGURES)
+    if isinstance(settings, Finetune) or last + 1 < settings.rounds / 4 or 2 * alike <= len(measured):
         return
     raise Collapsed(
-        f"the encoder has collapsed: at {alike} of {len(accepted)} sites it gives every image nearly the same features "
-        f"after round {round.number - 1}",
+        f"the encoder has collapsed: at {alike} of {len(measured)} sites it gives every image nearly the same features "
+        f"after round {made}",
         "lower the stage's learning_rate, give it larger batches or stronger views, or another method",
     )
 
@@ -315,7 +321,7 @@ def _round(
         )
     _require(quorum, len(accepted), f"sent an update that passed in round {round.number}")
     sent = {site: reply for site, (reply, _) in accepted.items()}
-    _stop_collapsed(study, round, sent)
+    _stop_collapsed(study, round.number - 1, [reply.evaluation for reply in sent.values()])
     new = fold.close(round.tensors)
     _close(study, run, round, sent, gate.seats, clock.now() - started)
     return new, [norm for _, (_, norm) in sorted(accepted.items())], sent
@@ -369,7 +375,11 @@ def _close(
 
 
 def _measure(mail: Mail, study: Study, run: RunDir, round: Round, seats: Mapping[str, int]) -> None:
-    """The last message: the sites measure the encoder that the study has made."""
+    """The last message: the sites measure the encoder that the study has made.
+
+    Raises:
+        Collapsed: it is the work of a pretrain stage, and has collapsed.
+    """
     measured: dict[str, dict[str, float]] = {}
     for site, message in mail.replies(round):
         try:
@@ -382,6 +392,7 @@ def _measure(mail: Mail, study: Study, run: RunDir, round: Round, seats: Mapping
         run.metrics(round.stage, round.number, site, reply.evaluation)
         run.event("site_measured", site=site, measured=len(measured), sites=len(seats))
     run.metrics(round.stage, round.number, "", _means(measured, seats))
+    _stop_collapsed(study, round.number, measured.values())
 
 
 def _means(values: Mapping[str, Mapping[str, float]], seats: Mapping[str, int]) -> dict[str, float]:

@@ -498,3 +498,23 @@ def test_a_collapse_at_most_sites_ends_the_stage(collapsed: int, stops: bool, tm
     with pytest.raises(Collapsed, match=rf"at {collapsed} of 3 sites .* after round 2"):
         run_study(LocalGrid(apps), study, run, SEATS)
     assert [line["round"] for line in events(run, "round_closed")] == [1, 2]  # the first quarter may recover
+
+
+@pytest.mark.parametrize(
+    ("stages", "every", "found", "closed"),
+    [
+        ([{**SIMCLR, "rounds": 2}], 0, 2, [1, 2]),  # measured once, at the end
+        ([{**SIMCLR, "rounds": 2}], 2, 2, [1, 2]),
+        ([{**SIMCLR, "rounds": 1}, {**SIMCLR, "rounds": 4}], 1, 1, [1]),  # the next stage does not go on from it
+        ([{**SIMCLR, "rounds": 1}, {**FINETUNE, "rounds": 4, "patience": 0}], 1, 1, [1]),
+    ],
+)
+def test_the_last_round_of_a_stage_is_judged_too(
+    stages: list[dict[str, Any]], every: int, found: int, closed: list[int], tmp_path: Path
+) -> None:
+    study = tiny_study(stages=stages, evaluation={**CLASSES, "every": every})
+    run = open_run(tmp_path, study)
+    apps = {name: honest(name, spread=0.001) for name in SITES}
+    with pytest.raises(Collapsed, match=rf"after round {found}\n"):
+        run_study(LocalGrid(apps), study, run, SEATS)
+    assert [line["round"] for line in events(run, "round_closed")] == closed

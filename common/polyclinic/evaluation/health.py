@@ -1,5 +1,7 @@
 """Has the encoder collapsed, and does it do what contrastive learning asks for? Figures that need no labels."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -76,7 +78,7 @@ def _evenly(n: int, most: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(np.int64))
 
 
-def collapsed(values: dict[str, float]) -> bool:
+def collapsed(values: Mapping[str, float]) -> bool:
     """Do these health figures say that the encoder gives every image nearly the same features?"""
     return values["effective_rank"] < COLLAPSED_RANK or values["feature_spread"] < COLLAPSED_SPREAD
 
