@@ -19,6 +19,7 @@ from polyclinic import __version__
 from polyclinic.bundle import bundle_hash
 from polyclinic.enrolment import Join, Request, fingerprint, read_file
 from polyclinic.errors import PolyclinicError
+from polyclinic.stages import UNPAIRED
 from polyclinic.study import load_study
 from polyclinic_client.findings import Finding
 from polyclinic_client.hospital import Hospital, what_leaves
@@ -202,6 +203,8 @@ def _rehearsal(hospital: Hospital, path: Path) -> Iterator[Finding]:
         if not stage.images_s:
             said = f"{stage.method}: no patient to train on has its labels here; the site sits these rounds out"
             yield Finding("labels", "WARN", said, "ask the coordinator to name the site's words in [evaluation] labels")
+    if any(stage.method == "micle" for stage in study.stages) and cohort.unpaired:
+        yield Finding("pairs", "WARN", UNPAIRED, "give the labels.csv that says which images are of one patient")
     paces = "; ".join(
         f"{stage.method}: {stage.images_s:.0f} images a second, {duration(stage.round_s)} a round"
         for stage in found.stages

@@ -9,6 +9,7 @@ from typing import Any
 from polyclinic.cohort import Cohort
 from polyclinic.errors import Refused
 from polyclinic.privacy.ledger import Cap, check_delta
+from polyclinic.stages import UNPAIRED
 from polyclinic.study import PatientPrivacy, SitePrivacy, Study
 from polyclinic_client.hospital import Hospital, what_leaves
 from polyclinic_client.policy import Policy
@@ -91,6 +92,8 @@ class Preview:
             passes = f", {stage.local_epochs} passes each" * (stage.local_epochs > 1)
             what = f"{_size(training)}{passes}" if training else "nothing: no patient to train on has its labels here"
             yield f"trains {rounds} on {what}"
+            if stage.method == "micle" and training and training.unpaired:
+                yield UNPAIRED
         yield f"of the {_size(self.cohort)} here, some patients are for measuring only and are never trained on"
         paces = ", ".join(f"{duration(stage.round_s)} a round of {stage.method}" for stage in pace.stages)
         yield (

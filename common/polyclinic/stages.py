@@ -101,6 +101,10 @@ class SimCLRStage(Contrastive):
     method: Literal["simclr"]
 
 
+UNPAIRED = "no patient has two images: micle trains as simclr"
+"""What to say to the site of such a cohort."""
+
+
 class MICLeStage(Contrastive):
     """Settings of methods/micle.py. `batch_size` counts patients, each with two images."""
 

@@ -27,7 +27,7 @@ from polyclinic.files import write_atomic
 from polyclinic.model import encoder_of
 from polyclinic.privacy.dpsgd import sampling_rate
 from polyclinic.report import read_run
-from polyclinic.stages import Finetune
+from polyclinic.stages import UNPAIRED, Finetune
 from polyclinic.study import PatientPrivacy, Study, load_study, resolve
 from polyclinic.wire import Tensors
 from polyclinic_client.site import Site
@@ -75,6 +75,10 @@ def leave_one_site_out(
                 f"{len(sites)} sites leave {len(sites) - 1} when one is held out, fewer than aggregation.min_sites",
                 "lower min_sites, or simulate more sites",
             )
+        micle = any(stage.method == "micle" for stage in study.stages)
+        for name, site in sites.items():
+            if micle and not resume and site.split(study)[0].unpaired:
+                run.event("warning", text=f"{name}: {UNPAIRED}")
         rows: list[dict[str, Any]] = []
         needed: dict[str, dict[str, Any]] = {}
         for name in sites:

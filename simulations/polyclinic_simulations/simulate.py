@@ -28,7 +28,7 @@ from polyclinic.methods.base import Batch
 from polyclinic.model import build_stage
 from polyclinic.report import embedding_table, read_run, render_report, save_views_figure
 from polyclinic.seeding import seed_for, torch_generator
-from polyclinic.stages import Finetune
+from polyclinic.stages import UNPAIRED, Finetune
 from polyclinic.study import Study
 from polyclinic.wire import Tensors
 from polyclinic_client.app import make_app
@@ -182,8 +182,8 @@ def _keep_cards(run: RunDir, study: Study, sites: Mapping[str, Site], reading: R
     micle = any(stage.method == "micle" for stage in study.stages)
     for name, card in cards.items() if warn else ():
         texts = list(card["warnings"])
-        if micle and len(sites[name].cohort) == sites[name].cohort.n_patients:
-            texts.append("no patient has two images: micle trains as simclr")
+        if micle and sites[name].split(study)[0].unpaired:
+            texts.append(UNPAIRED)
         if across := card["near_duplicates"]["across_split"]:
             pairs = "pair of nearly equal images stands" if across == 1 else "pairs of nearly equal images stand"
             texts.append(f"{across} {pairs} in training and in test: figures may flatter")

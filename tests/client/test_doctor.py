@@ -14,15 +14,17 @@ import pytest
 from polyclinic.bundle import bundle_hash
 from polyclinic.cohort.quarantine import Entry, Reason, write_quarantine
 from polyclinic.enrolment import Join
+from polyclinic.study import Study
 from polyclinic_client import doctor
 from polyclinic_client.doctor import examine, firewall_note
 from polyclinic_client.findings import Finding
 from polyclinic_client.hospital import Hospital, make_hospital
+from polyclinic_client.preview import preview
 from polyclinic_client.rehearsal import Pace, Rehearsal
 from polyclinic_server import pki
 from polyclinic_server.pki import make_authority, make_server
 
-from ..tiny import tiny_study, write_cohort
+from ..tiny import SIMCLR, tiny_study, write_cohort
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern")
 OURS = make_authority("consortium")
@@ -219,11 +221,13 @@ def test_more_threads_than_processors_are_warned_of(site: Path) -> None:
     assert (found.level, found.fix) == ("WARN", "`threads` in site.toml is 10000: lower it")
 
 
-def tried(site: Path, pace: float, monkeypatch: pytest.MonkeyPatch, *more: Pace) -> dict[str, Finding]:
+def tried(
+    site: Path, pace: float, monkeypatch: pytest.MonkeyPatch, *more: Pace, study: Study | None = None
+) -> dict[str, Finding]:
     """Findings with a study of the policy's kind whose rounds take so many seconds."""
     made = Rehearsal([Pace("simclr", 2, 20.0, pace), *more], 1500.0, "cpu")
     monkeypatch.setattr(doctor, "rehearse", lambda *_: made)
-    (site.parent / "study.toml").write_text(tiny_study().to_toml())
+    (site.parent / "study.toml").write_text((study or tiny_study()).to_toml())
     return {finding.check: finding for finding in examine(site, site.parent / "study.toml")}
 
 
@@ -243,6 +247,21 @@ def test_a_stage_without_labels_here_is_warned_of(site: Path, monkeypatch: pytes
     assert found["labels"].found.startswith("supervised: no patient to train on has its labels here")
     assert "supervised" not in found["dry run"].found
     assert "labels" not in tried(site, 12.0, monkeypatch)
+
+
+def test_a_site_without_pairs_is_told_what_micle_makes_of_it(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tiny_study(stages=[SIMCLR, {**SIMCLR, "method": "micle"}])
+    assert "pairs" not in tried(site, 12.0, monkeypatch, study=study)
+    make_hospital(tmp_path / "other", "south", write_cohort(tmp_path / "single", 6, images=1))
+    found = tried(tmp_path / "other", 12.0, monkeypatch, study=study)["pairs"]
+    assert (found.level, found.found) == ("WARN", "no patient has two images: micle trains as simclr")
+    hospital = Hospital(tmp_path / "other")
+    pace = Rehearsal([Pace(name, 2, 20.0, 1.0) for name in ("simclr", "micle")], 1500.0, "cpu")
+    monkeypatch.setattr("polyclinic_client.preview.rehearse", lambda *_: pace)
+    said = list(preview(hospital, study, hospital.cohort_for(study)).words())
+    assert said.count("no patient has two images: micle trains as simclr") == 1
 
 
 def test_a_study_beyond_the_policy_fails_and_the_network_is_looked_at_all_the_same(

@@ -113,6 +113,25 @@ def test_the_held_out_site_trains_only_where_it_may(
     assert not left, "nothing that only going on would need is kept"
 
 
+def test_a_site_without_pairs_is_warned_of(few: None, tmp_path: Path) -> None:
+    for number, name in enumerate(SITES):
+        write_cohort(tmp_path / "data" / name, 12, seed=number, images=1 if name == "east" else 2)
+    sites = {"site": [{"name": name, "cohort": name} for name in SITES]}
+    stages = [{**SIMCLR, "method": "micle", "rounds": 1}, {**TUNE, "rounds": 1, "probe_rounds": 0}]
+    study = tiny_study(stages=stages, evaluation=LABELS, simulation=sites)
+    said: list[Mapping[str, Any]] = []
+
+    def listen(event: Mapping[str, Any]) -> None:
+        said.append(event)
+        if event["event"] == "row_finished":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state", listen=listen)
+    [text] = [str(event["text"]) for event in said if "two images" in str(event.get("text"))]
+    assert text == "east: no patient has two images: micle trains as simclr"
+
+
 def test_killed_inside_a_round_and_resumed_is_as_undisturbed(
     few: None, study: Study, whole: tuple[Path, dict[str, Any], list[Training]], tmp_path: Path
 ) -> None:

@@ -88,6 +88,11 @@ class Cohort:
         return len(self.rows)
 
     @property
+    def unpaired(self) -> bool:
+        """Whether no patient has two images."""
+        return len(self) == self.n_patients
+
+    @property
     def n_patients(self) -> int:
         """Patients, each with one or more images."""
         return int(self.patients[-1]) + 1 if len(self) else 0
