@@ -2,14 +2,22 @@
 
 import itertools
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torchvision.models import resnet18  # type: ignore[import-untyped]
 from typer.testing import CliRunner
 
+from polyclinic.artifacts import load_tensors
 from polyclinic.cli import build
+from polyclinic.encoders import build_encoder
+from polyclinic.encoders.weights import adopt
 from polyclinic.errors import StudyError
-from polyclinic.study import parse_study
+from polyclinic.study import Encoder, Images, parse_study
 from polyclinic_simulations.sweep.grid import read_grid
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -43,6 +51,17 @@ def test_the_studies_are_studies(tmp_path: Path) -> None:
     assert parse_study(masked + promise, "README").privacy.mode == "patient"
     with pytest.raises(StudyError, match="not separable"):
         parse_study(first + promise, "README")
+
+
+def test_weights_become_safetensors_as_it_says(tmp_path: Path) -> None:
+    weights = resnet18().state_dict()
+    torch.save(weights, tmp_path / "resnet18.pth")
+    [line] = re.findall(r"^    \.venv/bin/python (-c '.+\.safetensors)$", README, re.MULTILINE)
+    subprocess.run([sys.executable, *shlex.split(line)], cwd=tmp_path, check=True)
+    found, _ = load_tensors(tmp_path / "resnet18.safetensors")
+    encoder = build_encoder(Encoder(), Images(size=32))
+    adopt(encoder, found, "torchvision")
+    assert torch.equal(encoder.state_dict()["layer4.1.conv2.weight"], weights["layer4.1.conv2.weight"])
 
 
 def test_the_links_lead_somewhere() -> None:

@@ -22,9 +22,11 @@ from polyclinic.cohort.worker import decode
 from polyclinic.encoders import build_encoder
 from polyclinic.errors import CheckpointError, CohortError, StudyError
 from polyclinic.files import atomic, write_atomic
+from polyclinic.model import initial_tensors
 from polyclinic.seeding import forked
 from polyclinic.stages import Finetune
 from polyclinic.study import Encoder, Images, Study, Weights
+from polyclinic.wire import Tensors
 
 ENCODER = "encoder.safetensors"
 MODEL_CARD = "MODEL_CARD.md"
@@ -124,6 +126,17 @@ def _verify(path: Path) -> None:
         raise ValueError("its content does not match its checksum")
 
 
+def first_tensors(study: Study) -> Tensors:
+    """The global tensors that a study's first stage starts from, random or of the file that `[encoder] init` names.
+
+    Raises:
+        StudyError: the file is not here, or does not fit the encoder. CheckpointError: it cannot be read, or is
+            another.
+    """
+    init = study.encoder.init
+    return initial_tensors(study, 0, None, None if init == "random" else load_weights(init))
+
+
 def load_weights(init: Weights) -> dict[str, Tensor]:
     """The tensors of `[encoder] init`.
 
@@ -132,7 +145,11 @@ def load_weights(init: Weights) -> dict[str, Tensor]:
     """
     if not init.file:
         raise StudyError("the study's initial weights are not here", "name their file as encoder.init.file")
-    tensors, _ = load_tensors(path := Path(init.file))
+    try:
+        tensors, _ = load_tensors(path := Path(init.file))
+    except CheckpointError as error:
+        error.fix = "copy it again, or write it as safetensors if it is PyTorch's own kind of file: README.md"
+        raise
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != init.sha256:
             raise CheckpointError(f"{path.name} is not the file that the study names", "put that file there")

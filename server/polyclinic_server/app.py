@@ -4,6 +4,7 @@ Its run configuration names the run directory, which holds the study and `seats.
 """
 
 import json
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -107,12 +108,18 @@ def conclude(run: RunDir) -> None:
         figures = {"auc": areas, "auc_low": None, "auc_high": None}
         comparison["federated"] = {**figures, "balanced_accuracy": balanced}
         notes.append(f"the sites' own probes: AUC {figures['auc']:.3f}, their mean weighted by patients, no interval")
+    classified = last.reindex(columns=["classifier_auc"]).dropna().join(trained, how="inner")
+    if len(classified):
+        area = np.average(classified["classifier_auc"], weights=classified["weight"])
+        notes.append(f"the classifier on the sites' own test patients: AUC {area:.3f}, weighted alike, no interval")
+    times = [datetime.fromisoformat(event["time"]) for event in found.events]
     summary = {
         "study": study.name,
         "hash": study.hash,
         "engine": "deployed",
         "sites": {name: {"patients": told[name]} if name in told else {} for name in accepted},
         "rounds": found.rounds_done,
+        "wall_s": round((times[-1] - times[0]).total_seconds(), 1) if times else None,
         "comparison": comparison,
         "classifier": {},
         "operating": [],

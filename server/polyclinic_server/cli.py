@@ -169,10 +169,10 @@ def launch(
 
 def _preview(study: "Study", seats: dict[str, int]) -> Iterator[str]:
     """What a study will do, before anything is asked of a site."""
-    from polyclinic.model import initial_tensors
+    from polyclinic.artifacts import first_tensors
     from polyclinic.report.words import plural
 
-    tensors = initial_tensors(study, 0, None)
+    tensors = first_tensors(study)
     size = sum(value.nbytes for value in tensors.values()) / 1e6
     stages = ", then ".join(f"{stage.rounds} rounds of {stage.method}" for stage in study.stages)
     yield f"{study.name} ({study.hash}): {stages}"

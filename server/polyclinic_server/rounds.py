@@ -15,7 +15,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from polyclinic import wire
-from polyclinic.artifacts import load_weights
+from polyclinic.artifacts import first_tensors
 from polyclinic.errors import Collapsed, QuorumLost, StudyError
 from polyclinic.evaluation import collapsed
 from polyclinic.model import initial_tensors
@@ -262,8 +262,7 @@ def _start(study: Study, run: RunDir) -> tuple[Checkpoint, Tensors]:
     if found is None:
         run.rewind(0)
         run.event("run_started", study=study.name, hash=study.hash, rounds=study.rounds)
-        init = study.encoder.init
-        tensors = initial_tensors(study, 0, None, None if init == "random" else load_weights(init))
+        tensors = first_tensors(study)
         found = Checkpoint(study.hash, 0, 0, digest(tensors), []), tensors
         checkpoints.save(run.checkpoints, *found)
     else:
@@ -323,7 +322,7 @@ def _round(
     sent = {site: reply for site, (reply, _) in accepted.items()}
     _stop_collapsed(study, round.number - 1, [reply.evaluation for reply in sent.values()])
     new = fold.close(round.tensors)
-    _close(study, run, round, sent, gate.seats, clock.now() - started)
+    _close(study, run, round, sent, clock.now() - started)
     return new, [norm for _, (_, norm) in sorted(accepted.items())], sent
 
 
@@ -362,13 +361,12 @@ def _take(
     return reply, norm
 
 
-def _close(
-    study: Study, run: RunDir, round: Round, accepted: Mapping[str, Reply], seats: Mapping[str, int], seconds: float
-) -> None:
+def _close(study: Study, run: RunDir, round: Round, accepted: Mapping[str, Reply], seconds: float) -> None:
     """The consortium's metrics: of this round's training, and of the tensors that came, under the round before."""
-    trained = _means({site: reply.train for site, reply in accepted.items()}, seats)
+    patients = {site: reply.patients for site, reply in accepted.items()}
+    trained = _means({site: reply.train for site, reply in accepted.items()}, patients)
     loss = {"loss": trained["loss"]} if "loss" in trained else {}  # withheld under differential privacy
-    before = _means({site: reply.evaluation for site, reply in accepted.items()}, seats)
+    before = _means({site: reply.evaluation for site, reply in accepted.items()}, patients)
     run.metrics(round.stage, round.number, "", {**loss, "accepted": len(accepted), "seconds": seconds})
     run.metrics(_stage_before(study, round), round.number - 1, "", before)
     run.event("round_closed", round=round.number, seconds=seconds, accepted=len(accepted), **loss, **before)
@@ -391,15 +389,17 @@ def _measure(mail: Mail, study: Study, run: RunDir, round: Round, seats: Mapping
         measured[site] = reply.evaluation
         run.metrics(round.stage, round.number, site, reply.evaluation)
         run.event("site_measured", site=site, measured=len(measured), sites=len(seats))
-    run.metrics(round.stage, round.number, "", _means(measured, seats))
+    patients = {e["site"]: e.get("patients") or 1 for e in records(run.path).events if e["event"] == "update_accepted"}
+    run.metrics(round.stage, round.number, "", _means(measured, patients))
     _stop_collapsed(study, round.number, measured.values())
 
 
-def _means(values: Mapping[str, Mapping[str, float]], seats: Mapping[str, int]) -> dict[str, float]:
-    """Patient-weighted mean of each metric, in order of site name, over the sites that could measure it."""
+def _means(values: Mapping[str, Mapping[str, float]], patients: Mapping[str, int]) -> dict[str, float]:
+    """Mean of each metric over the sites that could measure it, in order of site name, weighted by the patients that
+    their latest update was trained on; alike where they may not tell."""
     means = {}
     for metric in sorted({metric for measured in values.values() for metric in measured}):
-        pairs = [(found[metric], max(seats[site], 1)) for site, found in sorted(values.items()) if metric in found]
+        pairs = [(found[metric], patients.get(site, 1)) for site, found in sorted(values.items()) if metric in found]
         means[metric] = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
     return means
 

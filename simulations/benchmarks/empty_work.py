@@ -12,7 +12,7 @@ and `peaks_mb` has them all. It needs Linux.
 
 Both simulators send every message through a ClientApp of Flower's. Polyclinic's is its own, with `answer` replaced by
 one that adds 1, since there is no model to train; and because a study's tensors come from its encoder, so is
-`initial_tensors`, by one that gives tensors of the wanted size. So a real run pays on top: importing its encoder's
+`first_tensors`, by one that gives tensors of the wanted size. So a real run pays on top: importing its encoder's
 library (torchvision or timm), opening the cohorts, and at each site and round building the model, hashing the tensors
 that came, and keeping the update and the optimizer's moments on disk; then the training and the evaluation.
 """
@@ -89,7 +89,7 @@ def local(sites: int, megabytes: int, rounds: int) -> Times:
 
     names = [f"site-{k}" for k in range(sites)]
     grid = LocalGrid({name: make_app(lambda _, name=name: Site(name, nobody, Path(name))) for name in names})
-    given = patch("polyclinic_server.rounds.initial_tensors", return_value=model)
+    given = patch("polyclinic_server.rounds.first_tensors", return_value=model)
     with TemporaryDirectory() as folder, given, patch("polyclinic_client.app.answer", add_one):
         run = RunDir(Path(folder))
         run.create(study)

@@ -6,7 +6,7 @@ site's memory is counted. The global weights are loaded first; the figure is the
 (VmHWM, reset as it starts) above what stood then. Every figure comes from a process of its own, which has made a round
 of a tiny model before, so that no code is loaded for the first time meanwhile. It needs Linux.
 
-As in empty_work.py, `initial_tensors` is replaced by one that gives tensors of the wanted size.
+As in empty_work.py, `first_tensors` is replaced by one that gives tensors of the wanted size.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def polyclinic(sites: int, model: Mapping[str, NDArray[np.float32]], memory: Mem
             memory.stop()
 
     names = [f"site-{k}" for k in range(sites)]
-    with TemporaryDirectory() as folder, patch("polyclinic_server.rounds.initial_tensors", return_value=model):
+    with TemporaryDirectory() as folder, patch("polyclinic_server.rounds.first_tensors", return_value=model):
         run = RunDir(Path(folder), listen)
         run.create(study)
         grid = LocalGrid(dict.fromkeys(names, answer))

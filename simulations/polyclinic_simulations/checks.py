@@ -22,6 +22,18 @@ def check(study: Study, data: Path, holding_out: bool) -> None:
             find(name, source, data)
 
 
+def check_weights(study: Study) -> None:
+    """Refuse initial weights that training could not start from.
+
+    Raises:
+        StudyError, CheckpointError: as `artifacts.first_tensors`.
+    """
+    if study.encoder.init != "random":
+        from polyclinic.artifacts import first_tensors
+
+        first_tensors(study)
+
+
 def check_stages(study: Study) -> None:
     """Refuse a study with nothing to compare, or nothing to compare it by, or that the protocol would not heed."""
     if study.simulation.held_out:

@@ -81,7 +81,7 @@ def simulate(
     """
     from polyclinic.errors import Refused
     from polyclinic.study import load_study
-    from polyclinic_simulations.checks import check
+    from polyclinic_simulations.checks import check, check_weights
 
     if resume and out is None:
         raise Refused("--resume needs the run to go on with", "give its folder: --out runs/<study>-<n> --resume")
@@ -89,6 +89,8 @@ def simulate(
         raise Refused("sites are left out on the local engine only", "leave --engine out")
     read = load_study(study)
     check(read, data or study.parent, holding_out)
+    if not resume:  # a run that has begun needs them no more
+        check_weights(read)
     if dry:
         _preview(read, data or study.parent, state, as_json)
         return

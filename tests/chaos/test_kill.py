@@ -118,7 +118,7 @@ MOMENTS = {
     "a checkpoint's tensors stand and its facts do not": ["polyclinic_server.checkpoints:write_atomic", 4, "before"],
     "a checkpoint stands and the oldest is not gone": ["polyclinic_server.checkpoints:write_atomic", 5, "after"],
     "the last round of a stage": ["polyclinic_server.checkpoints:save", 4, "after"],
-    "the next stage is being set up": ["polyclinic_server.rounds:initial_tensors", 2, "before"],
+    "the next stage is being set up": ["polyclinic_server.rounds:initial_tensors", 1, "before"],
     "metrics are being written": ["polyclinic_server.rundir:RunDir.metrics", 11, "after"],
     "the last measurement": ["polyclinic_client.work:evaluate", 17, "before"],
     "before the encoder is saved": ["polyclinic_server.app:save_encoder", 1, "before"],

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -381,3 +382,17 @@ def test_stored_facts_are_json_and_hold_no_path(site: Site) -> None:
     assert str(site.state).encode() not in data
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert set(header["__metadata__"]) == {"model", "facts", "crc32"}
+
+
+@pytest.mark.parametrize(
+    ("method", "encoder"), [("micle", "vit_tiny"), ("simclr", "resnet50"), ("simclr", "bit_resnet50")]
+)
+def test_a_large_encoder_takes_a_step(method: str, encoder: str, tmp_path: Path) -> None:
+    study = tiny_study(stages=[{**SIMCLR, "method": method, "rounds": 1}], encoder={"name": encoder})
+    tensors = initial_tensors(study, 0, None)
+    order = Order(study.canonical(), 0, 1, "north", digest(tensors), True, False)
+    reply, update = answer(order, tensors, Site("north", in_memory(4), tmp_path))
+    assert update is not None
+    assert math.isfinite(reply.train["loss"])
+    assert all(np.isfinite(value).all() for value in update.values())
+    assert [name for name, value in update.items() if value.ndim > 1 and not value.any()] == []

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ..deployment.conftest import SITES, Consortium, finished, healthy, until
+from ..deployment.consortium import SITES, Consortium, healthy
+from ..deployment.processes import until
+from ..deployment.runs import finished
 
 pytestmark = [
     pytest.mark.deployed,

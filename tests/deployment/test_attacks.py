@@ -21,7 +21,8 @@ from google.protobuf.message import Message
 from polyclinic_server import pki
 from polyclinic_server.home import Home
 
-from .conftest import SITES, Consortium, healthy, until
+from .consortium import SITES, Consortium, healthy
+from .processes import until
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(600)]
 

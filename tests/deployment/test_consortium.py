@@ -2,26 +2,43 @@
 
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from flwr.cli.build import build_fab_from_disk
 
+from polyclinic.artifacts import load_encoder
 from polyclinic.bundle import bundle_folder
 from polyclinic_client.hospital import Hospital
 from polyclinic_server.home import Home
 from polyclinic_server.supervisor import flower
 
-from .conftest import SITES, Consortium, each_round_once, events, finished, get, kill, processes, same_bits, until
+from ..tiny import METHOD_STAGES
+from .conftest import STUDIES
+from .consortium import SITES, Consortium, get
+from .processes import kill, processes, until
+from .runs import each_round_once, events, figures, finished, same_bits
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore:GitWildMatchPattern")]
 
 
-def test_a_deployed_study_has_the_bits_of_its_simulation(honest: tuple[Path, Path]) -> None:
-    run, rehearsal = honest
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_deployed_study_has_the_bits_of_its_simulation(
+    name: str, undisturbed: Callable[[str], tuple[Path, Path]]
+) -> None:
+    run, rehearsal = undisturbed(name)
     assert same_bits(run, rehearsal)
+    assert figures(run) == figures(rehearsal)
     assert each_round_once(run)
     assert {path.name for path in run.iterdir()} >= {"report.html", "MODEL_CARD.md", "summary.json"}
+    features = load_encoder(run)(torch.rand(2, 1, 32, 32))
+    assert features.isfinite().all() and not torch.equal(features[0], features[1])
+
+
+def test_every_method_is_deployed() -> None:
+    assert {method for *_, methods in STUDIES.values() for method in methods} == METHOD_STAGES.keys()
 
 
 def test_every_site_has_a_ledger_of_what_left_it(honest: tuple[Path, Path], consortium: Consortium) -> None:

@@ -20,18 +20,10 @@ import pytest
 from polyclinic_client.hospital import Hospital
 from polyclinic_server.rundir import ENDED
 
-from .conftest import (
-    RECOVERIES,
-    Consortium,
-    each_round_once,
-    events,
-    finished,
-    kill,
-    processes,
-    same_bits,
-    until,
-    workers,
-)
+from .conftest import RECOVERIES
+from .consortium import Consortium
+from .processes import kill, processes, until, workers
+from .runs import each_round_once, events, finished, same_bits
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore:GitWildMatchPattern")]
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from .conftest import SITES, Consortium, events, finished, until
+from .consortium import SITES, Consortium
+from .processes import until
+from .runs import events, finished
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(600)]
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ELSEWHERE, Consortium, events, finished, free_port, until
+from .consortium import ELSEWHERE, Consortium, free_port
+from .processes import until
 from .relay import Relay
+from .runs import events, finished
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore:GitWildMatchPattern")]
 

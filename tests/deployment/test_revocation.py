@@ -6,7 +6,9 @@ import pytest
 
 from polyclinic_server.home import Home
 
-from .conftest import Consortium, events, finished, until
+from .consortium import Consortium
+from .processes import until
+from .runs import events, finished
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(600)]
 

@@ -43,6 +43,15 @@ def test_metrics_hold_every_round_and_site_once(finished: Path) -> None:
     assert len(keys) == len(set(keys))
 
 
+def test_the_loss_of_mae_falls(finished: Path) -> None:
+    first, last = (
+        float(row["value"])
+        for row in table(finished)
+        if (row["metric"], row["stage"], row["site"]) == ("loss", "0", "")
+    )
+    assert last < first
+
+
 def test_keeps_nothing_that_only_going_on_would_need(finished: Path) -> None:
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
         "round-0003.json",

@@ -29,6 +29,7 @@ def test_leads_the_study_and_leaves_its_encoder(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["engine"] == "deployed"
+    assert 0 <= summary["wall_s"] < 60
     assert summary["sites"] == {name: {"patients": 10} for name in SITES}  # not the seats: what trained
     encoder, metadata = load_tensors(tmp_path / "encoder.safetensors")
     last, _ = load_tensors(run.checkpoints / f"round-{study.rounds:04d}.safetensors")
@@ -44,7 +45,7 @@ def test_the_sites_own_probes_are_averaged_by_the_patients_that_they_trained_on(
         run.event("update_accepted", round=1, site=site, norm=1.0, patients=int(patients))
         run.metrics(0, 1, site, {"patients": 1e9, "bytes_up": 100.0, "probe_auc": 0.1})  # what it says counts nothing
         run.metrics(0, 2, site, {"patients": patients, "bytes_up": 100.0})
-        run.metrics(0, 2, site, {"probe_auc": area, "probe_balanced_accuracy": 0.5})
+        run.metrics(0, 2, site, {"probe_auc": area, "probe_balanced_accuracy": 0.5, "classifier_auc": area - 0.1})
     run.event("update_accepted", round=1, site="west", norm=1.0, patients=20)
     run.metrics(0, 2, "west", {"probe_auc": 1.0})  # half a probe
     conclude(run)
@@ -54,6 +55,7 @@ def test_the_sites_own_probes_are_averaged_by_the_patients_that_they_trained_on(
     assert summary["bytes_sent"] == 400
     page, card = (tmp_path / "report.html").read_text(), (tmp_path / "MODEL_CARD.md").read_text()
     assert "AUC 0.825" in page
+    assert "the classifier on the sites&#39; own test patients: AUC 0.725" in page
     assert "What the encoder is worth" in page
     assert "Patient-weighted mean of the sites' own linear probes" in page
     assert "| federated | 0.825 | – | 0.500 |" in card

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from polyclinic.cli import run
 from polyclinic_client.hospital import make_hospital
@@ -78,6 +80,19 @@ def test_a_study_is_launched_once_at_the_sites_that_are_enrolled(
     found = json.loads(said(capsys))
     assert {name: site["state"] for name, site in found["sites"].items()} == {"north": "enrolled"}
     assert (found["run"]["name"], found["run"]["state"], found["superlink"]) == ("s-1", "waiting", False)
+
+
+def test_initial_weights_that_do_not_fit_are_refused_before_a_run_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("typer.confirm", lambda _: True)
+    assert run(["coordinator", "enrol", "north/request.json"]) == 0
+    save_file({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "w.safetensors")
+    init = 'encoder.init = { file = "w.safetensors", family = "torchvision" }\n'
+    (tmp_path / "study.toml").write_text(init + STUDY + "\n[aggregation]\nmin_sites = 1\n")
+    assert run(["coordinator", "launch", "study.toml", "--yes", "--no-follow"]) == 2
+    assert "the initial weights do not fit the encoder" in said(capsys)
+    assert not (tmp_path / "coordinator" / "runs" / "s-1").exists()
 
 
 def test_a_new_certificate_is_made_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_a_round_is_the_weighted_mean_of_what_the_sites_sent(weighting: str, tmp
 def test_metrics_and_events_tell_what_happened(tmp_path: Path) -> None:
     study = tiny_study(stages=[SIMCLR, {**SIMCLR, "rounds": 1, "projection": 4}])
     run = open_run(tmp_path, study)
-    tensors = run_study(LocalGrid(nodes()), study, run, SEATS)
+    tensors = run_study(LocalGrid(nodes()), study, run, dict.fromkeys(SITES, 65_536))  # at most so many patients each
     assert [line["event"] for line in events(run)][:8] == [
         "run_started", *["site_found"] * 3, "round_started", "update_accepted", "update_accepted", "update_accepted",
     ]  # fmt: skip
@@ -115,8 +116,9 @@ def test_metrics_and_events_tell_what_happened(tmp_path: Path) -> None:
     assert losses == {(s, r, site) for s, r in (("0", "1"), ("0", "2"), ("1", "3")) for site in ("", *SITES)}
     ranks = {(stage, round, site) for stage, round, site, metric, _ in rows if metric == "effective_rank"}
     assert ranks == {(s, r, site) for s, r in [("0", "0"), ("0", "1"), ("0", "2"), ("1", "3")] for site in ("", *SITES)}
-    by_site = {row[2]: float(row[4]) for row in rows if row[1] == "2" and row[3] == "loss"}
-    assert by_site[""] == pytest.approx(sum(by_site[s] * SEATS[s] for s in SITES) / sum(SEATS.values()))
+    for round, metric in (("2", "loss"), ("1", "effective_rank"), ("3", "effective_rank")):
+        by_site = {row[2]: float(row[4]) for row in rows if row[1] == round and row[3] == metric}
+        assert by_site[""] == pytest.approx(sum(by_site[s] * SEATS[s] for s in SITES) / sum(SEATS.values()))
     size = sum(value.nbytes for value in tensors.values())
     assert {row[4] for row in rows if row[1] == "3" and row[3] in ("bytes_up", "bytes_down")} == {repr(float(size))}
 
@@ -381,13 +383,23 @@ def test_messages_expire_some_time_after_the_deadline(tmp_path: Path) -> None:
     assert set(lives) == {study.aggregation.round_deadline_s + mail.GRACE_S}
 
 
-def test_norms_are_compared_within_a_stage_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [SIMCLR, {**SIMCLR, "rounds": 1, "projection": 4}],
+        [{"kind": "finetune", "rounds": 3, "probe_rounds": 2, "batch_size": 8}],
+    ],
+    ids=["another stage", "an encoder that is unfrozen"],
+)
+def test_norms_are_compared_within_a_stage_and_until_the_encoder_is_unfrozen_only(
+    stages: list[dict[str, Any]], tmp_path: Path
+) -> None:
     def node(message: Message, context: Any) -> Message:
-        """Hardly moves in the first stage, and far more in the second."""
+        """Hardly moves in the first two rounds, and far more in the third."""
         later = message.metadata.message_type == "train" and message.metadata.group_id == "3"
         return honest(str(context.node_config["site"]), scale=0.05 if later else 1e-4)(message, context)
 
-    study = tiny_study(stages=[SIMCLR, {**SIMCLR, "rounds": 1, "projection": 4}])
+    study = tiny_study(stages=stages, evaluation=CLASSES)
     run = open_run(tmp_path, study)
     run_study(LocalGrid(dict.fromkeys(SITES, node)), study, run, dict.fromkeys(SITES, 10))
     norms = {line["round"]: line["norm"] for line in events(run, "update_accepted")}
@@ -450,6 +462,27 @@ def test_fine_tuning_stops_early_with_its_best_tensors_and_the_next_stage_goes_o
     encoder = {name: value for name, value in came[9].items() if name.startswith("encoder.")}
     assert encoder
     assert same_bits(encoder, {name: came[3][name] for name in encoder})  # round 2 made what came in round 3
+
+
+def test_the_encoder_is_frozen_in_the_probe_rounds_and_learns_after_them(tmp_path: Path) -> None:
+    study = tiny_study(stages=[{**FINETUNE, "rounds": 4, "patience": 0, "probe_rounds": 2}], evaluation=CLASSES)
+    run, made = open_run(tmp_path / "run", study), [initial_tensors(study, 0, None)]
+
+    def noting(name: str) -> Node:
+        node = real(name, tmp_path)
+
+        def note(message: Message, context: Context) -> Message:
+            if message.metadata.message_type == MessageType.TRAIN and name == SITES[0]:
+                order, tensors = wire.unpack_order(message.content)
+                made[order.round - 1 :] = [{n: v.copy() for n, v in tensors.items()}]
+            return node(message, context)
+
+        return note
+
+    made.append(run_study(LocalGrid({n: noting(n) for n in SITES}), study, run, dict.fromkeys(SITES, 10)))
+    for number, (before, after) in enumerate(pairwise(made)):
+        moved = {name for name, value in before.items() if not np.array_equal(value, after[name])}
+        assert moved == (set(before) if number >= 2 else {"head.weight", "head.bias"})
 
 
 FALLING = {number: 1 / number for number in range(1, 9)}

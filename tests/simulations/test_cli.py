@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from polyclinic import cli
+from polyclinic.encoders import ENCODERS
 
-from ..tiny import write_cohort
+from ..tiny import TinyEncoder, write_cohort
 
 ROW = {"auc": 0.8, "auc_low": 0.7, "auc_high": 0.9, "balanced_accuracy": 0.7}
 LEFT_OUT = {
@@ -162,3 +165,39 @@ def test_evaluate_warns_of_a_probe_that_gives_one_answer(
     monkeypatch.setattr("polyclinic_simulations.outside.evaluate_outside", lambda *_: (rows, 0))
     assert cli.run(["evaluate", "run", "--cohort", "images"]) == 0
     assert capsys.readouterr().err == "warning: row federated: the probe gives every test image the same answer\n"
+
+
+@pytest.mark.parametrize(
+    ("stage", "encoder", "said"),
+    [
+        ('method = "mae"\nmask = 0', "vit_tiny", "stages.0.mask is 0"),
+        ('method = "mae"\nmask = 1', "vit_tiny", "stages.0.mask is 1"),
+        ('method = "sssd"\nmask = 0', "vit_tiny", "stages.0.mask is 0"),
+        ('method = "sssd"\nmask = 1', "vit_tiny", "stages.0.mask is 1"),
+        ('method = "sssd"', "resnet18", "encoder.name is 'resnet18'"),
+        ('method = "sssd"', "resnet50", "encoder.name is 'resnet50'"),
+        ('method = "mae"', "bit_resnet50", "encoder.name is 'bit_resnet50'"),
+    ],
+)
+def test_what_a_masked_method_cannot_do_is_refused(
+    stage: str, encoder: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = STUDY.replace('method = "simclr"', stage) + f'[encoder]\nname = "{encoder}"\n'
+    (tmp_path / "study.toml").write_text(text)
+    assert cli.run(["simulate", "study.toml"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_weights_of_another_shape_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(ENCODERS, "resnet18", lambda encoder, images: TinyEncoder(images.channels))
+    weights = TinyEncoder(1).state_dict()
+    save_file({**weights, "out.weight": torch.zeros(3, 36)}, tmp_path / "weights.safetensors")
+    for name in ("mistyped", "south"):
+        write_cohort(tmp_path / name, 6)
+    init = '[encoder]\ninit = { file = "weights.safetensors", family = "polyclinic" }\n[images]\nsize = 24\n'
+    (tmp_path / "study.toml").write_text(STUDY + init)
+    assert cli.run(["simulate", "study.toml", "--out", "run"]) == 2
+    assert "differ in shape: out.weight is (3, 36) and not (8, 36)" in " ".join(capsys.readouterr().err.split())
+    assert not Path("run").exists()

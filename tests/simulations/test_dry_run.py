@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from polyclinic import cli
 
@@ -192,3 +194,27 @@ def test_what_would_be_refused_is_refused_dry(simulation: str, said: str, capsys
     assert dry(simulation) == 2
     assert said in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("theirs.pth", "write it as safetensors"),
+        ("other.safetensors", "they lack bn1.weight"),
+        ("cut.safetensors", "cannot read cut.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("more", [["--dry-run"], ["--out", "run"]])
+def test_initial_weights_that_do_not_serve_are_refused_before_anything_is_made(
+    name: str, said: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
+    torch.save(weights, "theirs.pth")
+    save_file(weights, "other.safetensors")
+    Path("cut.safetensors").write_bytes(Path("other.safetensors").read_bytes()[:-8])
+    init = f'[encoder]\ninit = {{ file = "{name}", family = "torchvision" }}\n'
+    Path("study.toml").write_text(init + STUDY + "sites = 3")
+    assert cli.run(["simulate", "study.toml", *more]) != 0
+    assert said in capsys.readouterr().err
+    assert not Path("run").exists()
+    assert not Path(".polyclinic").exists(), "cohorts are read later"

@@ -8,13 +8,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from safetensors.torch import save_file
 
 from polyclinic.encoders import ENCODERS
 from polyclinic.errors import QuorumLost, StudyError
 from polyclinic.report import read_run
-from polyclinic.study import Study, load_study
+from polyclinic.study import Study, load_study, with_weights
 from polyclinic.wire import Tensors
 from polyclinic_client.site import Site
+from polyclinic_server import rounds
 from polyclinic_simulations import holdout
 from polyclinic_simulations.display import labels_needed
 from polyclinic_simulations.holdout import STARTS, _train, leave_one_site_out
@@ -76,6 +78,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, summary, made
 
 
+def test_labels_are_read_in_nine_fractions() -> None:
+    assert holdout.FRACTIONS == (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.33, 0.5, 1)
+
+
 def test_the_held_out_site_trains_only_where_it_may(
     whole: tuple[Path, dict[str, Any], list[Training]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +117,35 @@ def test_the_held_out_site_trains_only_where_it_may(
     assert json.dumps(again) == json.dumps(summary)
     left = [*(folder / "run").rglob("moments-*"), *(folder / "run").rglob("checkpoints")]
     assert not left, "nothing that only going on would need is kept"
+
+
+def test_supervised_weights_start_pretraining_and_fine_tuning_alike(
+    few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """REMEDIS: supervised weights, contrastive pretraining, fine-tuning, beside the same weights fine-tuned alone."""
+    study = consortium(tmp_path)
+    given = {name: value + 1 for name, value in TinyEncoder(1).state_dict().items()}
+    save_file(given, tmp_path / "theirs.safetensors")
+    init = {"init": {"file": "theirs.safetensors", "family": "torchvision"}}
+    study = with_weights(tiny_study(**{**study.model_dump(mode="json"), "encoder": init}), tmp_path / "study.toml")
+    started: list[tuple[str, Tensors]] = []
+    first = rounds.first_tensors
+
+    def noting(study: Study) -> Tensors:
+        started.append((study.stages[0].method, first(study)))
+        if len(started) == 9:  # two starts with pretraining, each fine-tuned thrice, and the one without
+            raise KeyboardInterrupt
+        return started[-1][1]
+
+    monkeypatch.setattr(rounds, "first_tensors", noting)
+    with pytest.raises(KeyboardInterrupt):
+        leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state")
+    theirs = [
+        all((tensors[f"encoder.{name}"] == value.numpy()).all() for name, value in given.items())
+        for _, tensors in started
+    ]
+    assert [method for method, _ in started] == [*["simclr", *["supervised"] * 3] * 2, "supervised"]
+    assert theirs == [*[True, False, False, False] * 2, True]
 
 
 def test_a_site_without_pairs_is_warned_of(few: None, tmp_path: Path) -> None:

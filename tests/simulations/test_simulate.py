@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -26,7 +27,7 @@ from polyclinic_simulations import simulate as module
 from polyclinic_simulations.holdout import _unlabelled, leave_one_site_out
 from polyclinic_simulations.simulate import claimed, simulate, who_is_tested
 
-from ..tiny import SIMCLR, SITES, TinyEncoder, draw, in_memory, tiny_study, write_cohort
+from ..tiny import SIMCLR, SITES, TinyEncoder, draw, events, in_memory, tiny_study, write_cohort
 
 TUNE = {"kind": "finetune", "rounds": 1, "batch_size": 8, "views": {"flip": False}}
 LABELS = {"labels": {"spot": ["spot"], "clear": ["clear"]}}
@@ -395,3 +396,40 @@ def test_sites_may_be_invented(tmp_path: Path) -> None:
         summary = simulate(study, tmp_path / again, tmp_path, tmp_path / "state")
         assert sum(site["patients"] for site in summary["sites"].values()) == 8
     assert len(list((tmp_path / "state").glob("phantom-*"))) == 1
+
+
+LEARNING = {**TUNE, "rounds": 4, "local_epochs": 4, "learning_rate": 0.02}
+
+
+def relabel(site: Path, words: Mapping[str, str]) -> None:
+    """Other words for the labels of a site."""
+    table = pd.read_csv(site / "labels.csv")
+    table["label"] = table["label"].map(words)
+    table.to_csv(site / "labels.csv", index=False)
+
+
+def trained_to_the_end(out: Path) -> bool:
+    """Has every site's update been taken in each of the rounds?"""
+    return len(events(out, "update_accepted")) == 3 * len(events(out, "round_closed")) == 3 * LEARNING["rounds"]
+
+
+def test_a_class_that_one_site_lacks_is_learnt_from_the_others(study: Study, tmp_path: Path) -> None:
+    relabel(tmp_path / "data" / "west", {"clear": "clear"})  # and the others have no label
+    some = tiny_study(**{**study.model_dump(mode="json"), "stages": [LEARNING]})
+    summary = run(some, tmp_path)
+    assert trained_to_the_end(tmp_path / "run")
+    assert summary["classifier"]["federated"]["auc"] > 0.9
+    assert summary["classifier_at_sites"]["federated"].keys() == {"east", "north"}  # one class has no AUC
+
+
+def test_images_of_several_classes_are_learnt(study: Study, tmp_path: Path) -> None:
+    words = {"spot": "bright|spot", "clear": "clear"}
+    for name in SITES:
+        relabel(tmp_path / "data" / name, words)
+    labels = {name: [name] for name in ("bright", "clear", "spot")}
+    plain = {**study.model_dump(mode="json"), "evaluation": {"labels": labels}}
+    summary = run(tiny_study(**{**plain, "stages": [{**LEARNING, "multi_label": True}]}), tmp_path)
+    assert trained_to_the_end(tmp_path / "run")
+    assert summary["measured"]["classifier"]["classes"] == ["bright", "clear", "spot"]
+    assert summary["classifier"]["federated"]["auc"] > 0.9
+    assert summary["classifier"]["federated"]["balanced_accuracy"] > 0.75

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import re
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,14 @@ from rich.console import Console
 
 PATIENCE_S = 5.0
 """Between two looks at what other processes make."""
+
+
+class Family(StrEnum):
+    """Whose names tensors have."""
+
+    TORCHVISION = "torchvision"
+    TIMM = "timm"
+    POLYCLINIC = "polyclinic"
 
 
 class TierName(StrEnum):
@@ -42,6 +52,11 @@ def papers(
     encoder: Annotated[
         Size | None, typer.Option(help="In place of each table's own; rows of methods that it is not for are left out.")
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Supervised weights, a safetensors file: makes table 4 start from them too.", exists=True),
+    ] = None,
+    family: Annotated[Family, typer.Option(help="Whose names the tensors of --init have.")] = Family.TORCHVISION,
     out: Annotated[Path, typer.Option(help="Where papers.csv and papers.html go.")] = Path("papers"),
     work: Annotated[Path, typer.Option(help="Cohorts, encoders and finished rows.")] = Path(".polyclinic/papers"),
     minutes: Annotated[float, typer.Option(help="Begin no row after so many minutes.", min=0.0)] = 1e6,
@@ -58,24 +73,36 @@ def papers(
 
       polyclinic papers --data ../images --table 1 --minutes 60
 
+      polyclinic papers --data ../images --table 4 --init resnet18.safetensors
+
       polyclinic papers --data ../images --tier gpu --encoder vit_base --out papers-vit-base
     """
+    import hashlib
     import time
 
     import torch
 
     from polyclinic.files import make_folder, write_atomic
+    from polyclinic.study import Weights
+    from polyclinic_simulations.checks import check_weights
     from polyclinic_simulations.display import Display
     from polyclinic_simulations.papers.page import render_page
     from polyclinic_simulations.papers.plans import Plan, plans, settings_of, trainable
-    from polyclinic_simulations.papers.run import run_plan
+    from polyclinic_simulations.papers.run import protocol_study, run_plan
     from polyclinic_simulations.papers.workshop import Workshop, as_table, finished, take_back
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     tiers = settings_of(tier.value, encoder and encoder.value)
     every = [plan for plan in plans() if trainable(plan, tiers[plan.table])]
-    wanted = [plan for plan in every if not table or plan.table in table]
-    make_folder(out)
+    weights = None
+    if init is not None:
+        found = hashlib.sha256(init.read_bytes()).hexdigest()
+        weights = Weights(file=str(init.resolve()), family=family.value, sha256=found)
+    wanted = [
+        plan
+        for plan in every
+        if (not table or plan.table in table) and (weights is not None or plan.init != "supervised")
+    ]
     end = time.monotonic() + minutes * 60
     with Display() as display:
         workshops = {
@@ -84,12 +111,17 @@ def papers(
                 data,
                 work / f"{tier.value}-{settings.digest}",
                 f"{tier.value} tier {settings.digest}, {where}",
+                weights,
                 display.reading,
-                lambda e: display.event({**e, "row": "this row"}),
+                lambda e: display.event({"row": "this row", **e}),
                 display.steps,
             )
             for number, settings in tiers.items()
         }
+
+        for plan in [plan for plan in wanted if plan.init == "supervised"][:1]:
+            check_weights(protocol_study(plan, workshops[plan.table]))
+        make_folder(out)
 
         def publish(before: set[Plan]) -> set[Plan]:
             """Which rows are finished; they are written if they are not those of `before`.
@@ -124,4 +156,8 @@ def papers(
 
 
 def _processor() -> str:
+    """Its name, where the system tells it, and how many cores this process may use."""
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return f"{found[1]}, {len(os.sched_getaffinity(0))} cores"
     return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"

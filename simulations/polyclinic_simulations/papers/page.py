@@ -13,9 +13,11 @@ from polyclinic_simulations.holdout_page import LINES, MEANING
 from polyclinic_simulations.holdout_page import plot as by_fraction
 from polyclinic_simulations.papers.goals import verdicts
 from polyclinic_simulations.papers.plans import REFERENCES, STARTS, Plan, Tier
+from polyclinic_simulations.sweep.figures import mean
 
 ROW = 24
 GROUP = ["dataset", "split", "regime", "method", "init", "label_fraction"]
+STARTING = {"outside": "with outside images", "supervised": "from supervised weights"}
 MEASURED = ("accuracy", "auc", "balanced_accuracy")
 TITLES = {
     1: "Masked images with self-distillation (SSSD-COVID) on CT slices",
@@ -65,13 +67,13 @@ def in_words(tier: Tier) -> str:
 
 
 def summary(rows: pd.DataFrame) -> list[dict[str, str]]:
-    """One line for each group of seeds: mean, and lowest to highest of the seeds."""
+    """One line for each group of seeds: mean, and its 95 % interval over them; of one seed there is none."""
     lines = []
     for key, group in rows.groupby(GROUP, sort=False):
         found = group[group["metric"].isin(MEASURED)]
         cells = {"name": label(dict(zip(GROUP, key, strict=True))), "seeds": str(group["seed"].nunique())}
         for metric, values in found.groupby("metric")["value"]:
-            cells[str(metric)] = f"{values.mean():.3f} ({values.min():.3f} – {values.max():.3f})"
+            cells[str(metric)] = str(mean(values))
         cells["minutes"] = f"{group.drop_duplicates('seed')['seconds'].mean() / 60:.1f}"
         lines.append(cells)
     return lines
@@ -80,16 +82,17 @@ def summary(rows: pd.DataFrame) -> list[dict[str, str]]:
 def label(key: dict[str, object]) -> str:
     """A row in words."""
     words = [str(key["dataset"]), f"{key['split']} split", f"{key['method']}, {key['regime']}"]
-    words += ["with outside images"] if key["init"] == "outside" else []
+    words += [STARTING[str(key["init"])]] if key["init"] != "random" else []
     return ", ".join(words) + ("" if key["label_fraction"] == 1 else f", {key['label_fraction']:.0%} of labels")
 
 
 def curves(rows: pd.DataFrame) -> list[tuple[str, Markup]]:
     """Of table 4, each hospital and its AUC against the fraction of its labels: mean, lowest and highest seed."""
     own = rows[(rows["split"] == "site") & (rows["metric"] == "auc")]
-    seeds = own.groupby(["dataset", "method", "label_fraction"])["value"]
+    named = own["dataset"] + own["init"].map({"random": ""}).fillna(f", {STARTING['supervised']}")
+    seeds = own.assign(held_out=named).groupby(["held_out", "method", "label_fraction"], sort=False)["value"]
     means = seeds.agg(auc="mean", auc_low="min", auc_high="max").reset_index()
-    means = means.assign(held_out=means["dataset"], start=means["method"].map(STARTS), scope="held-out")
+    means = means.assign(start=means["method"].map(STARTS), scope="held-out")
     return [(hospital, by_fraction(means, hospital)) for hospital in means["held_out"].unique()]
 
 
@@ -109,7 +112,7 @@ def plot(rows: pd.DataFrame, metric: str = "auc") -> Markup:
     for place, (key, group) in enumerate(groups):
         named = dict(zip(GROUP, key, strict=True))
         y = 8 + ROW * (place + 0.5)
-        short = f"{named['method']}{' + outside' if named['init'] == 'outside' else ''}, "
+        short = f"{named['method']}{'' if named['init'] == 'random' else ' + ' + str(named['init'])}, "
         if named["regime"] == "central":
             short += str(named["dataset"])
         else:

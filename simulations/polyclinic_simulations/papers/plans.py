@@ -135,6 +135,8 @@ CHANNELS = {"ham10000-subset": 3}
 """Of the datasets that are not grey."""
 PARTS, ALPHA = 5, 0.5
 """Sites to which a dataset is dealt where it is not trained on centrally: Dirichlet(ALPHA) over its classes."""
+PARTS_OF_LABELS = (0.01, 0.05, 0.1, 1.0)
+"""Of table 5."""
 OUTSIDE = {"covid-ct": "luna16-slices"}
 """Unlabelled images of the same kind, for init = "outside"."""
 
@@ -176,26 +178,31 @@ def plans() -> Iterator[Plan]:
             yield Plan(1, "covid-ct", "document", "central", method, "random", 1.0, seed)
         for method in ("mae", "sssd", "simclr", "mlvicx"):
             yield Plan(1, "covid-ct", "document", "central", method, "outside", 1.0, seed)
+    for seed in SEEDS:
+        yield from _leaving_one_out(seed, "supervised")
 
 
 def _beside_pooled(seed: int) -> Iterator[Plan]:
     """Table 5 of one seed: at every fraction of the labels, scratch, and each method in each regime."""
-    fractions = (0.01, 0.05, 0.1, 1.0)
-    for fraction in fractions:
+    for fraction in PARTS_OF_LABELS:
         yield Plan(5, "ham10000-subset", "patient", "federated", "scratch", "random", fraction, seed)
     for method in ("mae", "simclr", "sssd", "mlvicx"):
         for regime in ("federated", "pooled", "alone"):
-            for fraction in fractions:
+            for fraction in PARTS_OF_LABELS:
                 yield Plan(5, "ham10000-subset", "patient", regime, method, "random", fraction, seed)
 
 
-def _leaving_one_out(seed: int) -> Iterator[Plan]:
-    """Table 4 of one seed: every start at the other hospitals ("without X"), and at the one that took no part."""
+def _leaving_one_out(seed: int, init: str = "random") -> Iterator[Plan]:
+    """Table 4 of one seed: every start at the other hospitals ("without X"), and at the one that took no part.
+
+    From `supervised` weights, a file's that the user gives, it is REMEDIS as published: those weights, contrastive
+    pretraining, fine-tuning, beside the same weights fine-tuned alone.
+    """
     for hospital in HOSPITALS:
         for method in STARTS:
-            yield Plan(4, f"without {hospital}", "patient", "federated", method, "random", 1.0, seed)
+            yield Plan(4, f"without {hospital}", "patient", "federated", method, init, 1.0, seed)
             for fraction in FRACTIONS:
-                yield Plan(4, hospital, "site", "federated", method, "random", fraction, seed)
+                yield Plan(4, hospital, "site", "federated", method, init, fraction, seed)
 
 
 def pretraining(plan: Plan, tier: Tier) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from polyclinic.artifacts import load_tensors, save_encoder
 from polyclinic.cohort import Cohort, union
-from polyclinic.errors import CheckpointError, CohortError, StudyError
+from polyclinic.errors import CheckpointError, CohortError, Refused, StudyError
 from polyclinic.files import locked, write_atomic
 from polyclinic.model import encoder_of
 from polyclinic.seeding import seed_for
@@ -60,7 +60,8 @@ def run_plan(plan: Plan, at: Workshop) -> dict[str, Any] | None:
     with locked(lock) as free:
         if free and finished(plan, at) is None:
             made = _held_out(plan, at) if plan.table == 4 else _made(plan, at)
-            keep(plan, {**made, "machine": at.machine}, at)
+            start = f", from {at.weights.sha256[:8]}" if at.weights and plan.init == "supervised" else ""
+            keep(plan, {**made, "machine": at.machine + start}, at)
             tidy(row_folder(plan, at))
     return finished(plan, at)
 
@@ -92,7 +93,9 @@ def _readable(encoder: Path) -> bool:
 
 def _shared(plan: Plan) -> str:
     """Names what is trained for a row and others: the pretraining, or one run of the protocol of table 4."""
-    return f"holdout-{plan.seed}" if plan.table == 4 else replace(plan, table=0, label_fraction=1.0).name
+    if plan.table == 4:
+        return f"holdout-{plan.init}-{plan.seed}"
+    return replace(plan, table=0, label_fraction=1.0).name
 
 
 def _measured(plan: Plan, at: Workshop) -> dict[str, Any]:
@@ -156,11 +159,8 @@ def _pretrained(plan: Plan, name: str, team: Mapping[str, Site], more: Cohort | 
 
 def _held_out(plan: Plan, at: Workshop) -> dict[str, Any]:
     """A row of the protocol that leaves each hospital out in turn; the first row that is asked for runs it all."""
-    out = at.folder / "holdout" / f"seed-{plan.seed}"
-    wanted = replace(plan, method="simclr", label_fraction=1.0)
-    stages = [*pretraining(wanted, at.tier), {"kind": "finetune", **at.tier.finetune}]
-    plain = _study(wanted, at.tier, "holdout", stages, "random").model_dump(mode="json")
-    study = resolve({**plain, "simulation": {"site": [{"name": name, "cohort": name} for name in HOSPITALS]}})
+    out = at.folder / "holdout" / ("" if plan.init == "random" else plan.init) / f"seed-{plan.seed}"
+    study = protocol_study(plan, at)
     resume = _begun(study, out)
     if out.exists() and not resume:
         _anew(plan, at, "what is there is of other settings")
@@ -184,6 +184,23 @@ def _held_out(plan: Plan, at: Workshop) -> dict[str, Any]:
     values = {name: float(value) for name, value in row.iloc[0].items() if name in _FIGURES or name == "seconds"}
     metrics = {name: [values[name], *(values.get(f"{name}_{end}") for end in ("low", "high"))] for name in METRICS}
     return {"metrics": metrics, "seconds": values["seconds"]}
+
+
+def protocol_study(plan: Plan, at: Workshop) -> Study:
+    """The study of table 4, of a seed and what it starts from.
+
+    Raises:
+        Refused: it starts from supervised weights, and none are given.
+    """
+    wanted = replace(plan, method="simclr", label_fraction=1.0)
+    stages = [*pretraining(wanted, at.tier), {"kind": "finetune", **at.tier.finetune}]
+    plain = _study(wanted, at.tier, "holdout", stages, "random").model_dump(mode="json")
+    if plan.init == "supervised":
+        if at.weights is None:
+            raise Refused(f"{plan.name} starts from supervised weights", "give their file: --init FILE")
+        plain["encoder"]["init"] = at.weights.model_dump(mode="json")
+    sites = {"site": [{"name": name, "cohort": name} for name in HOSPITALS]}
+    return resolve({**plain, "simulation": sites})
 
 
 def _begun(study: Study, out: Path) -> bool:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from polyclinic.errors import Refused
 from polyclinic.files import write_atomic
+from polyclinic.study import Weights
 from polyclinic_client.work import Progress
 from polyclinic_server.rundir import Listener
 from polyclinic_simulations.papers.plans import Plan, Tier, plans
@@ -31,6 +32,7 @@ class Workshop:
         folder: where cohorts, encoders and finished rows are kept.
         machine: what makes the rows, in words; up to the first comma those of its tier, without which rows of two
             machines are no comparison.
+        weights: what rows of init "supervised" start from; without it they cannot be made.
         reading, listen, progress: are told of files, events and batches.
     """
 
@@ -38,6 +40,7 @@ class Workshop:
     data: Path
     folder: Path
     machine: str = ""
+    weights: Weights | None = None
     reading: Reading = lambda what, done, total: None
     listen: Listener | None = None
     progress: Progress | None = None

@@ -16,7 +16,7 @@ from polyclinic.cohort.index import read_meta
 from polyclinic.errors import PolyclinicError, Refused, StorageError
 from polyclinic.files import make_folder, write_atomic
 from polyclinic.study import Study, load_study
-from polyclinic_simulations.checks import check
+from polyclinic_simulations.checks import check, check_weights
 from polyclinic_simulations.compare import has_scratch
 from polyclinic_simulations.consortium import Progress as Reading
 from polyclinic_simulations.consortium import gather, require
@@ -118,6 +118,7 @@ def prepare(grid: Grid, wanted: list[Task], place: Place, at_once: int, reading:
             continue
         with _named(cell):
             check(cell.study, place.data, False)
+            check_weights(cell.study)
             members = gather(cell.study, place.data, place.state, reading)
             require(members, cell.study)
         found[world] = "-".join(sorted({str(read_meta(member.cohort.folder)["digest"])[:16] for member in members}))

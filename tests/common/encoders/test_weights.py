@@ -97,11 +97,13 @@ def test_an_encoder_that_normalises_batches_takes_their_statistics_and_answers_a
         adopt(encoder, ours("resnet18").state_dict(), "torchvision")
 
 
-def test_colour_weights_see_grey_as_three_equal_colours() -> None:
-    colour, grey = ours("resnet18"), ours("resnet18", channels=1)
+@pytest.mark.parametrize(("name", "first"), [("resnet18", "conv1"), ("vit_tiny", "patch_embed.proj")])
+def test_colour_weights_see_grey_as_three_equal_colours(name: str, first: str) -> None:
+    colour, grey = ours(name), ours(name, channels=1)
     adopt(grey, colour.state_dict(), "polyclinic")
     image = torch.randn(2, 1, 32, 32)
-    assert torch.allclose(grey.conv1(image), colour.conv1(image.expand(-1, 3, -1, -1)), atol=1e-5)
+    found, expected = (encoder.get_submodule(first) for encoder in (grey, colour))
+    assert torch.allclose(found(image), expected(image.expand(-1, 3, -1, -1)), atol=1e-5)
 
 
 def test_bit_sees_grey_as_three_equal_colours() -> None:

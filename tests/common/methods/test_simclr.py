@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.func import functional_call
 
 from polyclinic import study
 from polyclinic.encoders import build_encoder
@@ -10,7 +12,7 @@ from polyclinic.methods.base import Batch, ViewBatch
 from polyclinic.methods.nt_xent import nt_xent
 from polyclinic.methods.simclr import SimCLR
 from polyclinic.seeding import forked
-from polyclinic.stages import RADIOGRAPH, SimCLRStage
+from polyclinic.stages import RADIOGRAPH, Contrastive, MICLeStage, SimCLRStage
 
 IMAGES = study.Images(size=32)
 STAGE = SimCLRStage(method="simclr", rounds=1, views=RADIOGRAPH, projection=16, temperature=0.2)
@@ -84,3 +86,34 @@ def test_views_of_images_that_agree_cost_less_than_of_images_that_do_not(module:
     agree = method.loss(module, ViewBatch((images, images), patients, {})).mean()
     crossed = method.loss(module, ViewBatch((images, images.roll(1, 0)), patients, {})).mean()
     assert agree < crossed
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny"])
+@pytest.mark.parametrize("stage", [STAGE, MICLeStage(method="micle", rounds=1, projection=16)], ids=["simclr", "micle"])
+def test_its_gradient_and_micles_are_exact(stage: Contrastive, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the images and by a weight of the head."""
+    monkeypatch.setattr(Tensor, "float", lambda tensor: tensor)  # features leave an encoder in float32
+    method = make_method(stage)
+    with forked(0):
+        module = method.build(build_encoder(study.Encoder.model_validate({"name": name}), IMAGES)).double()
+    drawn = method.views(batch([4, 4, 0, 0, 9, 9]), torch.Generator().manual_seed(0))
+    first, second = (view.double() for view in drawn.views)
+
+    def loss(images: Tensor, weight: Tensor) -> Tensor:
+        with_weight = Reweighted(module, {"head.0.weight": weight})
+        return method.loss(with_weight, ViewBatch((images, second), drawn.patients, {}))
+
+    weight = module.get_parameter("head.0.weight").detach().clone()
+    assert torch.autograd.gradcheck(loss, (first.requires_grad_(), weight.requires_grad_()), fast_mode=True)
+
+
+class Reweighted(torch.nn.Module):
+    """A module with other values of some weights."""
+
+    def __init__(self, module: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.module, self.weights = module, weights
+
+    def forward(self, images: Tensor) -> Tensor:
+        projected: Tensor = functional_call(self.module, self.weights, (images,))
+        return projected

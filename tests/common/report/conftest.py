@@ -57,6 +57,7 @@ def metrics(sites, rounds, total):
             values = {"loss": 4 * fall + 1, "seconds": 3.0, "bytes_down": 45e6, "bytes_up": 45e6} if number else {}
             values |= {"probe_auc": 0.8 - 0.2 * fall, "knn_auc": 0.75 - 0.2 * fall}
             values |= {"effective_rank": 20 + 100 * fall, "feature_spread": 0.6 - 0.4 * fall}
+            values |= {"alignment": 0.3 + fall, "uniformity": 3 - 2 * fall}
             yield from ((stage, number, site, metric, value) for metric, value in values.items())
 
 

@@ -170,6 +170,28 @@ def test_each_table_says_of_which_classes_and_patients_it_is(make_run):
         assert "Single sites and all pooled trained for the same rounds and epochs as the federation." in text
 
 
+@pytest.mark.parametrize("metric", ["alignment", "uniformity"])
+def test_alignment_and_uniformity_are_drawn_where_they_were_measured(make_run, metric):
+    run = make_run()
+    assert f">{metric.capitalize()}</h3>" in render_report(run).read_text()
+    lines = (run / "metrics.csv").read_text().splitlines()
+    (run / "metrics.csv").write_text("".join(f"{line}\n" for line in lines if metric not in line))
+    assert f">{metric.capitalize()}</h3>" not in render_report(run).read_text()
+
+
+def test_operating_points_stand_with_the_classifier(make_run):
+    run = make_run()
+    facts = json.loads((run / "summary.json").read_text()) | {"classifier": {"federated": ROW}}
+    point = {"threshold": 0.1234, "sensitivity": 0.9, "specificity": 0.55, "ppv": 0.4, "npv": 0.95}
+    for operating in ([{"class": "<ill>", "wanted": 0.85, **point}], []):
+        (run / "summary.json").write_text(json.dumps(facts | {"operating": operating}))
+        page = Page(render_report(run))
+        assert_finite(page)
+        assert "What the fine-tuned classifier is worth" in page.text
+        assert ("Operating points" in page.text) == bool(operating)
+        assert ("<ill> 85 % 0.123 0.900 0.550 0.400 0.950" in page.text) == bool(operating)
+
+
 def test_the_tile_of_the_mean_single_site_names_the_best(make_run):
     assert "against the mean single site; the best, university, has 0.724" in Page(render_report(make_run())).text
 

@@ -11,7 +11,16 @@ import pytest
 from polyclinic_simulations.holdout import FRACTIONS
 from polyclinic_simulations.papers.goals import verdicts
 from polyclinic_simulations.papers.page import curves, plot, render_page
-from polyclinic_simulations.papers.plans import HOSPITALS, SEEDS, STARTS, TIERS, Plan, plans, settings_of
+from polyclinic_simulations.papers.plans import (
+    HOSPITALS,
+    PARTS_OF_LABELS,
+    SEEDS,
+    STARTS,
+    TIERS,
+    Plan,
+    plans,
+    settings_of,
+)
 from polyclinic_simulations.papers.workshop import as_table
 
 from .conftest import PLAN, row_of
@@ -51,8 +60,38 @@ def test_labels_spared_are_those_beyond_the_first_that_do_as_well() -> None:
         (2.0, "missed: -1.000"),
     ):
         rows = [at(HOSPITALS[0], "scratch", 1.0, 0.9)]
-        rows += [at(HOSPITALS[0], "simclr", f, 0.9 if f >= reached else 0.8) for f in FRACTIONS]
-        assert verdicts(pd.concat(rows))[4][0].endswith(expected)
+        rows += [at(HOSPITALS[0], "simclr", f, 0.9 if f >= reached else 0.8) for f in FRACTIONS if f != 0.01]
+        own, supervised, *others = verdicts(pd.concat(rows))[4]
+        assert own.endswith(expected)
+        assert all(text.endswith("not measured") for text in (supervised, *others))
+        both = pd.concat(rows).assign(init="supervised")
+        assert verdicts(both)[4][1].endswith(expected)
+
+
+def test_a_goal_over_all_fractions_is_that_of_the_worst() -> None:
+    def at(regime: str, method: str, *values: float) -> pd.DataFrame:
+        plan = Plan(5, "ham10000-subset", "patient", regime, method, "random", 1.0, 0)
+        return pd.concat(
+            as_table({replace(plan, label_fraction=f, seed=seed): row_of([value, None, None]) for seed in SEEDS})
+            for f, value in zip(PARTS_OF_LABELS, values, strict=True)
+        )
+
+    rows = pd.concat([
+        at("federated", "mae", 0.7, 0.7, 0.8, 0.9), at("federated", "scratch", 0.6, 0.65, 0.78, 0.9),
+        at("pooled", "mae", 0.7, 0.7, 0.805, 0.92), at("alone", "mae", 0.6, 0.6, 0.7, 0.8),
+    ])  # fmt: skip
+    assert [text.partition(": ")[2] for text in verdicts(rows)[5][:3]] == [
+        "missed: 0.020", "missed: -0.020", "met: 0.100",
+    ]  # fmt: skip
+
+
+def test_micle_is_to_match_no_pretraining_with_fewer_labels() -> None:
+    def at(method: str, fraction: float, value: float) -> pd.DataFrame:
+        plan = Plan(2, "ham10000-subset", "patient", "federated", method, "random", fraction, 0)
+        return as_table({replace(plan, seed=seed): row_of([value, None, None], "accuracy") for seed in SEEDS})
+
+    rows = pd.concat([at("scratch", 1.0, 0.6), at("scratch", 0.3, 0.5), at("simclr+micle", 0.3, 0.61)])
+    assert verdicts(rows)[2][2].endswith("met: 0.010")
 
 
 def test_the_page_shows_what_was_run_and_lists_what_was_not() -> None:
@@ -61,8 +100,11 @@ def test_the_page_shows_what_was_run_and_lists_what_was_not() -> None:
     assert {plan.table for plan in every} == {1, 2, 3, 4, 5}
     metrics = {"auc": [0.812, 0.7, 0.9], "accuracy": [0.75, 0.6, 0.8], "balanced_accuracy": [0.74, None, None]}
     done = {plan: {"metrics": metrics, "seconds": 60.0, "machine": "<b>machine</b>"} for plan in every[:2]}
+    assert "<td>0.812</td>" in render_page(as_table(done), [], TIERS["cpu"])  # one seed has no interval
+    for seed, value in ((1, 0.7), (2, 0.9)):
+        done[replace(every[0], seed=seed)] = row_of([value, None, None])
     page = render_page(as_table(done), every[2:], TIERS["cpu"])
-    assert "0.812 (0.812 – 0.812)" in page
+    assert "<td>0.804 ± 0.249</td>" in page  # t of 2 degrees of freedom: 4.303 * 0.1002 / sqrt(3)
     assert "0.8176" in page  # the paper's
     assert f"Not run, or not measurable ({len([p for p in every[2:] if p.table == 1])})" in page
     assert "<b>machine</b>" not in page
@@ -97,6 +139,8 @@ def test_a_left_out_hospital_has_a_curve_of_every_start() -> None:
         assert (marks.count("whisker"), marks.count("line")) == (6, 3)
     page = render_page(as_table(done), [], TIERS["cpu"])
     assert all(f"<h3>{hospital}</h3>" in page for hospital in HOSPITALS[:2])
+    starts = as_table({**done, **{replace(plan, init="supervised"): result for plan, result in done.items()}})
+    assert [hospital for hospital, _ in curves(starts)][2:] == [f"{h}, from supervised weights" for h in HOSPITALS[:2]]
     assert curves(as_table({PLAN: row_of([0.5, None, None])})) == []
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from safetensors.torch import save_file
+from torchvision.models import resnet18  # type: ignore[import-untyped]
 
 from polyclinic import cli
-from polyclinic.errors import CheckpointError, CohortError
+from polyclinic.errors import CheckpointError, CohortError, Refused
 from polyclinic.study import Study, resolve
 from polyclinic.wire import Tensors
 from polyclinic_client.site import Site
@@ -272,6 +274,47 @@ def test_rows_of_a_left_out_hospital_come_from_one_run_of_the_protocol(
     assert run(there, tmp_path, tmp_path)["metrics"]["auc"][0] == 0.6
     assert run(replace(plan, method="scratch"), tmp_path, tmp_path)["metrics"] == {}
     assert resumed == [False, True, True]
+
+
+def test_supervised_weights_start_the_protocol_and_without_them_its_rows_are_left(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Plan(4, HOSPITALS[0], "site", "federated", "simclr", "random", 1.0, 0)
+    every = [own, replace(own, init="supervised")]
+    for user in ("plans", "workshop"):
+        monkeypatch.setattr(f"polyclinic_simulations.papers.{user}.plans", lambda: iter(every))
+    residual = replace(TINY, images={"size": 24}, encoder={"name": "resnet18"})
+    monkeypatch.setitem(TIERS, "cpu", dict.fromkeys(range(1, 6), residual))
+    started = {}
+
+    def protocol(study: Study, out: Path, *_: object, **__: object) -> None:
+        started[out.parent.name] = study.encoder.init
+        out.mkdir(parents=True)
+        figures = {f"{name}{end}": 0.7 for name in METRICS for end in ("", "_low", "_high")}
+        row = {"held_out": HOSPITALS[0], "start": "pretrained", "scope": "held-out", "label_fraction": 1.0, **figures}
+        pd.DataFrame([{**row, "seconds": 3.0}]).to_csv(out / "holdout.csv")
+
+    monkeypatch.setattr(module, "leave_one_site_out", protocol)
+
+    def papers(*options: object) -> int:
+        arguments = ["papers", "--data", data, "--work", tmp_path / "work", "--out", tmp_path / "out", *options]
+        return cli.run([str(argument) for argument in arguments])
+
+    assert papers() == 0
+    assert pd.read_csv(tmp_path / "out" / "papers.csv")["init"].unique().tolist() == ["random"]
+    assert every[1].name.partition("-")[2] in (tmp_path / "out" / "papers.html").read_text()
+    weights, file = resnet18().state_dict(), tmp_path / "theirs.safetensors"
+    save_file({name: value for name, value in weights.items() if name != "conv1.weight"}, file)
+    assert papers("--init", file) == 2  # before anything is trained
+    save_file(weights, file)
+    assert papers("--init", file) == 0
+    table = pd.read_csv(tmp_path / "out" / "papers.csv")
+    assert table["init"].unique().tolist() == ["random", "supervised"]
+    assert started["holdout"] == "random"
+    assert started["supervised"].family == "torchvision"
+    assert table.query("init == 'supervised'")["machine"].str.endswith(started["supervised"].sha256[:8]).all()
+    with pytest.raises(Refused, match="supervised weights"):
+        run_plan(replace(every[1], seed=1), Workshop(residual, data, tmp_path / "work"))
 
 
 @pytest.mark.parametrize("found", ["", "images.size = 24\n"])
