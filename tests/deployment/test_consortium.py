@@ -11,6 +11,7 @@ from flwr.cli.build import build_fab_from_disk
 
 from polyclinic.artifacts import load_encoder
 from polyclinic.bundle import bundle_folder
+from polyclinic.study import load_study
 from polyclinic_client.hospital import Hospital
 from polyclinic_server.home import Home
 from polyclinic_server.supervisor import flower
@@ -43,10 +44,11 @@ def test_every_method_is_deployed() -> None:
 
 def test_every_site_has_a_ledger_of_what_left_it(honest: tuple[Path, Path], consortium: Consortium) -> None:
     accepted = {(event["round"], event["site"]): event["norm"] for event in events(honest[0], "update_accepted")}
+    study = load_study(honest[0] / "study.toml").hash
     for site in SITES:
         assert "entries, each after the one before" in consortium.command("site", "ledger", "verify", "--home", site)
         entries = list(Hospital(consortium.folder / site).ledger.entries())
-        sent = {entry["round"]: entry for entry in entries if "tensors" in entry}
+        sent = {entry["round"]: entry for entry in entries if "tensors" in entry and entry["study"] == study}
         for round in (1, 2, 3):
             norm = sum(tensor["norm"] ** 2 for tensor in sent[round]["tensors"]) ** 0.5
             assert norm == pytest.approx(accepted[round, site], rel=1e-6)  # what arrived is what was noted
