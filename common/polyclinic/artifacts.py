@@ -130,8 +130,7 @@ def first_tensors(study: Study) -> Tensors:
     """The global tensors that a study's first stage starts from, random or of the file that `[encoder] init` names.
 
     Raises:
-        StudyError: the file is not here, or does not fit the encoder. CheckpointError: it cannot be read, or is
-            another.
+        StudyError: the file is not here, cannot be read, is another, or does not fit the encoder.
     """
     init = study.encoder.init
     return initial_tensors(study, 0, None, None if init == "random" else load_weights(init))
@@ -141,18 +140,18 @@ def load_weights(init: Weights) -> dict[str, Tensor]:
     """The tensors of `[encoder] init`.
 
     Raises:
-        StudyError: the study does not say where the file is here. CheckpointError: it cannot be read, or is another.
+        StudyError: the study does not say where the file is here, or it cannot be read, or is another.
     """
     if not init.file:
         raise StudyError("the study's initial weights are not here", "name their file as encoder.init.file")
     try:
         tensors, _ = load_tensors(path := Path(init.file))
     except CheckpointError as error:
-        error.fix = "copy it again, or write it as safetensors if it is PyTorch's own kind of file: README.md"
-        raise
+        fix = "copy it again, or write it as safetensors if it is PyTorch's own kind of file: README.md"
+        raise StudyError(error.problem, fix) from error
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != init.sha256:
-            raise CheckpointError(f"{path.name} is not the file that the study names", "put that file there")
+            raise StudyError(f"{path.name} is not the file that the study names", "put that file there")
     return tensors
 
 

@@ -94,7 +94,7 @@ class Weights(Settings):
     """`[encoder] init`: weights of an encoder of the same shape, read where the rounds are led and sent from there."""
 
     family: Literal["polyclinic", "torchvision", "timm"]
-    """Whose names the tensors have; timm's are those of ViTs, ResNets and BiT ResNet-v2."""
+    """Whose names the tensors have; timm's are those of ViTs, ResNets and BiT ResNet-v2, torchvision's of ResNets."""
     file: str = ""
     """A safetensors file; relative to the study's folder. Not part of the study's hash."""
     sha256: str = Field(default="", pattern="^([0-9a-f]{64})?$")
@@ -135,7 +135,7 @@ class Evaluation(Settings):
     test_fraction: float = Field(default=0.3, gt=0, lt=1)
     """Of each site's patients, with split = "patient"."""
     every: int = Field(default=1, ge=0)
-    """Rounds between probes at the sites, which also see a collapse; 0: only after the last round."""
+    """Rounds between probes at the sites, which also see a collapse; 0: only after a pretrain stage and at the end."""
     neighbours: int = Field(default=10, ge=1, le=1_000)
     """k of the kNN probe."""
     rows: list[Row] = Field(default_factory=lambda: list(get_args(Row)))

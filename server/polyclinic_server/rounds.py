@@ -222,9 +222,14 @@ def _stop_collapsed(study: Study, made: int, measured: Collection[Mapping[str, f
 
 
 def _due(study: Study, made: int) -> bool:
-    """Whether the tensors after `made` rounds are to be measured."""
+    """Whether the tensors after `made` rounds are to be measured: as often as asked, and whenever a pretrain stage has
+    ended, so that no other goes on from an encoder that has collapsed.
+    """
     every = study.evaluation.every
-    return every > 0 and made % every == 0
+    if every and made % every == 0:
+        return True
+    before = study.stage_of(made - 1)[0] if made else study.stage_of(made)[0]
+    return before != study.stage_of(made)[0] and not isinstance(study.stages[before], Finetune)
 
 
 def _summable(study: Study, seats: Mapping[str, int]) -> None:

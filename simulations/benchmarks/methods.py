@@ -3,10 +3,11 @@
 Every method trains over three sites, on each family of encoders that it is for, on the phantom with the demo's views,
 on radiographs with the defaults. Those settings were chosen before anything was measured; the masked methods' rate,
 batch and epochs, MLVICX's batch, epochs and views on radiographs, and the size of patches and phantom, after others had
-failed on the test patients of seed 0 (README.md): other seeds draw other patients, and confirm. `untrained` is the same
-encoder with its first weights, and both probes are learnt and scored on the same patients (AUC, 95 % interval by
-bootstrap over patients). `loss` is the consortium's in the first and last round of the last stage, `rank` the effective
-rank of the features at the end. A row that stands in the file of results with the same settings is not made again.
+failed on the test patients of seed 0 (README.md): other seeds draw other patients, and confirm. `untrained` is the
+same encoder with its first weights, and both probes are learnt and scored on the same patients (AUC, 95 % interval by
+bootstrap over patients). `patients` are those of each of the phantom's sites, `loss` is the consortium's in the first
+and last round of the last stage, `rank` the effective rank of the features at the end. A row that stands in the file of
+results with the same settings is not made again.
 """
 
 import argparse
@@ -124,10 +125,12 @@ def main() -> None:
         list(BATCH_SIZE) if given.data else ["phantom"], given.methods, given.seeds
     ):
         study = plain_study(dataset, method, encoder, seed, given.rounds)
-        if any(row["study"] == study and row["dataset"] == dataset for row in known):
+        wanted = {"dataset": dataset, "method": method, "encoder": encoder, "seed": seed, "study": study}
+        wanted["patients"] = given.patients if dataset == "phantom" else None
+        if any(wanted.items() <= row.items() for row in known):
             continue
         found = measure(study, phantom if dataset == "phantom" else given.data, given.state)
-        known.append({"dataset": dataset, "method": method, "encoder": encoder, "seed": seed, **found, "study": study})
+        known.append({**wanted, **found})
         keep(given.out, machine, {"rows": known})
 
 

@@ -26,7 +26,7 @@ def check_weights(study: Study) -> None:
     """Refuse initial weights that training could not start from.
 
     Raises:
-        StudyError, CheckpointError: as `artifacts.first_tensors`.
+        StudyError: as `artifacts.first_tensors`.
     """
     if study.encoder.init != "random":
         from polyclinic.artifacts import first_tensors

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from polyclinic.study import Study
@@ -245,7 +246,7 @@ def _run(
     holding_out: bool = False,
 ) -> None:
     from polyclinic.cli import program
-    from polyclinic.errors import Interrupted, PolyclinicError, QuorumLost, Refused
+    from polyclinic.errors import Collapsed, Interrupted, PolyclinicError, QuorumLost, Refused
     from polyclinic_server.aggregation.private import EpsilonSpent
     from polyclinic_simulations.display import Display, classifier_table, comparison_table, holdout_table
     from polyclinic_simulations.holdout import leave_one_site_out
@@ -266,7 +267,7 @@ def _run(
             raise
         raise Interrupted("interrupted; what was finished is kept", f"go on with: {how}") from None
     except PolyclinicError as error:
-        if not isinstance(error, Refused | EpsilonSpent) and (out / "study.toml").exists():
+        if not isinstance(error, Refused | EpsilonSpent | Collapsed) and (out / "study.toml").exists():
             if isinstance(error, QuorumLost) and study.simulation.unreliable:  # the seed strikes the same sites again
                 error.fix = "lower aggregation.min_sites or what strikes the sites, or give them longer, and begin anew"
             else:
@@ -311,6 +312,9 @@ def _preview(study: "Study", data: Path, state: Path, as_json: bool) -> None:
             Console().print(table, "")
         if found["clock"]:
             Console().print(clock_in_words(found["clock"]), highlight=False, soft_wrap=True)
+        for name, site in found["sites"].items():
+            for text in site["warnings"]:
+                Console().print(f"{escape(name)}: {text}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def _summary(run: Path) -> dict[str, Any]:

@@ -209,16 +209,25 @@ def train_one(
 
 
 def train_row(
-    study: Study, sites: Mapping[str, Site], folder: Path, listen: Listener | None, progress: Progress | None
+    study: Study,
+    sites: Mapping[str, Site],
+    folder: Path,
+    listen: Listener | None,
+    progress: Progress | None,
+    evaluate: bool = False,
 ) -> Tensors:
-    """A study of its own through the same round loop, without measuring at the sites; resumable in `folder`."""
+    """A study of its own through the same round loop; resumable in `folder`. Sites measure only if they are to.
+
+    Raises:
+        Collapsed: they measure, and the encoder has.
+    """
     plain = study.model_dump(mode="json")
     fewest = min(study.aggregation.min_sites, len(sites))
     own = resolve({**plain, "aggregation": {**plain["aggregation"], "min_sites": fewest}})
     run = RunDir(folder, listen)
     run.create(own)
     grid = LocalGrid({name: make_app(partial(_given, site), progress) for name, site in sites.items()})
-    return run_study(grid, own, run, {name: site.cohort.n_patients for name, site in sites.items()}, evaluate=False)
+    return run_study(grid, own, run, {name: site.cohort.n_patients for name, site in sites.items()}, evaluate)
 
 
 def _given(site: Site, context: object) -> Site:

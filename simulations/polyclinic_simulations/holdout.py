@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from polyclinic.artifacts import save_encoder
-from polyclinic.errors import CohortError, StudyError
+from polyclinic.errors import CohortError, Collapsed, StudyError
 from polyclinic.evaluation import ClassifierScores
 from polyclinic.files import write_atomic
 from polyclinic.model import encoder_of
@@ -63,6 +63,7 @@ def leave_one_site_out(
     Raises:
         StudyError: the study has no pretrain stage, does not end in fine-tuning, or has too few sites.
         Refused: as `simulate`.
+        Collapsed: a pretraining's encoder has.
     """
     check_stages(study)
     run = RunDir(out, listen)
@@ -182,15 +183,21 @@ def _pretrain(study: Study, sites: Mapping[str, Site], folder: Path, progress: P
     if not file.exists():
         plain = study.model_dump(mode="json")
         own = resolve({**plain, "stages": [stage for stage in plain["stages"] if stage["kind"] == "pretrain"]})
-        tensors = _train(own, sites, folder, progress)
+        try:
+            tensors = _train(own, sites, folder, progress, evaluate=True)
+        except Collapsed as error:
+            error.problem = f"pretraining at {', '.join(sites)}: {error.problem}"
+            raise
         save_encoder(file, encoder_of(own, tensors), own)
     return file
 
 
-def _train(study: Study, sites: Mapping[str, Site], folder: Path, progress: Progress | None) -> Tensors:
+def _train(
+    study: Study, sites: Mapping[str, Site], folder: Path, progress: Progress | None, evaluate: bool = False
+) -> Tensors:
     """The tensors of one training. Several are of one study: each is another world, with its own state and ledger."""
     own = {name: replace(site, state=folder / SITES / name) for name, site in sites.items()}
-    tensors = train_row(study, own, folder, None, progress)
+    tensors = train_row(study, own, folder, None, progress, evaluate)
     tidy(folder / SITES)
     keep_newest(RunDir(folder).checkpoints)  # which hold the tensors
     return tensors

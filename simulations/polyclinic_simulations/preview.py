@@ -14,6 +14,7 @@ from polyclinic.cohort import Cohort
 from polyclinic.evaluation import classes_of
 from polyclinic.faults import AnyFault
 from polyclinic.report import words
+from polyclinic.stages import UNPAIRED
 from polyclinic.study import Study
 from polyclinic_simulations.consortium import Progress, gather, require
 
@@ -27,14 +28,15 @@ def preview(study: Study, data: Path, state: Path, progress: Progress) -> dict[s
     """The `sites` of a study by name, its `clock`, and by which `partition` (None of sites by name) and `seed`.
 
     Of a site: `patients`, `images`; `classes`, `views` and `sexes` (patients of each, "" without one); `ages` (their
-    quartiles, years; [] where unknown); `shift`, `fault`, `held_out`. Patients with images of several classes or views
-    count in each. Builds the cohorts in `state` and writes nothing else.
+    quartiles, years; [] where unknown); `shift`, `fault`, `held_out`, `warnings`. Patients with images of several
+    classes or views count in each. Builds the cohorts in `state` and writes nothing else.
 
     Raises:
         Refused: the simulation would be.
     """
     members = gather(study, data, state, progress)
     require(members, study)
+    micle = any(stage.method == "micle" for stage in study.stages)
     return {
         "study": study.name,
         "seed": study.seed,
@@ -51,6 +53,7 @@ def preview(study: Study, data: Path, state: Path, progress: Progress) -> dict[s
                 "shift": [shift.model_dump(exclude={"sites"}) for shift in member.shifts],
                 "fault": [fault.model_dump(exclude={"sites"}) for fault in _faults(member.name, study)],
                 "held_out": member.name in study.simulation.held_out,
+                "warnings": [UNPAIRED] if micle and member.own.unpaired else [],
             }
             for member in members
         },

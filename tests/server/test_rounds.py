@@ -540,6 +540,9 @@ def test_a_collapse_at_most_sites_ends_the_stage(collapsed: int, stops: bool, tm
         ([{**SIMCLR, "rounds": 2}], 2, 2, [1, 2]),
         ([{**SIMCLR, "rounds": 1}, {**SIMCLR, "rounds": 4}], 1, 1, [1]),  # the next stage does not go on from it
         ([{**SIMCLR, "rounds": 1}, {**FINETUNE, "rounds": 4, "patience": 0}], 1, 1, [1]),
+        ([{**SIMCLR, "rounds": 3}, {**FINETUNE, "rounds": 4, "patience": 0}], 0, 3, [1, 2, 3]),
+        ([{**SIMCLR, "rounds": 3}, {**SIMCLR, "rounds": 4}], 2, 2, [1, 2]),
+        ([{**SIMCLR, "rounds": 3}, {**SIMCLR, "rounds": 4}], 4, 3, [1, 2, 3]),
     ],
 )
 def test_the_last_round_of_a_stage_is_judged_too(

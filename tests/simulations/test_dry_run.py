@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,20 @@ def test_sites_classes_and_shifts_are_shown_and_no_run_is_written(capsys: pytest
     assert dry(simulation, "--out", "run", "--state", "there") == 0
     assert {path.name for path in Path().iterdir()} == {"all", "study.toml", ".polyclinic", "there"}
     assert "unknown" not in capsys.readouterr().out, "a table of nothing but what is not known"
+
+
+@pytest.mark.parametrize(("images", "warned"), [(1, True), (2, False)])
+def test_sites_without_pairs_are_named_where_micle_wants_them(
+    images: int, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree("all")
+    write_cohort(Path("all"), 24, images=images)
+    micle = STUDY.replace("simclr", "micle") + "sites = 2"
+    Path("study.toml").write_text(micle)
+    assert cli.run(["simulate", "study.toml", "--dry-run"]) == 0
+    assert ("site-2: no patient has two images" in capsys.readouterr().out) == warned
+    assert cli.run(["simulate", "study.toml", "--dry-run", "--json"]) == 0
+    assert all(bool(site["warnings"]) == warned for site in shown(capsys)["sites"].values())
 
 
 def test_prevalence_and_labels_are_those_after_the_shifts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +229,7 @@ def test_initial_weights_that_do_not_serve_are_refused_before_anything_is_made(
     Path("cut.safetensors").write_bytes(Path("other.safetensors").read_bytes()[:-8])
     init = f'[encoder]\ninit = {{ file = "{name}", family = "torchvision" }}\n'
     Path("study.toml").write_text(init + STUDY + "sites = 3")
-    assert cli.run(["simulate", "study.toml", *more]) != 0
+    assert cli.run(["simulate", "study.toml", *more]) == 2
     assert said in capsys.readouterr().err
     assert not Path("run").exists()
     assert not Path(".polyclinic").exists(), "cohorts are read later"

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import save_file
 
 from polyclinic.encoders import ENCODERS
-from polyclinic.errors import QuorumLost, StudyError
+from polyclinic.errors import Collapsed, QuorumLost, StudyError
 from polyclinic.report import read_run
 from polyclinic.study import Study, load_study, with_weights
 from polyclinic.wire import Tensors
@@ -276,6 +276,16 @@ def test_what_fails_for_another_reason_than_labels_is_not_taken_for_that(
     monkeypatch.setattr(holdout, "train_row", failing)
     with pytest.raises(QuorumLost):
         leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state")
+
+
+def test_an_encoder_that_collapses_in_pretraining_ends_the_protocol(
+    few: None, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "collapsed", lambda found: True)
+    others = SITES[1:]
+    with pytest.raises(Collapsed, match=f"pretraining at {', '.join(others)}: the encoder has collapsed: at 2 of 2"):
+        leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state")
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 @pytest.mark.parametrize("stages", [[SIMCLR], [TUNE]])

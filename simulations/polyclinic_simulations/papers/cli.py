@@ -38,6 +38,7 @@ class Size(StrEnum):
     VIT_BASE = "vit_base"
     RESNET18 = "resnet18"
     RESNET50 = "resnet50"
+    BIT_RESNET50 = "bit_resnet50"
 
 
 def register(app: typer.Typer) -> None:
@@ -123,7 +124,7 @@ def papers(
             check_weights(protocol_study(plan, workshops[plan.table]))
         make_folder(out)
 
-        def publish(before: set[Plan]) -> set[Plan]:
+        def publish(before: set[Plan] | None) -> set[Plan]:
             """Which rows are finished; they are written if they are not those of `before`.
 
             What other processes have written meanwhile is taken back, so that nothing of theirs is lost.
@@ -134,11 +135,11 @@ def papers(
             if set(results) != before:
                 found = as_table(results)
                 write_atomic(out / "papers.csv", found.to_csv(index=False))
-                missing = [plan for plan in every if not results.get(plan, {}).get("metrics")]
-                write_atomic(out / "papers.html", render_page(found, missing, tiers))
+                without = {plan: plan in results for plan in every if not results.get(plan, {}).get("metrics")}
+                write_atomic(out / "papers.html", render_page(found, without, tiers))
             return set(results)
 
-        made: set[Plan] = set()
+        made: set[Plan] | None = None
         while True:
             made = publish(made)
             left = [plan for plan in wanted if plan not in made]
@@ -151,8 +152,7 @@ def papers(
                     break
             else:
                 time.sleep(PATIENCE_S)  # other processes make all that is left
-    seen = f": {out / 'papers.html'}" if made else ""
-    Console().print(f"{len(made)} of {len(every)} rows{seen}", soft_wrap=True, highlight=False)
+    Console().print(f"{len(made)} of {len(every)} rows: {out / 'papers.html'}", soft_wrap=True, highlight=False)
 
 
 def _processor() -> str:

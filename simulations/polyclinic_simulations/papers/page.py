@@ -1,6 +1,6 @@
 """papers.html: every table with its mean over seeds, its published figures, and what has no figures yet."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -28,15 +28,17 @@ TITLES = {
 }
 
 
-def render_page(results: pd.DataFrame, missing: Iterable[Plan], tiers: Mapping[int, Tier]) -> str:
-    """The page of `results` (papers.csv) and of the rows that are not in it: not run, or with too few test patients.
+def render_page(results: pd.DataFrame, without: Mapping[Plan, bool], tiers: Mapping[int, Tier]) -> str:
+    """The page of `results` (papers.csv) and of the rows that are not in it.
 
-    `tiers` are the settings of both, by table.
+    Args:
+        without: the rows without figures, and of each whether it was run, and could not be measured.
+        tiers: the settings of all, by table.
     """
     goals = verdicts(results)
-    waiting: dict[int, list[str]] = {}
-    for plan in missing:
-        waiting.setdefault(plan.table, []).append(plan.name.partition("-")[2])
+    unmade: dict[tuple[int, bool], list[str]] = {}
+    for plan, run in without.items():
+        unmade.setdefault((plan.table, run), []).append(plan.name.partition("-")[2])
     tables = [
         {
             "number": number,
@@ -46,7 +48,10 @@ def render_page(results: pd.DataFrame, missing: Iterable[Plan], tiers: Mapping[i
             "rows": summary(rows),
             "plot": plot(rows[rows["split"] != "site"]),
             "curves": curves(rows),
-            "missing": waiting.get(number, []),
+            "missing": {
+                "Not run": unmade.get((number, False), []),
+                "Not measurable (too few test patients, or an encoder that collapsed)": unmade.get((number, True), []),
+            },
             "settings": in_words(tiers[number]),
             "machines": sorted(rows["machine"].unique()),
         }

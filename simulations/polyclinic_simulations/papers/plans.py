@@ -104,7 +104,7 @@ def settings_of(tier: str, encoder: str | None = None) -> dict[int, Tier]:
     own = TIERS[tier]
     if encoder is None:
         return own
-    if encoder.startswith("resnet"):
+    if "resnet" in encoder:
         return {table: replace(at, encoder={"name": encoder}) for table, at in own.items()}
     patched = own[5].encoder  # for tables that have no transformer of their own
     return {table: replace(at, encoder={**patched, **at.encoder, "name": encoder}) for table, at in own.items()}

@@ -13,7 +13,7 @@ import pandas as pd
 
 from polyclinic.artifacts import load_tensors, save_encoder
 from polyclinic.cohort import Cohort, union
-from polyclinic.errors import CheckpointError, CohortError, Refused, StudyError
+from polyclinic.errors import CheckpointError, CohortError, Collapsed, Refused, StudyError
 from polyclinic.files import locked, write_atomic
 from polyclinic.model import encoder_of
 from polyclinic.seeding import seed_for
@@ -51,6 +51,8 @@ _FIGURES = {f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_hig
 def run_plan(plan: Plan, at: Workshop) -> dict[str, Any] | None:
     """What `finished` gives, of a row that is made now if it was not; None while another process trains what it needs.
 
+    A row whose pretraining collapses is finished without figures: its settings would make it collapse again.
+
     Raises:
         CohortError: a dataset is missing, or its test patients cannot be scored.
         CheckpointError: what is there of the protocol of table 4 is damaged.
@@ -59,7 +61,11 @@ def run_plan(plan: Plan, at: Workshop) -> dict[str, Any] | None:
     lock.mkdir(parents=True, exist_ok=True)
     with locked(lock) as free:
         if free and finished(plan, at) is None:
-            made = _held_out(plan, at) if plan.table == 4 else _made(plan, at)
+            try:
+                made = _held_out(plan, at) if plan.table == 4 else _made(plan, at)
+            except Collapsed as error:
+                _warn(at, f"{plan.name} has no figures: {error.problem}")
+                made = {"metrics": {}, "seconds": 0.0}
             start = f", from {at.weights.sha256[:8]}" if at.weights and plan.init == "supervised" else ""
             keep(plan, {**made, "machine": at.machine + start}, at)
             tidy(row_folder(plan, at))
@@ -71,16 +77,16 @@ def _made(plan: Plan, at: Workshop) -> dict[str, Any]:
     try:
         return _measured(plan, at)
     except (CheckpointError, StudyError) as error:
-        _anew(plan, at, error.problem)
+        _warn(at, f"{plan.name} is made anew: {error.problem}")
         for half in (row_folder(plan, at), *(at.folder / "pretrained" / _shared(plan)).glob("*")):
             if not _readable(half / "encoder.safetensors"):
                 shutil.rmtree(half, ignore_errors=True)
         return _measured(plan, at)
 
 
-def _anew(plan: Plan, at: Workshop, why: str) -> None:
+def _warn(at: Workshop, words: str) -> None:
     if at.listen is not None:
-        at.listen({"event": "warning", "text": f"{plan.name} is made anew: {why}"})
+        at.listen({"event": "warning", "text": words})
 
 
 def _readable(encoder: Path) -> bool:
@@ -151,7 +157,7 @@ def _pretrained(plan: Plan, name: str, team: Mapping[str, Site], more: Cohort | 
         study = _study(plan, at.tier, "pretrain", pretraining(plan, at.tier), "random")
         if more is not None:
             team = {site: replace(member, cohort=union([member.cohort, more])) for site, member in team.items()}
-        tensors = train_row(study, team, folder, at.listen, at.progress)
+        tensors = train_row(study, team, folder, at.listen, at.progress, evaluate=True)
         save_encoder(file, encoder_of(study, tensors), study)
         tidy(folder)
     return str(file)
@@ -163,7 +169,7 @@ def _held_out(plan: Plan, at: Workshop) -> dict[str, Any]:
     study = protocol_study(plan, at)
     resume = _begun(study, out)
     if out.exists() and not resume:
-        _anew(plan, at, "what is there is of other settings")
+        _warn(at, f"{plan.name} is made anew: what is there is of other settings")
         shutil.rmtree(out)
     protocol = partial(leave_one_site_out, study, out, at.data, at.folder / "state", resume=resume)
     try:
@@ -227,6 +233,7 @@ def _study(plan: Plan, tier: Tier, kind: str, stages: list[dict[str, Any]], init
                 "labels": CHEST if plan.table == 4 else LABELS[dataset],
                 "split": "column" if plan.split == "published" else "patient",
                 "rows": [],
+                "every": 0,
             },
             "aggregation": {"min_sites": 1},
             "compute": {"threads": tier.threads},

@@ -13,7 +13,7 @@ from torchvision.models import resnet18 as torchvision_resnet18  # type: ignore[
 from polyclinic.encoders import build_encoder
 from polyclinic.encoders.normalise import Normalise
 from polyclinic.encoders.weights import adopt
-from polyclinic.errors import CheckpointError, StudyError
+from polyclinic.errors import StudyError
 from polyclinic.model import encoder_of, initial_tensors
 from polyclinic.seeding import forked
 from polyclinic.study import Encoder, Images, load_study
@@ -158,7 +158,7 @@ def test_a_study_starts_from_a_file_and_its_hash_knows_the_content_but_not_the_p
     assert str(tmp_path) not in study.to_toml(simulation=False)
     other = load_study(write(tmp_path, {n: v + 1 for n, v in weights.items()}))
     assert other.hash != study.hash
-    with pytest.raises(CheckpointError, match="not the file that the study names"):
+    with pytest.raises(StudyError, match="not the file that the study names"):
         load_weights(study.encoder.init)
 
 

@@ -100,15 +100,17 @@ def test_the_page_shows_what_was_run_and_lists_what_was_not() -> None:
     assert {plan.table for plan in every} == {1, 2, 3, 4, 5}
     metrics = {"auc": [0.812, 0.7, 0.9], "accuracy": [0.75, 0.6, 0.8], "balanced_accuracy": [0.74, None, None]}
     done = {plan: {"metrics": metrics, "seconds": 60.0, "machine": "<b>machine</b>"} for plan in every[:2]}
-    assert "<td>0.812</td>" in render_page(as_table(done), [], TIERS["cpu"])  # one seed has no interval
+    assert "<td>0.812</td>" in render_page(as_table(done), {}, TIERS["cpu"])  # one seed has no interval
     for seed, value in ((1, 0.7), (2, 0.9)):
         done[replace(every[0], seed=seed)] = row_of([value, None, None])
-    page = render_page(as_table(done), every[2:], TIERS["cpu"])
+    without = {plan: plan == every[-1] for plan in every[2:]}
+    page = render_page(as_table(done), without, TIERS["cpu"])
     assert "<td>0.804 ± 0.249</td>" in page  # t of 2 degrees of freedom: 4.303 * 0.1002 / sqrt(3)
     assert "0.8176" in page  # the paper's
-    assert f"Not run, or not measurable ({len([p for p in every[2:] if p.table == 1])})" in page
+    assert f"Not run ({len([p for p in every[2:] if p.table == 1])})" in page
+    assert re.search(r"Not measurable .*\(1\)</summary><ul><li>" + every[-1].name.partition("-")[2], page)
     assert "<b>machine</b>" not in page
-    assert render_page(as_table({}), every, TIERS["cpu"])
+    assert render_page(as_table({}), dict.fromkeys(every, False), TIERS["cpu"])
 
 
 @pytest.mark.parametrize("known", [[], [0], [0, 1, 2]])
@@ -121,7 +123,7 @@ def test_the_plot_draws_rows_without_an_interval(known: list[int]) -> None:
     assert not re.search(r"nan|inf", picture, re.IGNORECASE)
     marks = [mark.get("class") for mark in ElementTree.fromstring(picture).iter()]
     assert (marks.count("strip"), marks.count("whisker")) == (3, len(known))
-    assert "<svg" in render_page(as_table(done), [], TIERS["cpu"])
+    assert "<svg" in render_page(as_table(done), {}, TIERS["cpu"])
 
 
 def test_a_left_out_hospital_has_a_curve_of_every_start() -> None:
@@ -137,7 +139,7 @@ def test_a_left_out_hospital_has_a_curve_of_every_start() -> None:
     for _, picture in drawn:
         marks = [mark.get("class") for mark in ElementTree.fromstring(picture).iter()]
         assert (marks.count("whisker"), marks.count("line")) == (6, 3)
-    page = render_page(as_table(done), [], TIERS["cpu"])
+    page = render_page(as_table(done), {}, TIERS["cpu"])
     assert all(f"<h3>{hospital}</h3>" in page for hospital in HOSPITALS[:2])
     starts = as_table({**done, **{replace(plan, init="supervised"): result for plan, result in done.items()}})
     assert [hospital for hospital, _ in curves(starts)][2:] == [f"{h}, from supervised weights" for h in HOSPITALS[:2]]
@@ -146,10 +148,10 @@ def test_a_left_out_hospital_has_a_curve_of_every_start() -> None:
 
 def test_the_page_says_of_each_table_with_what_encoder_it_was_made() -> None:
     made = as_table({replace(PLAN, table=table): row_of([0.8, 0.7, 0.9]) for table in (1, 3)})
-    page = render_page(made, [], TIERS["cpu"])
+    page = render_page(made, {}, TIERS["cpu"])
     assert "resnet18, images of 64 px. " in page
     assert "vit_tiny with patches of 12 px, images of 96 px. " in page
-    page = render_page(made, [], settings_of("cpu", "vit_small"))
+    page = render_page(made, {}, settings_of("cpu", "vit_small"))
     assert "vit_small with patches of 16 px, images of 64 px. " in page
     assert "vit_small with patches of 12 px, images of 96 px. " in page
     assert "vit_tiny" not in page

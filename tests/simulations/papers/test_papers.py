@@ -16,6 +16,7 @@ from polyclinic.errors import CheckpointError, CohortError, Refused
 from polyclinic.study import Study, resolve
 from polyclinic.wire import Tensors
 from polyclinic_client.site import Site
+from polyclinic_server import rounds
 from polyclinic_simulations.papers import run as module
 from polyclinic_simulations.papers.datasets import dataset, document
 from polyclinic_simulations.papers.plans import HOSPITALS, SEEDS, TIERS, Plan
@@ -78,8 +79,8 @@ def test_what_another_version_left_half_made_is_made_anew(
         shutil.rmtree(tmp_path / "work" / "pretrained")
     train = module.train_row
 
-    def other(study: Study, *rest: Any) -> Tensors:
-        train(resolve({**study.model_dump(mode="json"), "study": {"name": "other", "seed": 0}}), *rest)
+    def other(study: Study, *rest: Any, **more: Any) -> Tensors:
+        train(resolve({**study.model_dump(mode="json"), "study": {"name": "other", "seed": 0}}), *rest, **more)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -91,6 +92,21 @@ def test_what_another_version_left_half_made_is_made_anew(
     assert found is not None
     assert found["metrics"] == expected["metrics"]
     assert any("made anew" in str(event.get("text")) for event in said)
+
+
+def test_a_row_whose_pretraining_collapses_has_no_figures_and_is_not_tried_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Mapping[str, Any]] = []
+    at = Workshop(TINY, data, tmp_path / "work", row_of([])["machine"], listen=said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "collapsed", lambda found: True)
+        found = run_plan(PLAN, at)
+    assert found is not None
+    assert found["metrics"] == {}
+    assert any("has no figures: the encoder has collapsed" in str(event.get("text")) for event in said)
+    assert run_plan(PLAN, at) == found
+    assert as_table({PLAN: found}).empty
 
 
 def test_a_damaged_encoder_is_trained_again(data: Path, tmp_path: Path) -> None:
@@ -135,13 +151,15 @@ def test_the_command_makes_what_is_left_and_shows_all(
     other = replace(TINY, batch_size=12)
     monkeypatch.setitem(TIERS, "cpu", {**dict.fromkeys(range(1, 6), TINY), 5: other})
     work, out = tmp_path / "work", tmp_path / "out"
-    run(every[1], data, work / f"cpu-{TINY.digest}")  # by another process
 
     def papers(*options: str) -> pd.DataFrame:
         arguments = ["papers", "--data", data, "--work", work, "--out", out, *options]
         assert cli.run([str(argument) for argument in arguments]) == 0
         return pd.read_csv(out / "papers.csv")
 
+    assert papers("--minutes", "0").empty
+    assert "Not run (3)" in (out / "papers.html").read_text()
+    run(every[1], data, work / f"cpu-{TINY.digest}")  # by another process
     assert papers("--minutes", "0")["seed"].unique().tolist() == [1]
     made = papers()
     assert made["seed"].unique().tolist() == list(SEEDS)
@@ -234,10 +252,10 @@ def test_who_trains_in_each_regime(
     passes: list[int] = []
     train = module.train_row
 
-    def noting(study: Study, sites: Mapping[str, Site], *rest: Any) -> Tensors:
+    def noting(study: Study, sites: Mapping[str, Site], *rest: Any, **more: Any) -> Tensors:
         made.append(sorted(sites))
         passes.append(study.stages[-1].local_epochs)
-        return train(study, sites, *rest)
+        return train(study, sites, *rest, **more)
 
     monkeypatch.setattr(module, "train_row", noting)
     plan = Plan(5, "ham10000-subset", "patient", regime, method, "random", 0.5, 0)
