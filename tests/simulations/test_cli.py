@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from polyclinic import cli
 from polyclinic.encoders import ENCODERS
+from polyclinic_server import rounds
 
 from ..tiny import TinyEncoder, write_cohort
 
@@ -201,3 +202,18 @@ def test_weights_of_another_shape_are_named(
     assert cli.run(["simulate", "study.toml", "--out", "run"]) == 2
     assert "differ in shape: out.weight is (3, 36) and not (8, 36)" in " ".join(capsys.readouterr().err.split())
     assert not Path("run").exists()
+
+
+def test_who_is_told_of_a_collapse_is_not_told_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(ENCODERS, "resnet18", lambda encoder, images: TinyEncoder(images.channels))
+    monkeypatch.setattr(rounds, "collapsed", lambda found: True)
+    for seed, name in enumerate(("mistyped", "south")):
+        write_cohort(Path(name), 12, seed)
+    Path("study.toml").write_text(STUDY.replace("rounds = 1", "rounds = 1\nbatch_size = 4") + "[images]\nsize = 24\n")
+    assert cli.run(["simulate", "study.toml", "--out", "run"]) == 1
+    said = capsys.readouterr().err
+    assert "the encoder has collapsed: at 2 of 2 sites" in said
+    assert "lower the stage's learning_rate" in said
+    assert "--resume" not in said
