@@ -211,7 +211,10 @@ def test_who_is_told_of_a_collapse_is_not_told_to_go_on(
     monkeypatch.setattr(rounds, "collapsed", lambda found: True)
     for seed, name in enumerate(("mistyped", "south")):
         write_cohort(Path(name), 12, seed)
-    Path("study.toml").write_text(STUDY.replace("rounds = 1", "rounds = 1\nbatch_size = 4") + "[images]\nsize = 24\n")
+    Path("study.toml").write_text(
+        STUDY.replace("rounds = 1", "rounds = 1\nbatch_size = 4")
+        + "[images]\nsize = 16\n[compute]\nprecision = 'fp32'\n"
+    )
     assert cli.run(["simulate", "study.toml", "--out", "run"]) == 1
     said = capsys.readouterr().err
     assert "the encoder has collapsed: at 2 of 2 sites" in said
