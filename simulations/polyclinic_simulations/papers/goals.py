@@ -17,9 +17,16 @@ class Means:
     """Means over all seeds of the rows in papers.csv that have one start, of those that Plan.init names."""
 
     def __init__(self, results: pd.DataFrame, init: str) -> None:
-        own = results[results["init"] == init] if len(results) else pd.DataFrame(columns=[*_KEYS, "seed", "value"])
-        found = own.groupby(_KEYS).agg(value=("value", "mean"), seeds=("seed", "nunique"))
-        self._means = found.loc[found["seeds"] == len(SEEDS), "value"].to_dict()
+        own = (
+            results[results["init"] == init] if len(results) else pd.DataFrame(columns=[*_KEYS, "seed", "value", "low"])
+        )
+        found = (
+            own.astype({"low": float})
+            .groupby(_KEYS)
+            .agg(value=("value", "mean"), low=("low", "mean"), seeds=("seed", "nunique"))
+        )
+        whole = found[found["seeds"] == len(SEEDS)]
+        self._means, self._lows = whole["value"].to_dict(), whole["low"].to_dict()
 
     def __call__(self, metric: str, dataset: str, split: str, regime: str, method: str, fraction: float = 1.0) -> float:
         """Of one group of rows.
@@ -28,6 +35,10 @@ class Means:
             KeyError: they have not been run with every seed.
         """
         return float(self._means[metric, dataset, split, regime, method, fraction])
+
+    def beyond_chance(self, *group: object) -> bool:
+        """Whether the test patients are enough to tell: the intervals over them end above an AUC of 0.5 on average."""
+        return bool(self._lows[group] > 0.5)
 
     def has(self, *group: object) -> bool:
         """Whether every seed of a group of rows has been run."""
@@ -91,8 +102,14 @@ def goals() -> Iterator[Goal]:
 
 def _spared(hospital: str, value: Means) -> float:
     """The fraction of a hospital's labels beyond those with which the pretrained start does as well as the supervised
-    one with all; below 0 where it never does. Fractions of so few labels that a seed has no figure do not count."""
+    one with all; below 0 where it never does. Fractions of so few labels that a seed has no figure do not count.
+
+    Raises:
+        KeyError: the test patients are too few to tell the supervised start from chance.
+    """
     here = ("auc", hospital, "site", "federated")
+    if not value.beyond_chance(*here, "scratch", 1.0):
+        raise KeyError(hospital)
     goal, known = value(*here, "scratch", 1.0), [f for f in FRACTIONS if value.has(*here, "simclr", f)]
     return 1 - min((f for f in known if value(*here, "simclr", f) >= goal), default=2.0)
 

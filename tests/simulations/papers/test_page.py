@@ -48,11 +48,16 @@ def test_goals_are_met_missed_or_not_measured() -> None:
 
 
 def test_labels_spared_are_those_beyond_the_first_that_do_as_well() -> None:
-    def at(hospital: str, method: str, fraction: float, value: float) -> pd.DataFrame:
+    def within(width: float, hospital: str, method: str, fraction: float, value: float) -> pd.DataFrame:
         plan = Plan(4, hospital, "site", "federated", method, "random", fraction, 0)
-        result = row_of([value, None, None])
+        result = row_of([value, value - width, value + width])
         return as_table({replace(plan, seed=seed): result for seed in SEEDS})
 
+    def at(hospital: str, method: str, fraction: float, value: float) -> pd.DataFrame:
+        return within(0.05, hospital, method, fraction, value)
+
+    noise = pd.concat([within(0.45, HOSPITALS[0], method, 1.0, 0.9) for method in ("scratch", "simclr")])
+    assert all(text.endswith("not measured") for text in verdicts(noise)[4])
     for reached, expected in (
         (0.2, "met: 0.800"),
         (0.33, "met: 0.670"),
