@@ -203,7 +203,7 @@ def _rehearsal(hospital: Hospital, path: Path) -> Iterator[Finding]:
         if not stage.images_s:
             said = f"{stage.method}: no patient to train on has its labels here; the site sits these rounds out"
             yield Finding("labels", "WARN", said, "ask the coordinator to name the site's words in [evaluation] labels")
-    if any(stage.method == "micle" for stage in study.stages) and cohort.unpaired:
+    if hospital.site(cohort).unpaired(study):
         yield Finding("pairs", "WARN", UNPAIRED, "give the labels.csv that says which images are of one patient")
     paces = "; ".join(
         f"{stage.method}: {stage.images_s:.0f} images a second, {duration(stage.round_s)} a round"

@@ -184,7 +184,7 @@ class Hospital:
             require_patients(cohort.folder)
         for tensors in leaves:
             self.settings.policy.check_update(tensors)
-        everyone = self._site(cohort).split(study)[0]
+        everyone = self.site(cohort).split(study)[0]
         trained = [training or everyone for training in self.trains_on(study, cohort)]
         self.settings.policy.check_cohort(min(training.n_patients for training in trained))
 
@@ -194,7 +194,7 @@ class Hospital:
         Raises:
             CohortError: the cohort cannot be split into patients to train on and patients to measure by.
         """
-        site = self._site(cohort)
+        site = self.site(cohort)
         everyone = site.split(study)[0]
 
         def training(stage: Stage) -> Cohort | None:
@@ -301,9 +301,9 @@ class Hospital:
             raise CohortError("the site's images have changed since it approved the study", "approve it again")
         self.settings.policy.check_hours()
         self._count(study)
-        return self._site(cohort)
+        return self.site(cohort)
 
-    def _site(self, cohort: Cohort) -> Site:
+    def site(self, cohort: Cohort) -> Site:
         return Site(self.name, cohort, self.path / "state", self.path / "privacy", self.settings.policy.caps)
 
     @property

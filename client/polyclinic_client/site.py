@@ -66,6 +66,10 @@ class Site:
         seed, private = seed_for(study.seed, "split", site=self.name), study.privacy.mode == "patient"
         return split_patients(self.cohort, study.evaluation, seed, private)
 
+    def unpaired(self, study: Study) -> bool:
+        """Whether a stage is MICLe, and no patient to train on has the two images that it wants."""
+        return any(stage.method == "micle" for stage in study.stages) and self.split(study)[0].unpaired
+
     def measured(self, cohort: Cohort) -> Cohort:
         """Some of the site's patients as a study's rows are measured on them: by the labels as they were built."""
         return cohort if self.truth is None else replace(cohort, labels=self.truth[cohort.rows])

@@ -101,7 +101,7 @@ class SimCLRStage(Contrastive):
     method: Literal["simclr"]
 
 
-UNPAIRED = "no patient has two images: micle trains as simclr"
+UNPAIRED = "no patient to train on has two images: micle trains as simclr"
 """What to say to the site of such a cohort."""
 
 

@@ -4,7 +4,6 @@ Its run configuration names the run directory, which holds the study and `seats.
 """
 
 import json
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -112,14 +111,13 @@ def conclude(run: RunDir) -> None:
     if len(classified):
         area = np.average(classified["classifier_auc"], weights=classified["weight"])
         notes.append(f"the classifier on the sites' own test patients: AUC {area:.3f}, weighted alike, no interval")
-    times = [datetime.fromisoformat(event["time"]) for event in found.events]
     summary = {
         "study": study.name,
         "hash": study.hash,
         "engine": "deployed",
         "sites": {name: {"patients": told[name]} if name in told else {} for name in accepted},
         "rounds": found.rounds_done,
-        "wall_s": round((times[-1] - times[0]).total_seconds(), 1) if times else None,
+        "wall_s": round(found.seconds, 1),
         "comparison": comparison,
         "classifier": {},
         "operating": [],

@@ -395,13 +395,14 @@ def _measure(mail: Mail, study: Study, run: RunDir, round: Round, seats: Mapping
         run.metrics(round.stage, round.number, site, reply.evaluation)
         run.event("site_measured", site=site, measured=len(measured), sites=len(seats))
     patients = {e["site"]: e.get("patients") or 1 for e in records(run.path).events if e["event"] == "update_accepted"}
-    run.metrics(round.stage, round.number, "", _means(measured, patients))
+    trained = {site: found for site, found in measured.items() if site in patients}
+    run.metrics(round.stage, round.number, "", _means(trained, patients))
     _stop_collapsed(study, round.number, measured.values())
 
 
 def _means(values: Mapping[str, Mapping[str, float]], patients: Mapping[str, int]) -> dict[str, float]:
     """Mean of each metric over the sites that could measure it, in order of site name, weighted by the patients that
-    their latest update was trained on; alike where they may not tell."""
+    their latest accepted update was trained on; alike where they may not tell."""
     means = {}
     for metric in sorted({metric for measured in values.values() for metric in measured}):
         pairs = [(found[metric], patients.get(site, 1)) for site, found in sorted(values.items()) if metric in found]

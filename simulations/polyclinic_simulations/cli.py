@@ -90,8 +90,7 @@ def simulate(
         raise Refused("sites are left out on the local engine only", "leave --engine out")
     read = load_study(study)
     check(read, data or study.parent, holding_out)
-    if not resume:  # a run that has begun needs them no more
-        check_weights(read)
+    check_weights(read)
     if dry:
         _preview(read, data or study.parent, state, as_json)
         return

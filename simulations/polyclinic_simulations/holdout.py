@@ -63,7 +63,6 @@ def leave_one_site_out(
     Raises:
         StudyError: the study has no pretrain stage, does not end in fine-tuning, or has too few sites.
         Refused: as `simulate`.
-        Collapsed: a pretraining's encoder has.
     """
     check_stages(study)
     run = RunDir(out, listen)
@@ -76,9 +75,8 @@ def leave_one_site_out(
                 f"{len(sites)} sites leave {len(sites) - 1} when one is held out, fewer than aggregation.min_sites",
                 "lower min_sites, or simulate more sites",
             )
-        micle = any(stage.method == "micle" for stage in study.stages)
         for name, site in sites.items():
-            if micle and not resume and site.split(study)[0].unpaired:
+            if not resume and site.unpaired(study):
                 run.event("warning", text=f"{name}: {UNPAIRED}")
         rows: list[dict[str, Any]] = []
         needed: dict[str, dict[str, Any]] = {}
@@ -127,7 +125,7 @@ def _hold_out(
 def _wrong(scores: ClassifierScores | str | None) -> str:
     """What to note of a row."""
     if isinstance(scores, str):
-        return f"could not be fine-tuned: {scores}"
+        return scores
     if scores is None:
         return "could not be measured on the test patients"
     return "gives every test image the same answer" if scores.one_answer else ""
@@ -139,10 +137,14 @@ def _start(
     """(scope, fraction of the held-out site's labels, scores or why there are none) of one start, as they are made."""
     others = {site: member for site, member in sites.items() if site != name}
     known = others if start == "pretrained" else sites
-    encoder = None if start == "supervised" else _pretrain(study, known, folder / "pretraining", progress)
+    try:
+        encoder = None if start == "supervised" else _pretrain(study, known, folder / "pretraining", progress)
+    except Collapsed as error:
+        yield "in-distribution", 0.0, f"could not be pretrained: {error.problem}"
+        return
     tuned = _finetuning(study, encoder, folder)
     if reason := _unlabelled(tuned, others):
-        yield "in-distribution", 0.0, reason
+        yield "in-distribution", 0.0, f"could not be fine-tuned: {reason}"
         return
     tensors = _train(tuned, others, folder / "finetuning", progress)
     yield "in-distribution", 0.0, classify(tuned, tensors, others)
@@ -153,7 +155,7 @@ def _start(
         here = folder / f"labels-{fraction}"
         own = _finetuning(study, folder / "encoder.safetensors", here, fraction)
         if reason := _unlabelled(own, home):
-            yield "held-out", fraction, reason
+            yield "held-out", fraction, f"could not be fine-tuned: {reason}"
         else:
             yield "held-out", fraction, classify(own, _train(own, home, here, progress), home)
 
@@ -183,11 +185,7 @@ def _pretrain(study: Study, sites: Mapping[str, Site], folder: Path, progress: P
     if not file.exists():
         plain = study.model_dump(mode="json")
         own = resolve({**plain, "stages": [stage for stage in plain["stages"] if stage["kind"] == "pretrain"]})
-        try:
-            tensors = _train(own, sites, folder, progress, evaluate=True)
-        except Collapsed as error:
-            error.problem = f"pretraining at {', '.join(sites)}: {error.problem}"
-            raise
+        tensors = _train(own, sites, folder, progress, evaluate=True)
         save_encoder(file, encoder_of(own, tensors), own)
     return file
 

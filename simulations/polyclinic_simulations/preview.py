@@ -16,6 +16,7 @@ from polyclinic.faults import AnyFault
 from polyclinic.report import words
 from polyclinic.stages import UNPAIRED
 from polyclinic.study import Study
+from polyclinic_client.site import Site
 from polyclinic_simulations.consortium import Progress, gather, require
 
 BROADEST = 40
@@ -36,7 +37,6 @@ def preview(study: Study, data: Path, state: Path, progress: Progress) -> dict[s
     """
     members = gather(study, data, state, progress)
     require(members, study)
-    micle = any(stage.method == "micle" for stage in study.stages)
     return {
         "study": study.name,
         "seed": study.seed,
@@ -53,7 +53,7 @@ def preview(study: Study, data: Path, state: Path, progress: Progress) -> dict[s
                 "shift": [shift.model_dump(exclude={"sites"}) for shift in member.shifts],
                 "fault": [fault.model_dump(exclude={"sites"}) for fault in _faults(member.name, study)],
                 "held_out": member.name in study.simulation.held_out,
-                "warnings": [UNPAIRED] if micle and member.own.unpaired else [],
+                "warnings": [UNPAIRED] if Site(member.name, member.own, state).unpaired(study) else [],
             }
             for member in members
         },

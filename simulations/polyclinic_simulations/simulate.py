@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -79,7 +78,7 @@ def simulate(
     run = RunDir(out, listen)
     with claimed(run, study, resume):
         sites, held_out = hold_out(settle(gather(study, data, state, reading), study, run), study)
-        before = _seconds_before(out)
+        before = read_run(out).seconds
         run.event("cohorts_read", seconds=round(time.monotonic() - started, 1))
         _keep_cards(run, study, sites, reading, warn=not (out / "seats.json").exists())
         seats = {name: site.cohort.n_patients for name, site in sites.items()}
@@ -179,10 +178,9 @@ def _keep_cards(run: RunDir, study: Study, sites: Mapping[str, Site], reading: R
     words = [word for site in sites.values() for word in site.cohort.labels]
     for text in [*unmapped(study.evaluation.labels, words), *_left_out(study, words)] if warn else ():
         run.event("warning", text=text)
-    micle = any(stage.method == "micle" for stage in study.stages)
     for name, card in cards.items() if warn else ():
         texts = list(card["warnings"])
-        if micle and sites[name].split(study)[0].unpaired:
+        if sites[name].unpaired(study):
             texts.append(UNPAIRED)
         if across := card["near_duplicates"]["across_split"]:
             pairs = "pair of nearly equal images stands" if across == 1 else "pairs of nearly equal images stand"
@@ -327,20 +325,6 @@ def _cautions(classifier: Mapping[str, Mapping[str, float]], measured: Mapping[s
             f"({ours['auc_low']:.3f} to {ours['auc_high']:.3f}) against {other['auc']:.3f} of the row scratch"
         )
     return texts
-
-
-def _seconds_before(run: Path) -> float:
-    """Seconds of all earlier attempts, each from its start to its last event."""
-    spent: list[float] = []
-    began = 0.0
-    for event in read_run(run).events:
-        now = datetime.fromisoformat(event["time"]).timestamp()
-        if event["event"] == "cohorts_read":
-            began = now - event["seconds"]
-            spent.append(event["seconds"])
-        elif spent:
-            spent[-1] = now - began
-    return sum(spent)
 
 
 def _of_row(name: str, listen: Listener | None) -> Listener | None:

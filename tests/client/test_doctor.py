@@ -256,12 +256,12 @@ def test_a_site_without_pairs_is_told_what_micle_makes_of_it(
     assert "pairs" not in tried(site, 12.0, monkeypatch, study=study)
     make_hospital(tmp_path / "other", "south", write_cohort(tmp_path / "single", 6, images=1))
     found = tried(tmp_path / "other", 12.0, monkeypatch, study=study)["pairs"]
-    assert (found.level, found.found) == ("WARN", "no patient has two images: micle trains as simclr")
+    assert (found.level, found.found) == ("WARN", "no patient to train on has two images: micle trains as simclr")
     hospital = Hospital(tmp_path / "other")
     pace = Rehearsal([Pace(name, 2, 20.0, 1.0) for name in ("simclr", "micle")], 1500.0, "cpu")
     monkeypatch.setattr("polyclinic_client.preview.rehearse", lambda *_: pace)
     said = list(preview(hospital, study, hospital.cohort_for(study)).words())
-    assert said.count("no patient has two images: micle trains as simclr") == 1
+    assert said.count("no patient to train on has two images: micle trains as simclr") == 1
 
 
 def test_a_study_beyond_the_policy_fails_and_the_network_is_looked_at_all_the_same(

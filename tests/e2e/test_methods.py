@@ -53,4 +53,6 @@ def test_micle_says_where_no_patient_has_two_images(patients: Path, state: Path,
     )
     assert done.returncode == 0, done.stderr
     warnings = json.loads((out / "summary.json").read_text())["warnings"]
-    assert [f"{name}: no patient has two images: micle trains as simclr" in warnings for name in SITES] == [True] * 3
+    assert [f"{name}: no patient to train on has two images: micle trains as simclr" in warnings for name in SITES] == [
+        True
+    ] * 3

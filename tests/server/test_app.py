@@ -2,12 +2,15 @@
 
 import json
 import tomllib
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import Context, RecordDict
 
 from polyclinic.artifacts import load_tensors
+from polyclinic_server import rundir
 from polyclinic_server.app import app, conclude
 from polyclinic_server.mail import Mail
 from polyclinic_simulations.engines.local import LocalGrid
@@ -61,6 +64,20 @@ def test_the_sites_own_probes_are_averaged_by_the_patients_that_they_trained_on(
     assert "| federated | 0.825 | – | 0.500 |" in card
     assert "Patient-weighted mean of the sites' own probes." in card
     assert "rehearsed" not in page + card
+
+
+def test_its_seconds_are_those_of_its_attempts_and_not_of_the_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, clock = open_run(tmp_path, tiny_study()), [0.0]
+    run.rewind(0)
+    monkeypatch.setattr(rundir, "datetime", SimpleNamespace(now=lambda zone: datetime.fromtimestamp(clock[0], zone)))
+    told = ["launched", "submitted", "run_started", "round_closed", "run_interrupted", "submitted", "warning"]
+    for event, later in zip([*told, "run_resumed", "run_finished"], (0, 9, 9, 2, 3, 900, 900, 7, 4), strict=True):
+        clock[0] += later
+        run.event(event)
+    conclude(run)
+    assert json.loads((tmp_path / "summary.json").read_text())["wall_s"] == 2 + 3 + 4
 
 
 def test_a_run_without_any_probe_is_concluded(tmp_path: Path) -> None:

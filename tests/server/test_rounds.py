@@ -242,6 +242,23 @@ def test_a_site_that_is_late_or_gone_holds_up_one_wait_and_joins_a_later_round(
     assert same_bits(tensors, refused)
 
 
+def test_who_had_no_update_accepted_has_no_say_in_the_last_mean(tmp_path: Path) -> None:
+    def failing(message: Message, context: Any) -> Message:
+        if message.metadata.message_type == "train":
+            raise RuntimeError("no")
+        return nodes()["west"](message, context)
+
+    run = open_run(tmp_path, study := tiny_study())
+    run_study(LocalGrid({**nodes(), "west": failing}), study, run, SEATS)
+    last = {
+        row[2]: float(row[4]) for row in measured(run) if row[1] == str(study.rounds) and row[3] == "effective_rank"
+    }
+    assert set(last) == {"", *SITES}
+    trained = [site for site in SITES if site != "west"]
+    mean = sum(last[site] * SEATS[site] for site in trained) / sum(SEATS[site] for site in trained)
+    assert last[""] == pytest.approx(mean)
+
+
 class Coming(LocalGrid):
     """The last node is there once the second has trained and answers at the second look; the first takes four looks."""
 

@@ -202,6 +202,10 @@ def test_weights_of_another_shape_are_named(
     assert cli.run(["simulate", "study.toml", "--out", "run"]) == 2
     assert "differ in shape: out.weight is (3, 36) and not (8, 36)" in " ".join(capsys.readouterr().err.split())
     assert not Path("run").exists()
+    (tmp_path / "grid.toml").write_text(f"{STUDY}{init}[grid]\nseed = [0]\n")
+    assert cli.run(["sweep", "grid.toml", "--out", "sweep", "--engine", "local"]) == 2
+    assert "differ in shape: out.weight is (3, 36) and not (8, 36)" in " ".join(capsys.readouterr().err.split())
+    assert not Path("sweep").exists()
 
 
 def test_who_is_told_of_a_collapse_is_not_told_to_go_on(

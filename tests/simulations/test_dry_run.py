@@ -67,7 +67,7 @@ def test_sites_without_pairs_are_named_where_micle_wants_them(
     micle = STUDY.replace("simclr", "micle") + "sites = 2"
     Path("study.toml").write_text(micle)
     assert cli.run(["simulate", "study.toml", "--dry-run"]) == 0
-    assert ("site-2: no patient has two images" in capsys.readouterr().out) == warned
+    assert ("site-2: no patient to train on has two images" in capsys.readouterr().out) == warned
     assert cli.run(["simulate", "study.toml", "--dry-run", "--json"]) == 0
     assert all(bool(site["warnings"]) == warned for site in shown(capsys)["sites"].values())
 

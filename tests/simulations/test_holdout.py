@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import save_file
 
 from polyclinic.encoders import ENCODERS
-from polyclinic.errors import Collapsed, QuorumLost, StudyError
+from polyclinic.errors import QuorumLost, StudyError
 from polyclinic.report import read_run
 from polyclinic.study import Study, load_study, with_weights
 from polyclinic.wire import Tensors
@@ -164,7 +164,7 @@ def test_a_site_without_pairs_is_warned_of(few: None, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state", listen=listen)
     [text] = [str(event["text"]) for event in said if "two images" in str(event.get("text"))]
-    assert text == "east: no patient has two images: micle trains as simclr"
+    assert text == "east: no patient to train on has two images: micle trains as simclr"
 
 
 def test_killed_inside_a_round_and_resumed_is_as_undisturbed(
@@ -278,14 +278,17 @@ def test_what_fails_for_another_reason_than_labels_is_not_taken_for_that(
         leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state")
 
 
-def test_an_encoder_that_collapses_in_pretraining_ends_the_protocol(
+def test_a_start_whose_encoder_collapses_costs_its_own_rows_only(
     few: None, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rounds, "collapsed", lambda found: True)
-    others = SITES[1:]
-    with pytest.raises(Collapsed, match=f"pretraining at {', '.join(others)}: the encoder has collapsed: at 2 of 2"):
-        leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state")
-    assert not (tmp_path / "run" / "summary.json").exists()
+    summary = leave_one_site_out(study, tmp_path / "run", tmp_path / "data", tmp_path / "state")
+    assert set(pd.read_csv(tmp_path / "run" / "holdout.csv")["start"]) == {"supervised"}
+    for found in summary["leave_one_site_out"].values():
+        assert found["labels_needed"] == {"pretrained": None, "joined": None}
+        assert found["supervised_at_100"] is not None
+        for start in ("pretrained", "joined"):
+            assert f"{start}, in-distribution, could not be pretrained: the encoder has collapsed" in found["note"]
 
 
 @pytest.mark.parametrize("stages", [[SIMCLR], [TUNE]])

@@ -5,6 +5,7 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ Points = list[tuple[int, float]]
 
 FIGURES = ("auc", "balanced_accuracy")
 INTERVAL = ("auc_low", "auc_high")
+ASIDE = {"submitted", "run_stopped", "warning"}
+"""Events that may come between two attempts at a run."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,21 @@ class Run:
     def attempts(self) -> int:
         """How often it was begun or gone on with."""
         return len(self.happened("run_started")) + len(self.happened("run_resumed"))
+
+    @property
+    def seconds(self) -> float:
+        """Of all attempts, each from its start to its last event: not of the pauses between them."""
+        begins = {"cohorts_read"} if self.happened("cohorts_read") else {"run_started", "run_resumed"}
+        spent: list[float] = []
+        began = 0.0
+        for event in self.events:
+            now = datetime.fromisoformat(event["time"]).timestamp()
+            if event["event"] in begins:
+                spent.append(event.get("seconds", 0.0))  # a cohort is read before that is told
+                began = now - spent[-1]
+            elif spent and event["event"] not in ASIDE:
+                spent[-1] = now - began
+        return sum(spent)
 
     @cached_property
     def comparison(self) -> dict[str, dict[str, float]]:

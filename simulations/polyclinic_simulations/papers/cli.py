@@ -55,7 +55,12 @@ def papers(
     ] = None,
     init: Annotated[
         Path | None,
-        typer.Option(help="Supervised weights, a safetensors file: makes table 4 start from them too.", exists=True),
+        typer.Option(
+            help="Supervised weights, a safetensors file: makes table 4 start from them too.",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+        ),
     ] = None,
     family: Annotated[Family, typer.Option(help="Whose names the tensors of --init have.")] = Family.TORCHVISION,
     out: Annotated[Path, typer.Option(help="Where papers.csv and papers.html go.")] = Path("papers"),
@@ -97,7 +102,8 @@ def papers(
     every = [plan for plan in plans() if trainable(plan, tiers[plan.table])]
     weights = None
     if init is not None:
-        found = hashlib.sha256(init.read_bytes()).hexdigest()
+        with init.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
         weights = Weights(file=str(init.resolve()), family=family.value, sha256=found)
     wanted = [
         plan

@@ -37,7 +37,7 @@ class Means:
         return float(self._means[metric, dataset, split, regime, method, fraction])
 
     def beyond_chance(self, *group: object) -> bool:
-        """Whether the test patients are enough to tell: the intervals over them end above an AUC of 0.5 on average."""
+        """Whether the test patients are enough to tell: their intervals begin above an AUC of 0.5, on average."""
         return bool(self._lows[group] > 0.5)
 
     def has(self, *group: object) -> bool:
@@ -102,16 +102,19 @@ def goals() -> Iterator[Goal]:
 
 def _spared(hospital: str, value: Means) -> float:
     """The fraction of a hospital's labels beyond those with which the pretrained start does as well as the supervised
-    one with all; below 0 where it never does. Fractions of so few labels that a seed has no figure do not count.
+    one with all; below 0 where it never does. Fractions of so few labels that the supervised start has no figure in a
+    seed do not count.
 
     Raises:
-        KeyError: the test patients are too few to tell the supervised start from chance.
+        KeyError: the test patients are too few to tell the supervised start from chance, or rows are not made yet.
     """
     here = ("auc", hospital, "site", "federated")
     if not value.beyond_chance(*here, "scratch", 1.0):
         raise KeyError(hospital)
-    goal, known = value(*here, "scratch", 1.0), [f for f in FRACTIONS if value.has(*here, "simclr", f)]
-    return 1 - min((f for f in known if value(*here, "simclr", f) >= goal), default=2.0)
+    goal = value(*here, "scratch", 1.0)
+    known = [fraction for fraction in FRACTIONS if value.has(*here, "scratch", fraction)]
+    reached = [fraction for fraction in known if value(*here, "simclr", fraction) >= goal]
+    return 1 - min(reached, default=2.0)
 
 
 def _federated(method: str) -> Iterator[Goal]:

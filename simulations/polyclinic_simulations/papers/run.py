@@ -51,22 +51,18 @@ _FIGURES = {f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_hig
 def run_plan(plan: Plan, at: Workshop) -> dict[str, Any] | None:
     """What `finished` gives, of a row that is made now if it was not; None while another process trains what it needs.
 
-    A row whose pretraining collapses is finished without figures: its settings would make it collapse again.
+    A row whose pretraining collapses is finished without figures: with its settings it would collapse again.
 
     Raises:
         CohortError: a dataset is missing, or its test patients cannot be scored.
         CheckpointError: what is there of the protocol of table 4 is damaged.
     """
-    lock = at.folder / "locks" / _shared(plan)
+    lock = at.folder / "locks" / f"{_shared(plan)}{at.start(plan)}"
     lock.mkdir(parents=True, exist_ok=True)
     with locked(lock) as free:
         if free and finished(plan, at) is None:
-            try:
-                made = _held_out(plan, at) if plan.table == 4 else _made(plan, at)
-            except Collapsed as error:
-                _warn(at, f"{plan.name} has no figures: {error.problem}")
-                made = {"metrics": {}, "seconds": 0.0}
-            start = f", from {at.weights.sha256[:8]}" if at.weights and plan.init == "supervised" else ""
+            made = _held_out(plan, at) if plan.table == 4 else _made(plan, at)
+            start = f", from weights{start}" if (start := at.start(plan)) else ""
             keep(plan, {**made, "machine": at.machine + start}, at)
             tidy(row_folder(plan, at))
     return finished(plan, at)
@@ -76,6 +72,9 @@ def _made(plan: Plan, at: Workshop) -> dict[str, Any]:
     """A row; anew where an earlier attempt's half cannot be gone on with."""
     try:
         return _measured(plan, at)
+    except Collapsed as error:
+        _warn(at, f"{plan.name} has no figures: {error.problem}")
+        return {"metrics": {}, "seconds": 0.0}
     except (CheckpointError, StudyError) as error:
         _warn(at, f"{plan.name} is made anew: {error.problem}")
         for half in (row_folder(plan, at), *(at.folder / "pretrained" / _shared(plan)).glob("*")):
@@ -165,7 +164,7 @@ def _pretrained(plan: Plan, name: str, team: Mapping[str, Site], more: Cohort | 
 
 def _held_out(plan: Plan, at: Workshop) -> dict[str, Any]:
     """A row of the protocol that leaves each hospital out in turn; the first row that is asked for runs it all."""
-    out = at.folder / "holdout" / ("" if plan.init == "random" else plan.init) / f"seed-{plan.seed}"
+    out = at.folder / "holdout" / f"{plan.init}{at.start(plan)}-{plan.seed}"
     study = protocol_study(plan, at)
     resume = _begun(study, out)
     if out.exists() and not resume:

@@ -45,6 +45,10 @@ class Workshop:
     listen: Listener | None = None
     progress: Progress | None = None
 
+    def start(self, plan: Plan) -> str:
+        """Which weights a row starts from, for its folder: others make another row."""
+        return f"-{self.weights.sha256[:8]}" if self.weights and plan.init == "supervised" else ""
+
 
 def finished(plan: Plan, at: Workshop) -> dict[str, Any] | None:
     """{"metrics": {metric: [value, low, high]}, "seconds": s, "machine": words} of a row that has been made, or None.
@@ -75,6 +79,8 @@ def take_back(path: Path, workshops: Mapping[int, Workshop]) -> None:
             [machine], [seconds] = row["machine"].unique(), row["seconds"].unique()
             if str(machine).partition(",")[0] != tier:
                 raise Refused(f"{path} holds rows that are not of the {tier}: {machine}", fix)
+            if (start := at.start(known[values])) and start not in str(machine):
+                raise Refused(f"{path} holds rows that start from other weights than --init: {machine}", fix)
             if sorted(row["metric"]) != sorted(METRICS) or row["value"].isna().any():
                 raise ValueError(f"a row without its {len(METRICS)} metrics")
             ends = row[["value", "low", "high"]].astype(object).where(row[["value", "low", "high"]].notna(), None)
@@ -94,7 +100,7 @@ def keep(plan: Plan, result: dict[str, Any], at: Workshop) -> None:
 
 def row_folder(plan: Plan, at: Workshop) -> Path:
     """Where a row trains, and keeps its figures."""
-    return at.folder / "rows" / plan.name
+    return at.folder / "rows" / f"{plan.name}{at.start(plan)}"
 
 
 def as_table(rows: dict[Plan, dict[str, Any]]) -> pd.DataFrame:

@@ -64,13 +64,16 @@ def test_labels_spared_are_those_beyond_the_first_that_do_as_well() -> None:
         (0.5, "missed: 0.500"),
         (2.0, "missed: -1.000"),
     ):
-        rows = [at(HOSPITALS[0], "scratch", 1.0, 0.9)]
+        rows = [at(HOSPITALS[0], "scratch", f, 0.9 if f == 1.0 else 0.7) for f in FRACTIONS if f != 0.01]
         rows += [at(HOSPITALS[0], "simclr", f, 0.9 if f >= reached else 0.8) for f in FRACTIONS if f != 0.01]
         own, supervised, *others = verdicts(pd.concat(rows))[4]
         assert own.endswith(expected)
         assert all(text.endswith("not measured") for text in (supervised, *others))
         both = pd.concat(rows).assign(init="supervised")
         assert verdicts(both)[4][1].endswith(expected)
+        made = pd.concat(rows)
+        unmade = (made["method"] == "simclr") & (made["label_fraction"] == 0.1) & (made["seed"] == 2)
+        assert verdicts(made[~unmade])[4][0].endswith("not measured"), "a start is not judged before it is run"
 
 
 def test_a_goal_over_all_fractions_is_that_of_the_worst() -> None:

@@ -1,5 +1,6 @@
 """The papers' tables on datasets of a few images: rows, resumption, documents, the command."""
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -306,7 +307,7 @@ def test_supervised_weights_start_the_protocol_and_without_them_its_rows_are_lef
     started = {}
 
     def protocol(study: Study, out: Path, *_: object, **__: object) -> None:
-        started[out.parent.name] = study.encoder.init
+        started[out.name] = study.encoder.init
         out.mkdir(parents=True)
         figures = {f"{name}{end}": 0.7 for name in METRICS for end in ("", "_low", "_high")}
         row = {"held_out": HOSPITALS[0], "start": "pretrained", "scope": "held-out", "label_fraction": 1.0, **figures}
@@ -328,9 +329,18 @@ def test_supervised_weights_start_the_protocol_and_without_them_its_rows_are_lef
     assert papers("--init", file) == 0
     table = pd.read_csv(tmp_path / "out" / "papers.csv")
     assert table["init"].unique().tolist() == ["random", "supervised"]
-    assert started["holdout"] == "random"
-    assert started["supervised"].family == "torchvision"
-    assert table.query("init == 'supervised'")["machine"].str.endswith(started["supervised"].sha256[:8]).all()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert started["random-0"] == "random"
+    theirs = started[f"supervised-{digest[:8]}-0"]
+    assert (theirs.family, theirs.sha256) == ("torchvision", digest)
+    assert table.query("init == 'supervised'")["machine"].str.endswith(f", from weights-{digest[:8]}").all()
+    assert papers() == 0, "rows of weights that are not at hand are kept"
+    assert pd.read_csv(tmp_path / "out" / "papers.csv").equals(table)
+    save_file({name: value + 1 for name, value in weights.items()}, file)
+    assert papers("--init", file) == 2, "rows that start from other weights are other rows"
+    assert papers("--init", file, "--out", tmp_path / "others") == 0
+    assert len(started) == 3
+    assert papers("--init", tmp_path) == 2
     with pytest.raises(Refused, match="supervised weights"):
         run_plan(replace(every[1], seed=1), Workshop(residual, data, tmp_path / "work"))
 
@@ -339,7 +349,7 @@ def test_supervised_weights_start_the_protocol_and_without_them_its_rows_are_lef
 def test_a_protocol_of_other_settings_is_run_anew_and_a_damaged_one_is_kept(
     found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "holdout" / "seed-0"
+    out = tmp_path / "holdout" / "random-0"
     (out / "holdout").mkdir(parents=True)
     (out / "study.toml").write_text(found)
     begun = []

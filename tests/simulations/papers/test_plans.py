@@ -30,3 +30,9 @@ def test_tables_of_another_size_have_the_rows_that_its_encoder_can_train() -> No
     assert all(trainable(plan, small[plan.table]) for plan in plans())
     left_out = {plan.method for plan in plans() if not trainable(plan, residual[plan.table])}
     assert left_out == {"mae", "sssd"}
+
+
+def test_the_convolutions_of_big_transfer_take_every_table_of_theirs() -> None:
+    tiers = settings_of("cpu", "bit_resnet50")
+    assert all(at.encoder == {"name": "bit_resnet50"} for at in tiers.values())
+    assert {plan.method for plan in plans() if not trainable(plan, tiers[plan.table])} == {"mae", "sssd"}
