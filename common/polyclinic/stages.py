@@ -44,7 +44,9 @@ class Views(Settings):
 
 
 RADIOGRAPH = Views(elastic=0.03, equalise=0.2, noise=0.03)
-COLOUR = Views(crop=(0.2, 1.0), rotation=180.0, jitter=0.8, hue=0.2, grey=0.2, blur=0.5)
+COLOUR = Views(crop=(0.4, 1.0), rotation=180.0, jitter=0.2)
+"""[A] has jitter 0.8, hue 0.2, grey 0.2 and blur 0.5, and smaller crops: with these an encoder learns not to see the
+colours that tell skin lesions apart (simulations/benchmarks/README.md)."""
 
 
 class Stage(Settings):

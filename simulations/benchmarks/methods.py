@@ -129,7 +129,7 @@ def main() -> None:
         if any(wanted.items() <= row.items() for row in known):
             continue
         found = measure(study, phantom if dataset == "phantom" else given.data, given.state)
-        known.append({**wanted, **found})
+        known.append({**wanted, **found, "cpu": machine["cpu"]})
         keep(given.out, machine, {"rows": known})
 
 

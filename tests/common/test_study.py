@@ -337,7 +337,7 @@ def test_defaults_depend_on_method_and_channels_under_the_users_own() -> None:
     grey, colour = resolve(SMALL), resolve(SMALL | {"images": {"channels": 3}})
     assert grey.stages[0].views is not None
     assert colour.stages[0].views is not None
-    assert (grey.stages[0].views.hue, colour.stages[0].views.hue) == (0.0, 0.2)
+    assert (grey.stages[0].views.rotation, colour.stages[0].views.rotation) == (15.0, 180.0)
     own = resolve(SMALL | {"images": {"channels": 3}, "stages": [STAGE | {"views": {"rotation": 5}}]})
     assert own.stages[0].views == colour.stages[0].views.model_copy(update={"rotation": 5.0})
 

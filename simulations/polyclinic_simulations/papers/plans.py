@@ -62,7 +62,8 @@ class Tier:
     def digest(self) -> str:
         """Of all of them: rows that were made with others are other rows.
 
-        LOCAL_EPOCHS, PARTS, ALPHA and run.PASSES are not in it: who changes one begins a new papers.csv.
+        LOCAL_EPOCHS, PARTS, ALPHA, run.PASSES and the methods' defaults are not in it: who changes one begins a new
+        papers.csv, or takes out of it the rows that it voids.
         """
         return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
 
