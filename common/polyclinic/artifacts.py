@@ -296,5 +296,6 @@ def write_model_card(run: Path) -> Path:
     """Write MODEL_CARD.md of a run directory from its study.toml and summary.json; returns its path."""
     from polyclinic.report.model_card import render_model_card
 
-    write_atomic(card := run / MODEL_CARD, render_model_card(run))
+    card = run / MODEL_CARD
+    write_atomic(card, render_model_card(run))
     return card

@@ -397,7 +397,7 @@ def _measure(mail: Mail, study: Study, run: RunDir, round: Round, seats: Mapping
     patients = {e["site"]: e.get("patients") or 1 for e in records(run.path).events if e["event"] == "update_accepted"}
     trained = {site: found for site, found in measured.items() if site in patients}
     run.metrics(round.stage, round.number, "", _means(trained, patients))
-    _stop_collapsed(study, round.number, measured.values())
+    _stop_collapsed(study, round.number, (trained or measured).values())
 
 
 def _means(values: Mapping[str, Mapping[str, float]], patients: Mapping[str, int]) -> dict[str, float]:

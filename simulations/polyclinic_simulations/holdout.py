@@ -43,6 +43,8 @@ from polyclinic_simulations.tidy import keep_newest, tidy
 
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.33, 0.5, 1.0)
 STARTS = ("pretrained", "joined", "supervised")
+EVERY = "every row"
+"""In place of a row's scope: a start that could not be made costs them all."""
 SITES = "sites"
 """In a training's folder: what its sites keep of it."""
 
@@ -113,8 +115,11 @@ def _hold_out(
                 row = {"held_out": name, "start": start, "scope": scope, "label_fraction": fraction, **scores.row()}
                 rows.append({**row, "seconds": seconds})
             if wrong := _wrong(scores):
-                noted.setdefault(f"{start}, {scope}, {wrong}", []).append(f"{fraction:.0%}")
-    notes = [f"{text} (with {', '.join(fractions)} of the site's labels)" for text, fractions in noted.items()]
+                noted.setdefault(f"{start}, {scope}, {wrong}", []).extend([f"{fraction:.0%}"] * (scope != EVERY))
+    notes = [
+        text + (f" (with {', '.join(fractions)} of the site's labels)" if fractions else "")
+        for text, fractions in noted.items()
+    ]
     if study.privacy.mode != "none":
         notes.append("each training has the study's epsilon for itself: whoever pretrains and fine-tunes spends both")
     for text in notes:
@@ -140,11 +145,11 @@ def _start(
     try:
         encoder = None if start == "supervised" else _pretrain(study, known, folder / "pretraining", progress)
     except Collapsed as error:
-        yield "in-distribution", 0.0, f"could not be pretrained: {error.problem}"
+        yield EVERY, 0.0, f"could not be pretrained: {error.problem}"
         return
     tuned = _finetuning(study, encoder, folder)
     if reason := _unlabelled(tuned, others):
-        yield "in-distribution", 0.0, f"could not be fine-tuned: {reason}"
+        yield EVERY, 0.0, f"could not be fine-tuned: {reason}"
         return
     tensors = _train(tuned, others, folder / "finetuning", progress)
     yield "in-distribution", 0.0, classify(tuned, tensors, others)

@@ -144,6 +144,11 @@ def claimed(run: RunDir, study: Study, resume: bool, holding_out: bool = False) 
             raise
 
 
+def same(study: Study, other: Study) -> bool:
+    """Whether two studies differ in nothing but where the file of their initial weights lies."""
+    return (study.hash, study.simulation) == (other.hash, other.simulation)
+
+
 def _empty(path: Path) -> None:
     """Refuse a folder that holds more than a file left half written."""
     if any(found.suffix != ".tmp" for found in path.iterdir()):
@@ -163,7 +168,7 @@ def _resumable(run: RunDir, study: Study, holding_out: bool) -> None:
         raise Refused(f"{run.path} holds a run that leaves one site out", "resume it with --leave-one-site-out")
     if holding_out and not held_out and (run.checkpoints.exists() or (run.path / "summary.json").exists()):
         raise Refused(f"{run.path} holds a run that leaves no site out", "resume it without --leave-one-site-out")
-    if run.study != study:
+    if not same(run.study, study):
         raise StudyError(f"{run.path} holds a run of another study", "resume with the study file it was started with")
 
 

@@ -8,7 +8,7 @@ from polyclinic.cohort import build_cohort
 from polyclinic.errors import CohortError, Refused
 from polyclinic_client.site import open_site, write_site
 
-from ..tiny import tiny_study, write_cohort
+from ..tiny import SIMCLR, tiny_study, write_cohort
 
 STUDY = tiny_study()
 
@@ -26,6 +26,23 @@ def test_a_site_is_its_cohort_or_some_of_its_patients(cohort: Path, tmp_path: Pa
     assert (everyone.name, everyone.cohort.n_patients) == ("north", 8)
     assert (some.name, some.cohort.n_patients) == ("south", 4)
     assert open_site(tmp_path / "all") is everyone
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_a_pair_that_is_kept_for_measuring_is_none_to_train_on(tested: bool, tmp_path: Path) -> None:
+    folder = write_cohort(tmp_path / "images", 8, images=1)
+    lines = (folder / "labels.csv").read_text().splitlines()
+    pair = [1, 2] if tested else [3, 4]
+    words = [f"{line.rpartition(',')[0]},paired,{'test' if k < 3 else 'train'}" if k in pair else
+             f"{line},{'test' if k < 3 else 'train'}" for k, line in enumerate(lines) if k]  # fmt: skip
+    (folder / "labels.csv").write_text("\n".join([f"{lines[0]},split", *words]))
+    study = tiny_study(stages=[{**SIMCLR, "method": "micle"}], evaluation={"split": "column"})
+    built = build_cohort(folder, study.images, tmp_path / "state", workers=1).folder
+    write_site(tmp_path / "site", "north", built)
+    site = open_site(tmp_path / "site")
+    assert not site.cohort.unpaired
+    assert site.unpaired(study) == tested
+    assert not site.unpaired(STUDY), "no other method wants pairs"
 
 
 def test_a_site_whose_patients_have_changed_is_refused(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def test_its_seconds_are_those_of_its_attempts_and_not_of_the_pauses(
     run.rewind(0)
     monkeypatch.setattr(rundir, "datetime", SimpleNamespace(now=lambda zone: datetime.fromtimestamp(clock[0], zone)))
     told = ["launched", "submitted", "run_started", "round_closed", "run_interrupted", "submitted", "warning"]
-    for event, later in zip([*told, "run_resumed", "run_finished"], (0, 9, 9, 2, 3, 900, 900, 7, 4), strict=True):
+    told += ["submitted", "run_failed", "submitted", "run_resumed", "run_finished"]  # one failed before it began
+    for event, later in zip(told, (0, 9, 9, 2, 3, 900, 900, 7, 7, 7, 7, 4), strict=True):
         clock[0] += later
         run.event(event)
     conclude(run)

@@ -550,6 +550,15 @@ def test_a_collapse_at_most_sites_ends_the_stage(collapsed: int, stops: bool, tm
     assert [line["round"] for line in events(run, "round_closed")] == [1, 2]  # the first quarter may recover
 
 
+def test_sites_whose_updates_were_refused_have_no_say_in_a_collapse(tmp_path: Path) -> None:
+    study = tiny_study(stages=[{**SIMCLR, "rounds": 1}], aggregation={"min_sites": 1}, evaluation={"every": 0})
+    run = open_run(tmp_path, study)
+    apps = {name: honest(name, spread=0.001 if k else 0.5, scale=np.nan if k else 1e-3) for k, name in enumerate(SITES)}
+    run_study(LocalGrid(apps), study, run, SEATS)
+    assert [line["site"] for line in events(run, "update_accepted")] == [SITES[0]]
+    assert len(events(run, "site_measured")) == len(SITES)
+
+
 @pytest.mark.parametrize(
     ("stages", "every", "found", "closed"),
     [

@@ -254,7 +254,7 @@ def test_a_site_without_labels_costs_only_the_rows_that_need_them(
     assert "pretrained, held-out, could not be measured on the test patients (with 0% of the site's labels)" in note
     assert any(text.startswith("west held out: pretrained, held-out, could not be fine-tuned") for text in told)
     if min_sites == 2:
-        assert "in-distribution, could not be fine-tuned: only 1 of at least 2 sites" in facts["east"]["note"]
+        assert "every row, could not be fine-tuned: only 1 of at least 2 sites" in facts["east"]["note"]
     else:
         assert "could not be" not in facts["east"].get("note", "")
     assert labels_needed(facts["west"], "supervised") == labels_needed(facts["west"], "joined") == "not measurable"
@@ -288,7 +288,8 @@ def test_a_start_whose_encoder_collapses_costs_its_own_rows_only(
         assert found["labels_needed"] == {"pretrained": None, "joined": None}
         assert found["supervised_at_100"] is not None
         for start in ("pretrained", "joined"):
-            assert f"{start}, in-distribution, could not be pretrained: the encoder has collapsed" in found["note"]
+            assert f"{start}, every row, could not be pretrained: the encoder has collapsed" in found["note"]
+        assert "of the site's labels)" not in found["note"]
 
 
 @pytest.mark.parametrize("stages", [[SIMCLR], [TUNE]])

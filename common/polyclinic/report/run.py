@@ -18,7 +18,7 @@ Points = list[tuple[int, float]]
 
 FIGURES = ("auc", "balanced_accuracy")
 INTERVAL = ("auc_low", "auc_high")
-ASIDE = {"submitted", "run_stopped", "warning"}
+ASIDE = {"run_stopped", "warning"}
 """Events that may come between two attempts at a run."""
 
 
@@ -93,14 +93,16 @@ class Run:
     def seconds(self) -> float:
         """Of all attempts, each from its start to its last event: not of the pauses between them."""
         begins = {"cohorts_read"} if self.happened("cohorts_read") else {"run_started", "run_resumed"}
-        spent: list[float] = []
-        began = 0.0
-        for event in self.events:
-            now = datetime.fromisoformat(event["time"]).timestamp()
-            if event["event"] in begins:
+        spent = [0.0]
+        began: float | None = None
+        for event in (event for event in self.events if event.keys() >= {"event", "time"}):
+            name, now = event["event"], datetime.fromisoformat(event["time"]).timestamp()
+            if name in begins:
                 spent.append(event.get("seconds", 0.0))  # a cohort is read before that is told
                 began = now - spent[-1]
-            elif spent and event["event"] not in ASIDE:
+            elif name == "submitted":  # what ends before it begins is no attempt
+                began = None
+            elif began is not None and name not in ASIDE:
                 spent[-1] = now - began
         return sum(spent)
 

@@ -135,14 +135,14 @@ def papers(
 
             What other processes have written meanwhile is taken back, so that nothing of theirs is lost.
             """
-            if (out / "papers.csv").exists():
-                take_back(out / "papers.csv", workshops)
-            results = {plan: done for plan in every if (done := finished(plan, workshops[plan.table])) is not None}
+            others = take_back(out / "papers.csv", workshops) if (out / "papers.csv").exists() else {}
+            found = {plan: others.get(plan) or finished(plan, workshops[plan.table]) for plan in every}
+            results = {plan: result for plan, result in found.items() if result is not None}
             if set(results) != before:
-                found = as_table(results)
-                write_atomic(out / "papers.csv", found.to_csv(index=False))
+                table = as_table(results)
+                write_atomic(out / "papers.csv", table.to_csv(index=False))
                 without = {plan: plan in results for plan in every if not results.get(plan, {}).get("metrics")}
-                write_atomic(out / "papers.html", render_page(found, without, tiers))
+                write_atomic(out / "papers.html", render_page(table, without, tiers))
             return set(results)
 
         made: set[Plan] | None = None

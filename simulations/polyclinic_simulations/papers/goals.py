@@ -1,22 +1,25 @@
 """What the tables are to show, and whether they do: means over seeds of rows that were run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
 
 from polyclinic_simulations.holdout import FRACTIONS
-from polyclinic_simulations.papers.plans import HOSPITALS, PARTS_OF_LABELS, SEEDS
+from polyclinic_simulations.papers.plans import HOSPITALS, PARTS_OF_LABELS, SEEDS, Plan
 
 ROUNDING = 1e-9
 """By which floats may miss a goal: 1 - 0.33 is less than 0.67."""
 
 
 class Means:
-    """Means over all seeds of the rows in papers.csv that have one start, of those that Plan.init names."""
+    """Means over all seeds of the rows in papers.csv that have one start, of those that Plan.init names.
 
-    def __init__(self, results: pd.DataFrame, init: str) -> None:
+    `unmade` are rows that have not been run; of others that are not in `results`, nothing could be measured.
+    """
+
+    def __init__(self, results: pd.DataFrame, init: str, unmade: Collection[Plan]) -> None:
         own = (
             results[results["init"] == init] if len(results) else pd.DataFrame(columns=[*_KEYS, "seed", "value", "low"])
         )
@@ -27,6 +30,11 @@ class Means:
         )
         whole = found[found["seeds"] == len(SEEDS)]
         self._means, self._lows = whole["value"].to_dict(), whole["low"].to_dict()
+        self._unmade = {
+            (plan.dataset, plan.split, plan.regime, plan.method, plan.label_fraction)
+            for plan in unmade
+            if plan.init == init
+        }
 
     def __call__(self, metric: str, dataset: str, split: str, regime: str, method: str, fraction: float = 1.0) -> float:
         """Of one group of rows.
@@ -40,9 +48,15 @@ class Means:
         """Whether the test patients are enough to tell: their intervals begin above an AUC of 0.5, on average."""
         return bool(self._lows[group] > 0.5)
 
-    def has(self, *group: object) -> bool:
-        """Whether every seed of a group of rows has been run."""
-        return group in self._means
+    def has(self, metric: str, *group: object) -> bool:
+        """Whether every seed of a group of rows could be measured.
+
+        Raises:
+            KeyError: they have not been run.
+        """
+        if group in self._unmade:
+            raise KeyError(group)
+        return (metric, *group) in self._means
 
 
 _KEYS = ["metric", "dataset", "split", "regime", "method", "label_fraction"]
@@ -137,9 +151,9 @@ def _federated(method: str) -> Iterator[Goal]:
         )
 
 
-def verdicts(results: pd.DataFrame) -> dict[int, list[str]]:
-    """Sentences by table: met, missed, or not measured."""
-    means = {init: Means(results, init) for init in ("random", "supervised")}
+def verdicts(results: pd.DataFrame, unmade: Collection[Plan] = ()) -> dict[int, list[str]]:
+    """Sentences by table: met, missed, or not measured; `unmade` are the rows that have not been run."""
+    means = {init: Means(results, init, unmade) for init in ("random", "supervised")}
     said: dict[int, list[str]] = {}
     for goal in goals():
         try:

@@ -35,7 +35,7 @@ def render_page(results: pd.DataFrame, without: Mapping[Plan, bool], tiers: Mapp
         without: the rows without figures, and of each whether it was run, and could not be measured.
         tiers: the settings of all, by table.
     """
-    goals = verdicts(results)
+    goals = verdicts(results, [plan for plan, run in without.items() if not run])
     unmade: dict[tuple[int, bool], list[str]] = {}
     for plan, run in without.items():
         unmade.setdefault((plan.table, run), []).append(plan.name.partition("-")[2])

@@ -63,7 +63,7 @@ class Tier:
         """Of all of them: rows that were made with others are other rows.
 
         LOCAL_EPOCHS, PARTS, ALPHA, run.PASSES and the methods' defaults are not in it: who changes one begins a new
-        papers.csv, or takes out of it the rows that it voids.
+        papers.csv and --work, or takes the rows that it voids out of both.
         """
         return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
 
@@ -93,7 +93,7 @@ FULL = Tier(
     threads=8,
 )
 FEW = replace(SITES, finetune={**SITES.finetune, "probe_rounds": 6})
-"""For rows of few labels: an encoder that knows something is held still for half of the rounds."""
+"""SITES for rows of few labels: an encoder that knows something is held still for half of the rounds."""
 RESIDUAL, FULL_RESIDUAL = replace(SITES, encoder={"name": "resnet18"}), replace(FULL, encoder={"name": "resnet50"})
 TIERS = {
     "cpu": {1: CENTRAL, 2: RESIDUAL, 3: RESIDUAL, 4: RESIDUAL, 5: FEW},

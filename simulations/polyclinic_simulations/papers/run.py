@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from polyclinic_simulations.papers.plans import (
 )
 from polyclinic_simulations.papers.workshop import METRICS, Workshop, finished, keep, row_folder
 from polyclinic_simulations.partition import partition
+from polyclinic_simulations.simulate import same
 from polyclinic_simulations.tidy import tidy
 
 PASSES = 4
@@ -57,12 +59,12 @@ def run_plan(plan: Plan, at: Workshop) -> dict[str, Any] | None:
         CohortError: a dataset is missing, or its test patients cannot be scored.
         CheckpointError: what is there of the protocol of table 4 is damaged.
     """
-    lock = at.folder / "locks" / f"{_shared(plan)}{at.start(plan)}"
+    lock = at.folder / "locks" / at.named(_shared(plan), plan)
     lock.mkdir(parents=True, exist_ok=True)
     with locked(lock) as free:
         if free and finished(plan, at) is None:
             made = _held_out(plan, at) if plan.table == 4 else _made(plan, at)
-            start = f", from weights{start}" if (start := at.start(plan)) else ""
+            start = f", from weights {weights}" if (weights := at.weights_of(plan)) else ""
             keep(plan, {**made, "machine": at.machine + start}, at)
             tidy(row_folder(plan, at))
     return finished(plan, at)
@@ -71,16 +73,17 @@ def run_plan(plan: Plan, at: Workshop) -> dict[str, Any] | None:
 def _made(plan: Plan, at: Workshop) -> dict[str, Any]:
     """A row; anew where an earlier attempt's half cannot be gone on with."""
     try:
-        return _measured(plan, at)
+        try:
+            return _measured(plan, at)
+        except (CheckpointError, StudyError) as error:
+            _warn(at, f"{plan.name} is made anew: {error.problem}")
+            for half in (row_folder(plan, at), *(at.folder / "pretrained" / _shared(plan)).glob("*")):
+                if not _readable(half / "encoder.safetensors"):
+                    shutil.rmtree(half, ignore_errors=True)
+            return _measured(plan, at)
     except Collapsed as error:
         _warn(at, f"{plan.name} has no figures: {error.problem}")
         return {"metrics": {}, "seconds": 0.0}
-    except (CheckpointError, StudyError) as error:
-        _warn(at, f"{plan.name} is made anew: {error.problem}")
-        for half in (row_folder(plan, at), *(at.folder / "pretrained" / _shared(plan)).glob("*")):
-            if not _readable(half / "encoder.safetensors"):
-                shutil.rmtree(half, ignore_errors=True)
-        return _measured(plan, at)
 
 
 def _warn(at: Workshop, words: str) -> None:
@@ -152,8 +155,9 @@ def _teams(plan: Plan, cohort: Cohort, folder: Path) -> dict[str, dict[str, Site
 def _pretrained(plan: Plan, name: str, team: Mapping[str, Site], more: Cohort | None, at: Workshop) -> str:
     """The encoder file of a team's pretraining, on its training patients and, with init = "outside", on `more`."""
     folder = at.folder / "pretrained" / _shared(plan) / name
+    study = _study(plan, at.tier, "pretrain", pretraining(plan, at.tier), "random")
+    _clear_others(folder, study, plan, at)
     if not (file := folder / "encoder.safetensors").exists():
-        study = _study(plan, at.tier, "pretrain", pretraining(plan, at.tier), "random")
         if more is not None:
             team = {site: replace(member, cohort=union([member.cohort, more])) for site, member in team.items()}
         tensors = train_row(study, team, folder, at.listen, at.progress, evaluate=True)
@@ -164,13 +168,10 @@ def _pretrained(plan: Plan, name: str, team: Mapping[str, Site], more: Cohort | 
 
 def _held_out(plan: Plan, at: Workshop) -> dict[str, Any]:
     """A row of the protocol that leaves each hospital out in turn; the first row that is asked for runs it all."""
-    out = at.folder / "holdout" / f"{plan.init}{at.start(plan)}-{plan.seed}"
+    out = at.folder / "holdout" / f"{at.named(plan.init, plan)}-{plan.seed}"
     study = protocol_study(plan, at)
-    resume = _begun(study, out)
-    if out.exists() and not resume:
-        _warn(at, f"{plan.name} is made anew: what is there is of other settings")
-        shutil.rmtree(out)
-    protocol = partial(leave_one_site_out, study, out, at.data, at.folder / "state", resume=resume)
+    _clear_others(out, study, plan, at)
+    protocol = partial(leave_one_site_out, study, out, at.data, at.folder / "state", resume=out.exists())
     try:
         protocol(listen=at.listen, reading=at.reading, progress=at.progress)
     except (CheckpointError, StudyError) as error:
@@ -208,12 +209,14 @@ def protocol_study(plan: Plan, at: Workshop) -> Study:
     return resolve({**plain, "simulation": sites})
 
 
-def _begun(study: Study, out: Path) -> bool:
-    """Whether `out` holds a run of this study."""
-    try:
-        return RunDir(out).study == study
-    except StudyError:
-        return False
+def _clear_others(run: Path, study: Study, plan: Plan, at: Workshop) -> None:
+    """Remove what is no run of `study`: other settings made it, or it was damaged."""
+    with suppress(StudyError):
+        if same(RunDir(run).study, study):
+            return
+    if run.exists():
+        _warn(at, f"{plan.name} is made anew: what is there is of other settings")
+        shutil.rmtree(run)
 
 
 def _study(plan: Plan, tier: Tier, kind: str, stages: list[dict[str, Any]], init: str) -> Study:

@@ -45,9 +45,13 @@ class Workshop:
     listen: Listener | None = None
     progress: Progress | None = None
 
-    def start(self, plan: Plan) -> str:
-        """Which weights a row starts from, for its folder: others make another row."""
-        return f"-{self.weights.sha256[:8]}" if self.weights and plan.init == "supervised" else ""
+    def weights_of(self, plan: Plan) -> str:
+        """Names the weights that a row starts from, where a file's: others make another row."""
+        return self.weights.sha256[:8] if self.weights and plan.init == "supervised" else ""
+
+    def named(self, name: str, plan: Plan) -> str:
+        """`name` for a folder of what is made from a row's weights."""
+        return "-".join(filter(None, (name, self.weights_of(plan))))
 
 
 def finished(plan: Plan, at: Workshop) -> dict[str, Any] | None:
@@ -59,36 +63,44 @@ def finished(plan: Plan, at: Workshop) -> dict[str, Any] | None:
     return {"machine": at.machine, **json.loads(kept.read_text())} if kept.exists() else None
 
 
-def take_back(path: Path, workshops: Mapping[int, Workshop]) -> None:
+def take_back(path: Path, workshops: Mapping[int, Workshop]) -> dict[Plan, dict[str, Any]]:
     """Take the rows of a papers.csv for finished: they were made on another machine, or in a folder that is gone.
 
     Args:
         path: the table.
         workshops: by table.
 
+    Returns:
+        What `finished` cannot find: the rows that start from weights which are not given.
+
     Raises:
         Refused: they were made with other settings, or are no whole rows of these tables.
     """
     fix = "give another folder as --out"
-    known = {astuple(plan): plan for plan in plans()}
+    known, others = {astuple(plan): plan for plan in plans()}, {}
     try:
         table = pd.read_csv(path, dtype={"value": float, "low": float, "high": float, "seconds": float})
         for values, row in table.groupby(PLAN_COLUMNS, sort=False, dropna=False):
-            at = workshops[known[values].table]
+            plan = known[values]
+            at = workshops[plan.table]
             tier = at.machine.partition(",")[0]
             [machine], [seconds] = row["machine"].unique(), row["seconds"].unique()
             if str(machine).partition(",")[0] != tier:
                 raise Refused(f"{path} holds rows that are not of the {tier}: {machine}", fix)
-            if (start := at.start(known[values])) and start not in str(machine):
+            if at.weights_of(plan) not in str(machine):
                 raise Refused(f"{path} holds rows that start from other weights than --init: {machine}", fix)
             if sorted(row["metric"]) != sorted(METRICS) or row["value"].isna().any():
                 raise ValueError(f"a row without its {len(METRICS)} metrics")
             ends = row[["value", "low", "high"]].astype(object).where(row[["value", "low", "high"]].notna(), None)
             metrics = dict(zip(row["metric"], ends.to_numpy().tolist(), strict=True))
-            if finished(known[values], at) is None:
-                keep(known[values], {"metrics": metrics, "seconds": float(seconds), "machine": machine}, at)
+            result = {"metrics": metrics, "seconds": float(seconds), "machine": machine}
+            if plan.init == "supervised" and at.weights is None:
+                others[plan] = result
+            elif finished(plan, at) is None:
+                keep(plan, result, at)
     except (ValueError, KeyError) as error:
         raise Refused(f"{path} is no table of such rows: {error}", fix) from error
+    return others
 
 
 def keep(plan: Plan, result: dict[str, Any], at: Workshop) -> None:
@@ -100,7 +112,7 @@ def keep(plan: Plan, result: dict[str, Any], at: Workshop) -> None:
 
 def row_folder(plan: Plan, at: Workshop) -> Path:
     """Where a row trains, and keeps its figures."""
-    return at.folder / "rows" / f"{plan.name}{at.start(plan)}"
+    return at.folder / "rows" / at.named(plan.name, plan)
 
 
 def as_table(rows: dict[Plan, dict[str, Any]]) -> pd.DataFrame:

@@ -74,6 +74,9 @@ def test_labels_spared_are_those_beyond_the_first_that_do_as_well() -> None:
         made = pd.concat(rows)
         unmade = (made["method"] == "simclr") & (made["label_fraction"] == 0.1) & (made["seed"] == 2)
         assert verdicts(made[~unmade])[4][0].endswith("not measured"), "a start is not judged before it is run"
+        few = Plan(4, HOSPITALS[0], "site", "federated", "scratch", "random", 0.01, 2)
+        assert verdicts(made, [few])[4][0].endswith("not measured"), "nor before what it is judged by is"
+        assert verdicts(made, [replace(few, init="supervised")])[4][0].endswith(expected)
 
 
 def test_a_goal_over_all_fractions_is_that_of_the_worst() -> None:

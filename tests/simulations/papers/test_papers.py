@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torchvision.models import resnet18  # type: ignore[import-untyped]
 
 from polyclinic import cli
-from polyclinic.errors import CheckpointError, CohortError, Refused
-from polyclinic.study import Study, resolve
+from polyclinic.errors import CheckpointError, CohortError, Collapsed, Refused
+from polyclinic.study import Study, Weights, resolve
 from polyclinic.wire import Tensors
 from polyclinic_client.site import Site
 from polyclinic_server import rounds
@@ -108,6 +108,29 @@ def test_a_row_whose_pretraining_collapses_has_no_figures_and_is_not_tried_again
     assert any("has no figures: the encoder has collapsed" in str(event.get("text")) for event in said)
     assert run_plan(PLAN, at) == found
     assert as_table({PLAN: found}).empty
+
+
+def test_a_row_that_is_made_anew_may_collapse_too(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, tried = Workshop(TINY, data, tmp_path / "work", row_of([])["machine"]), [CheckpointError, Collapsed]
+
+    def train(*_: object, **__: object) -> Tensors:
+        raise tried.pop(0)("it has collapsed", "")
+
+    monkeypatch.setattr(module, "train_row", train)
+    found = run_plan(PLAN, at)
+    assert found is not None
+    assert (found["metrics"], tried) == ({}, [])
+
+
+def test_an_encoder_of_other_settings_is_not_fine_tuned(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(PLAN, data, tmp_path / "expected")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "pretraining", lambda *_: [{"kind": "pretrain", "method": "mae", "rounds": 1}])
+        other = run(PLAN, data, tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / "rows")
+    assert run(PLAN, data, tmp_path / "work")["metrics"] == expected["metrics"] != other["metrics"]
 
 
 def test_a_damaged_encoder_is_trained_again(data: Path, tmp_path: Path) -> None:
@@ -333,13 +356,19 @@ def test_supervised_weights_start_the_protocol_and_without_them_its_rows_are_lef
     assert started["random-0"] == "random"
     theirs = started[f"supervised-{digest[:8]}-0"]
     assert (theirs.family, theirs.sha256) == ("torchvision", digest)
-    assert table.query("init == 'supervised'")["machine"].str.endswith(f", from weights-{digest[:8]}").all()
+    assert table.query("init == 'supervised'")["machine"].str.endswith(f", from weights {digest[:8]}").all()
     assert papers() == 0, "rows of weights that are not at hand are kept"
     assert pd.read_csv(tmp_path / "out" / "papers.csv").equals(table)
     save_file({name: value + 1 for name, value in weights.items()}, file)
     assert papers("--init", file) == 2, "rows that start from other weights are other rows"
-    assert papers("--init", file, "--out", tmp_path / "others") == 0
+    others = tmp_path / "others"
+    assert papers("--init", file, "--out", others) == 0
     assert len(started) == 3
+    assert papers("--out", tmp_path / "none") == 0
+    assert set(pd.read_csv(tmp_path / "none" / "papers.csv")["init"]) == {"random"}, "they are of no table but theirs"
+    theirs_too = pd.read_csv(others / "papers.csv")
+    assert papers("--out", others) == 0
+    assert pd.read_csv(others / "papers.csv").equals(theirs_too), "nor are those of one table another's"
     assert papers("--init", tmp_path) == 2
     with pytest.raises(Refused, match="supervised weights"):
         run_plan(replace(every[1], seed=1), Workshop(residual, data, tmp_path / "work"))
@@ -367,6 +396,25 @@ def test_a_protocol_of_other_settings_is_run_anew_and_a_damaged_one_is_kept(
             run(plan, tmp_path, tmp_path)
         assert str(out) in caught.value.fix
     assert begun == [(False, False), (True, True)]
+
+
+def test_weights_that_have_moved_are_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resumed = []
+
+    def protocol(study: Study, out: Path, *_: object, resume: bool, **__: object) -> None:
+        resumed.append(resume)
+        out.mkdir(exist_ok=True, parents=True)
+        (out / "study.toml").write_text(study.to_toml())
+        raise CheckpointError("a checkpoint is damaged", "copy it again")
+
+    monkeypatch.setattr(module, "leave_one_site_out", protocol)
+    plan = Plan(4, HOSPITALS[0], "site", "federated", "scratch", "supervised", 1.0, 0)
+    for folder, digest in (("here", "a"), ("there", "a"), ("there", "b")):
+        weights = Weights(file=str(tmp_path / folder), family="torchvision", sha256=digest * 64)
+        residual = replace(TINY, images={"size": 24}, encoder={"name": "resnet18"})
+        with pytest.raises(CheckpointError):
+            run_plan(plan, Workshop(residual, tmp_path, tmp_path, weights=weights))
+    assert resumed == [False, True, False]
 
 
 def test_a_missing_dataset_is_named(data: Path, tmp_path: Path) -> None:
