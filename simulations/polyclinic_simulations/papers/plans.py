@@ -15,6 +15,7 @@ from polyclinic.stages import TOKEN_METHODS
 from polyclinic_simulations.holdout import FRACTIONS
 
 SEEDS = (0, 1, 2)
+METHODS = ("simclr", "mae", "sssd", "mlvicx")
 LOCAL_EPOCHS = 3
 """Between two rounds of a consortium's pretraining."""
 STARTS = {"simclr": "pretrained", "simclr joined": "joined", "scratch": "supervised"}
@@ -171,26 +172,24 @@ def plans() -> Iterator[Plan]:
     for seed in SEEDS:
         for method in ("scratch", "simclr", "vicreg", "mlvicx"):
             yield Plan(3, "nih-chestxray8-subset", "patient", "central", method, "random", 1.0, seed)
+    yield from _beside_pooled()
     for seed in SEEDS:
-        yield from _beside_pooled(seed)
-    for seed in SEEDS:
-        for method in ("mae", "sssd", "simclr", "mlvicx"):
+        for method in METHODS:
             yield Plan(1, "covid-ct", "published", "central", method, "outside", 1.0, seed)
     for seed in SEEDS:
-        for method in ("scratch", "mae", "sssd", "simclr", "mlvicx"):
+        for method in ("scratch", *METHODS):
             yield Plan(1, "covid-ct", "document", "central", method, "random", 1.0, seed)
-        for method in ("mae", "sssd", "simclr", "mlvicx"):
+        for method in METHODS:
             yield Plan(1, "covid-ct", "document", "central", method, "outside", 1.0, seed)
     for seed in SEEDS:
         yield from _leaving_one_out(seed, "supervised")
 
 
-def _beside_pooled(seed: int) -> Iterator[Plan]:
-    """Table 5 of one seed: at every fraction of the labels, scratch, and each method in each regime."""
-    for fraction in PARTS_OF_LABELS:
-        yield Plan(5, "ham10000-subset", "patient", "federated", "scratch", "random", fraction, seed)
-    for method in ("mae", "simclr", "sssd", "mlvicx"):
-        for regime in ("federated", "pooled", "alone"):
+def _beside_pooled() -> Iterator[Plan]:
+    """Table 5: at every fraction of the labels, scratch, and each method in each regime; all seeds of one first."""
+    taught = [(method, regime) for method in METHODS for regime in ("federated", "pooled", "alone")]
+    for method, regime in [("scratch", "federated"), *taught]:
+        for seed in SEEDS:
             for fraction in PARTS_OF_LABELS:
                 yield Plan(5, "ham10000-subset", "patient", regime, method, "random", fraction, seed)
 
